@@ -1,0 +1,137 @@
+//! A guest's counters in Prometheus' text format, version 0.0.4.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use tandem_vmm::control::{MachineState, MachineStats};
+
+/// Content type of the format.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+const STATES: [(MachineState, &str); 3] = [
+    (MachineState::Running, "running"),
+    (MachineState::Paused, "paused"),
+    (MachineState::Stopping, "stopping"),
+];
+
+/// The metrics of the guest `name`.
+pub fn text(name: &str, stats: &MachineStats) -> String {
+    let mut out = Exposition(String::new());
+    let version = env!("CARGO_PKG_VERSION");
+    out.family("tandem_guest_info", "gauge", "The guest and its VMM.");
+    let labels = [("name", name), ("version", version)];
+    out.sample("tandem_guest_info", &labels, "1");
+    states(&mut out, stats.state);
+    times(&mut out, stats);
+    exits(&mut out, stats);
+    devices(&mut out, stats);
+    out.0
+}
+
+fn states(out: &mut Exposition, state: MachineState) {
+    let name = "tandem_guest_state";
+    out.family(
+        name,
+        "gauge",
+        "1 for the state that the guest is in, else 0.",
+    );
+    for (candidate, word) in STATES {
+        let value = if candidate == state { "1" } else { "0" };
+        out.sample(name, &[("state", word)], value);
+    }
+}
+
+fn times(out: &mut Exposition, stats: &MachineStats) {
+    let name = "tandem_guest_uptime_seconds";
+    out.family(name, "gauge", "Time since the first guest instruction.");
+    out.sample(name, &[], &decimal(stats.uptime_ms, 3));
+    let name = "tandem_guest_start_duration_seconds";
+    out.family(
+        name,
+        "gauge",
+        "Time from the start of the process to the first guest instruction.",
+    );
+    out.sample(name, &[], &decimal(stats.start_us, 6));
+    let name = "tandem_guest_resets_total";
+    out.family(name, "counter", "Times the guest was reset.");
+    out.sample(name, &[], &stats.resets.to_string());
+}
+
+fn exits(out: &mut Exposition, stats: &MachineStats) {
+    let name = "tandem_vcpu_exits_total";
+    out.family(name, "counter", "Exits of a vCPU to the VMM, by kind.");
+    for vcpu in &stats.vcpus {
+        let index = vcpu.index.to_string();
+        for (kind, count) in &vcpu.exits {
+            let labels = [("vcpu", index.as_str()), ("kind", kind)];
+            out.sample(name, &labels, &count.to_string());
+        }
+    }
+}
+
+/// One family per counter, as samples of a family must stand together.
+fn devices(out: &mut Exposition, stats: &MachineStats) {
+    let mut families: BTreeMap<String, Vec<(&str, &str, u64)>> = BTreeMap::new();
+    for device in &stats.devices {
+        for (counter, value) in &device.counters {
+            let name = format!("tandem_device_{}_total", metric_word(counter));
+            let samples = families.entry(name).or_default();
+            samples.push((&device.id, &device.kind, *value));
+        }
+    }
+    for (name, samples) in families {
+        let counter = name
+            .trim_start_matches("tandem_device_")
+            .trim_end_matches("_total");
+        let help = format!("The devices' counter `{counter}`.");
+        out.family(&name, "counter", &help);
+        for (id, kind, value) in samples {
+            let labels = [("device", id), ("kind", kind)];
+            out.sample(&name, &labels, &value.to_string());
+        }
+    }
+}
+
+/// `text` with everything that a metric's name may not have replaced by `_`.
+fn metric_word(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+        .collect()
+}
+
+/// `value` / 10^`places`, exactly.
+fn decimal(value: u64, places: u32) -> String {
+    let unit = 10u64.pow(places);
+    let width = places as usize;
+    format!("{}.{:0width$}", value / unit, value % unit)
+}
+
+struct Exposition(String);
+
+impl Exposition {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        // Writing to a string cannot fail.
+        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: &str) {
+        self.0.push_str(name);
+        for (index, (label, text)) in labels.iter().enumerate() {
+            let open = if index == 0 { '{' } else { ',' };
+            let text = escape(text);
+            let _ = write!(self.0, "{open}{label}=\"{text}\"");
+        }
+        let close = if labels.is_empty() { "" } else { "}" };
+        let _ = writeln!(self.0, "{close} {value}");
+    }
+}
+
+fn escape(text: &str) -> String {
+    text.replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
+}
+
+#[cfg(test)]
+#[path = "metrics_tests.rs"]
+mod tests;

@@ -1,0 +1,263 @@
+//! The HTTP API of a running guest: its routes, what they answer, and their description.
+//!
+//! Verbs are those of the command line. Everything is JSON but the console's output and the metrics,
+//! which are text. The description, `openapi.json`, is served too; a test holds the two against
+//! each other.
+
+pub mod metrics;
+pub mod server;
+pub mod types;
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{Method, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodFilter, on};
+use serde::Serialize;
+use tandem_vmm::config::MachineConfig;
+use tandem_vmm::control::{ControlError, MachineState, StopMode};
+
+use crate::control::Control;
+use types::{ErrorBody, ErrorCode, GuestInfo, StateBody, StopBody};
+
+/// Longest request body, in bytes.
+pub const BODY_LEN_MAX: usize = 4096;
+/// Longest console history that is answered, in bytes; more than the VMM keeps.
+const LOGS_LEN_MAX: u64 = 1 << 20;
+/// The API's description.
+pub const OPENAPI: &str = include_str!("../../openapi.json");
+
+/// What the API knows of its guest without asking.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The guest's hardware, images and host resources.
+    pub config: MachineConfig,
+    /// Its directory.
+    pub directory: PathBuf,
+}
+
+/// A guest as the API sees it.
+#[derive(Clone)]
+pub struct Guest {
+    control: Arc<dyn Control>,
+    facts: Arc<Facts>,
+}
+
+/// What a route does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    /// State and configuration.
+    Info,
+    /// Counters.
+    Stats,
+    /// Recent console output.
+    Logs,
+    /// Stop vCPUs and devices.
+    Pause,
+    /// Run on.
+    Resume,
+    /// End the guest.
+    Stop,
+    /// Counters for Prometheus.
+    Metrics,
+    /// This API's description.
+    OpenApi,
+}
+
+/// One method and path.
+#[derive(Clone, Debug)]
+pub struct Route {
+    /// The method.
+    pub method: Method,
+    /// The path.
+    pub path: &'static str,
+    /// What it does.
+    pub endpoint: Endpoint,
+}
+
+const fn route(method: Method, path: &'static str, endpoint: Endpoint) -> Route {
+    Route {
+        method,
+        path,
+        endpoint,
+    }
+}
+
+/// Every route that the server has.
+pub static ROUTES: [Route; 8] = [
+    route(Method::GET, "/api/v1/guest", Endpoint::Info),
+    route(Method::GET, "/api/v1/stats", Endpoint::Stats),
+    route(Method::GET, "/api/v1/logs", Endpoint::Logs),
+    route(Method::POST, "/api/v1/pause", Endpoint::Pause),
+    route(Method::POST, "/api/v1/resume", Endpoint::Resume),
+    route(Method::POST, "/api/v1/stop", Endpoint::Stop),
+    route(Method::GET, "/api/v1/openapi.json", Endpoint::OpenApi),
+    route(Method::GET, "/metrics", Endpoint::Metrics),
+];
+
+/// The API as a service.
+pub fn router(guest: Guest) -> Router {
+    let mut router = Router::new();
+    for route in &ROUTES {
+        let (path, endpoint) = (route.path, route.endpoint);
+        let filter = if route.method == Method::POST {
+            MethodFilter::POST
+        } else {
+            MethodFilter::GET
+        };
+        let handler = move |State(guest): State<Guest>, body: Result<Bytes, BytesRejection>| {
+            handle(guest, endpoint, body)
+        };
+        router = router.route(path, on(filter, handler));
+    }
+    router
+        .fallback(unknown_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(DefaultBodyLimit::max(BODY_LEN_MAX))
+        .with_state(guest)
+}
+
+async fn unknown_path(uri: Uri) -> Response {
+    let paths: Vec<&str> = ROUTES.iter().map(|r| r.path).collect();
+    let message = format!(
+        "there is nothing at `{}`; there is something at {}",
+        uri.path(),
+        paths.join(", ")
+    );
+    ErrorBody::new(ErrorCode::UnknownPath, message).into_response()
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Response {
+    let methods: Vec<&str> = ROUTES
+        .iter()
+        .filter(|r| r.path == uri.path())
+        .map(|r| r.method.as_str())
+        .collect();
+    let allowed = methods.join(", ");
+    let message = format!("`{}` takes {allowed}, not {method}", uri.path());
+    let body = ErrorBody::new(ErrorCode::WrongMethod, message);
+    ([(header::ALLOW, allowed)], body).into_response()
+}
+
+async fn handle(guest: Guest, endpoint: Endpoint, body: Result<Bytes, BytesRejection>) -> Response {
+    let body = match body {
+        Ok(body) => body,
+        Err(_) => {
+            let message = format!("the body must be at most {BODY_LEN_MAX} bytes");
+            return ErrorBody::new(ErrorCode::BodyTooLong, message).into_response();
+        }
+    };
+    // The machine's answer is waited for, which must not hold up other clients.
+    let answer = tokio::task::spawn_blocking(move || guest.answer(endpoint, &body)).await;
+    match answer {
+        Ok(Ok(response)) => response,
+        Ok(Err(error)) => error.into_response(),
+        Err(_) => {
+            let message = "the request could not be carried out".to_owned();
+            ErrorBody::new(ErrorCode::Failed, message).into_response()
+        }
+    }
+}
+
+fn json<T: Serialize>(status: StatusCode, value: &T) -> Result<Response, ErrorBody> {
+    let body = serde_json::to_vec(value)
+        .map_err(|e| ErrorBody::new(ErrorCode::Failed, format!("cannot write JSON: {e}")))?;
+    let kind = (header::CONTENT_TYPE, "application/json");
+    Ok((status, [kind], body).into_response())
+}
+
+fn text(kind: &'static str, body: impl Into<Body>) -> Response {
+    ([(header::CONTENT_TYPE, kind)], body.into()).into_response()
+}
+
+impl Guest {
+    /// A guest that is commanded through `control`.
+    pub fn new(control: Arc<dyn Control>, facts: Facts) -> Self {
+        let facts = Arc::new(facts);
+        Self { control, facts }
+    }
+
+    fn answer(&self, endpoint: Endpoint, body: &[u8]) -> Result<Response, ErrorBody> {
+        match endpoint {
+            Endpoint::Info => json(StatusCode::OK, &self.info()?),
+            Endpoint::Stats => json(StatusCode::OK, &self.control.stats()?),
+            Endpoint::Logs => Ok(text("text/plain; charset=utf-8", self.logs()?)),
+            Endpoint::Metrics => {
+                let body = metrics::text(&self.facts.config.name, &self.control.stats()?);
+                Ok(text(metrics::CONTENT_TYPE, body))
+            }
+            Endpoint::OpenApi => Ok(text("application/json", OPENAPI)),
+            Endpoint::Pause => {
+                self.control.pause()?;
+                json(StatusCode::OK, &StateBody::new(MachineState::Paused))
+            }
+            Endpoint::Resume => {
+                self.control.resume()?;
+                json(StatusCode::OK, &StateBody::new(MachineState::Running))
+            }
+            Endpoint::Stop => self.stop(body),
+        }
+    }
+
+    fn info(&self) -> Result<GuestInfo, ErrorBody> {
+        let stats = self.control.stats()?;
+        Ok(GuestInfo {
+            name: self.facts.config.name.clone(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            state: stats.state,
+            uptime_ms: stats.uptime_ms,
+            start_us: stats.start_us,
+            resets: stats.resets,
+            directory: self.facts.directory.clone(),
+            config: self.facts.config.clone(),
+        })
+    }
+
+    fn stop(&self, body: &[u8]) -> Result<Response, ErrorBody> {
+        let body: StopBody = match body {
+            [] => StopBody::default(),
+            body => serde_json::from_slice(body).map_err(|e| {
+                let message = format!("the body must be empty or {{\"force\": true|false}}: {e}");
+                ErrorBody::new(ErrorCode::BadBody, message)
+            })?,
+        };
+        let mode = if body.force {
+            StopMode::Force
+        } else {
+            StopMode::PowerButton
+        };
+        match self.control.stop(mode) {
+            // What was asked for has happened already.
+            Ok(()) | Err(ControlError::Gone) => {}
+            Err(error) => return Err(error.into()),
+        }
+        json(
+            StatusCode::ACCEPTED,
+            &StateBody::new(MachineState::Stopping),
+        )
+    }
+
+    /// The recent console output: what the console sends a client before it has answered that the
+    /// client is attached.
+    fn logs(&self) -> Result<Vec<u8>, ErrorBody> {
+        let failed = |e: io::Error| {
+            ErrorBody::new(ErrorCode::Failed, format!("cannot read the console: {e}"))
+        };
+        let (ours, theirs) = UnixStream::pair().map_err(failed)?;
+        self.control.attach_console(theirs)?;
+        ours.set_nonblocking(true).map_err(failed)?;
+        let mut output = Vec::new();
+        match ours.take(LOGS_LEN_MAX).read_to_end(&mut output) {
+            Err(e) if e.kind() != io::ErrorKind::WouldBlock => Err(failed(e)),
+            _ => Ok(output),
+        }
+    }
+}

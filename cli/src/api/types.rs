@@ -1,0 +1,130 @@
+//! What the API sends and takes, as JSON.
+
+use std::path::PathBuf;
+
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use tandem_vmm::config::MachineConfig;
+use tandem_vmm::control::{ControlError, MachineState};
+
+/// A guest: its state and its configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestInfo {
+    /// Name of the guest.
+    pub name: String,
+    /// Process of its VMM.
+    pub pid: u32,
+    /// Version of its VMM.
+    pub version: String,
+    /// Where it is in its life.
+    pub state: MachineState,
+    /// Time since its first instruction, in milliseconds.
+    pub uptime_ms: u64,
+    /// Time from the start of the process to its first instruction, in microseconds.
+    pub start_us: u64,
+    /// Times it was reset.
+    pub resets: u64,
+    /// Its runtime directory.
+    pub directory: PathBuf,
+    /// Its hardware, images and host resources.
+    pub config: MachineConfig,
+}
+
+/// The state that a request led to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateBody {
+    /// The state.
+    pub state: MachineState,
+}
+
+impl StateBody {
+    /// The answer that says `state`.
+    pub fn new(state: MachineState) -> Self {
+        Self { state }
+    }
+}
+
+/// How to end a guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StopBody {
+    /// End it now, instead of pressing its power button.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What kind of error a request met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorCode {
+    /// There is nothing at the path.
+    UnknownPath,
+    /// The path does not take the method.
+    WrongMethod,
+    /// The body is not what it should be.
+    BadBody,
+    /// The body is too long.
+    BodyTooLong,
+    /// The guest is in another state than the request needs.
+    WrongState,
+    /// The guest has ended.
+    Gone,
+    /// The guest's VMM did not answer in time.
+    Timeout,
+    /// It was tried and failed.
+    Failed,
+}
+
+impl ErrorCode {
+    /// The HTTP status for it.
+    pub fn status(self) -> StatusCode {
+        match self {
+            Self::UnknownPath => StatusCode::NOT_FOUND,
+            Self::WrongMethod => StatusCode::METHOD_NOT_ALLOWED,
+            Self::BadBody => StatusCode::BAD_REQUEST,
+            Self::BodyTooLong => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::WrongState => StatusCode::CONFLICT,
+            Self::Gone => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
+            Self::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+}
+
+/// Why a request was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// The kind of error, for programs.
+    pub code: ErrorCode,
+    /// The error as a sentence, for people.
+    pub message: String,
+}
+
+impl ErrorBody {
+    /// An error of kind `code`.
+    pub fn new(code: ErrorCode, message: String) -> Self {
+        Self { code, message }
+    }
+}
+
+impl From<ControlError> for ErrorBody {
+    fn from(error: ControlError) -> Self {
+        let code = match &error {
+            ControlError::Gone => ErrorCode::Gone,
+            ControlError::Timeout => ErrorCode::Timeout,
+            ControlError::WrongState { .. } => ErrorCode::WrongState,
+            ControlError::Failed(_) => ErrorCode::Failed,
+        };
+        Self::new(code, error.to_string())
+    }
+}
+
+impl IntoResponse for ErrorBody {
+    fn into_response(self) -> Response {
+        let kind = (header::CONTENT_TYPE, "application/json");
+        // A code and a text can always be written.
+        let body = serde_json::to_vec(&self).unwrap_or_default();
+        (self.code.status(), [kind], body).into_response()
+    }
+}

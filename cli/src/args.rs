@@ -1,0 +1,264 @@
+//! The command line: verbs, flags and their help, from which the manual is made too.
+
+// Doc comments are help texts here; their brackets are no links.
+#![allow(rustdoc::broken_intra_doc_links)]
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, VsockConfig};
+use tracing::level_filters::LevelFilter;
+
+use crate::exit;
+use crate::settings::{Located, Settings, value};
+
+const FILE: &str = "\
+File: the keys of the TOML file are the names of these flags without the dashes in front, as in \
+`memory = \"512MiB\"`; devices are tables: [[disk]] with path, readonly, id, direct and engine; \
+[[net]] with tap or socket, and mac; [vsock] with cid and path. Relative paths in it are relative to \
+its directory. Flags win over the file; --disk and --net add to it.";
+
+const CONSOLE: &str = "\
+Console: with `--console stdio` on a terminal every key goes to the guest but Ctrl-], which stops \
+the guest: first by its power button; by force 10 s later, at a second Ctrl-], or if the guest does \
+not listen to the button. SIGTERM, SIGINT and SIGHUP do the same.";
+
+const RUNTIME: &str = "\
+Runtime directory: each running guest has a directory of its name in $TANDEM_RUNTIME_DIR, or else \
+in /run/tandem for root and in $XDG_RUNTIME_DIR/tandem for others. It holds api.sock (HTTP), \
+console.sock (the console's bytes), vmm.log, pid and lock, and goes when the guest ends.";
+
+/// Runs guests on KVM.
+#[derive(Debug, Parser)]
+#[command(name = "tandem", version, max_term_width = 100, after_help = exit::table())]
+#[command(disable_help_subcommand = true)]
+pub struct Cli {
+    /// Output for people (table) or for programs (json)
+    #[arg(
+        long,
+        global = true,
+        value_enum,
+        default_value_t,
+        value_name = "FORMAT"
+    )]
+    pub format: Format,
+    /// Print only what was asked for: names in lists, no hints, no warnings
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// Directory of the running guests [default: see `tandem run --help`]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub runtime_dir: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// How results are printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Table,
+    /// For programs.
+    Json,
+}
+
+/// What the command can do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Run a guest until it ends
+    #[command(after_help = format!("{FILE}\n\n{CONSOLE}\n\n{RUNTIME}\n\n{}", exit::table()))]
+    Run(Box<RunArgs>),
+    /// Look for everything that is wrong in a guest's file
+    Check {
+        /// The TOML file
+        file: PathBuf,
+    },
+    /// List the running guests
+    List,
+    /// Show a guest's state and configuration
+    Info {
+        /// The guest
+        #[arg(value_parser = value::name)]
+        name: String,
+    },
+    /// Attach to a guest's serial console
+    Console {
+        /// The guest
+        #[arg(value_parser = value::name)]
+        name: String,
+        /// Key that detaches
+        #[arg(long, value_name = "KEY", default_value = "ctrl-]", value_parser = value::control_key)]
+        detach_key: u8,
+    },
+    /// Print a guest's recent console output (the last 64 KiB), or its VMM's log
+    Logs {
+        /// The guest
+        #[arg(value_parser = value::name)]
+        name: String,
+        /// Go on printing until the guest ends
+        #[arg(short, long)]
+        follow: bool,
+        /// The VMM's log instead of the guest's output
+        #[arg(long)]
+        vmm: bool,
+    },
+    /// Stop a guest's vCPUs and devices; nothing is lost
+    Pause(ChangeArgs),
+    /// Let a paused guest run on
+    Resume(ChangeArgs),
+    /// End a guest: by its power button, then by force
+    Stop {
+        /// Guest and dry run.
+        #[command(flatten)]
+        change: ChangeArgs,
+        /// End it now, without asking it
+        #[arg(long)]
+        force: bool,
+        /// How long the guest may take before it is ended by force
+        #[arg(long, value_name = "TIME", default_value = "10s", value_parser = value::duration)]
+        timeout: Duration,
+    },
+    /// Print a guest's metrics in Prometheus' text format
+    Metrics {
+        /// The guest
+        #[arg(value_parser = value::name)]
+        name: String,
+    },
+    /// Print the version
+    Version,
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man {
+        /// The directory, which is made if it does not exist
+        directory: PathBuf,
+    },
+    /// Print a shell's completions
+    #[command(hide = true)]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// A change to a running guest.
+#[derive(Debug, Args)]
+pub struct ChangeArgs {
+    /// The guest
+    #[arg(value_parser = value::name)]
+    pub name: String,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// The flags of `tandem run`.
+#[derive(Debug, Default, Args)]
+#[command(next_help_heading = "Guest")]
+pub struct RunArgs {
+    /// TOML file with the same keys as these flags
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Name of the guest, unique on this host [default: the file's name without its ending, else vm-PID]
+    #[arg(long, value_parser = value::name)]
+    pub name: Option<String>,
+    /// Kernel: an ELF with a PVH note, an ELF vmlinux, or a bzImage
+    #[arg(long, value_name = "FILE", value_parser = value::path)]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", value_parser = value::path)]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", value_parser = value::cmdline)]
+    pub cmdline: Option<String>,
+    /// Entry protocol: auto, pvh or linux64 [default: auto]
+    #[arg(long, value_name = "PROTOCOL", value_parser = value::boot)]
+    pub boot: Option<BootProtocol>,
+    /// Describe the machine by ACPI tables; without, the kernel's command line names its devices
+    /// [default: true]
+    #[arg(long, value_name = "BOOL", value_parser = value::boolean)]
+    #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub acpi: Option<bool>,
+    /// Number of vCPUs [default: 1]
+    #[arg(long, value_name = "N", value_parser = value::cpus)]
+    pub cpus: Option<u8>,
+    /// Memory, such as 512MiB [default: 128MiB]
+    #[arg(long, value_name = "SIZE", value_parser = value::memory)]
+    pub memory: Option<u64>,
+    /// Disk: path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads]; repeatable
+    #[arg(long = "disk", value_name = "DISK", value_parser = value::disk)]
+    pub disks: Vec<DiskConfig>,
+    /// Network interface: tap=NAME[,mac=M] or socket=PATH[,mac=M]; repeatable
+    #[arg(long = "net", value_name = "NET", value_parser = value::net)]
+    pub nets: Vec<NetConfig>,
+    /// Virtio socket: cid=N,path=SOCKET
+    #[arg(long, value_name = "VSOCK", value_parser = value::vsock)]
+    pub vsock: Option<VsockConfig>,
+    /// Serial console: stdio, off or file=PATH [default: stdio]
+    #[arg(long, value_name = "CONSOLE", value_parser = value::console)]
+    pub console: Option<ConsoleConfig>,
+    /// Give the guest a virtio console too
+    #[arg(long, value_name = "BOOL", value_parser = value::boolean)]
+    #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub virtio_console: Option<bool>,
+    /// Seed of the guest's entropy device [default: drawn from the host]
+    #[arg(long, value_name = "N", value_parser = value::rng_seed)]
+    pub rng_seed: Option<u64>,
+    /// End the run when the guest resets, instead of restarting it
+    #[arg(long, value_name = "BOOL", value_parser = value::boolean)]
+    #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub no_reboot: Option<bool>,
+    /// Back the guest's memory by huge pages
+    #[arg(long, value_name = "BOOL", value_parser = value::boolean, help_heading = "Host")]
+    #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub hugepages: Option<bool>,
+    /// Host CPU for each vCPU, such as 0,1 [default: any]
+    #[arg(long, value_name = "CPUS", value_parser = value::host_cpu, help_heading = "Host")]
+    #[arg(value_delimiter = ',', num_args = 1)]
+    pub pin: Option<Vec<usize>>,
+    /// Real-time priority of the guest's threads, 1 to 99 [default: none]
+    #[arg(long, value_name = "PRIORITY", value_parser = value::realtime, help_heading = "Host")]
+    pub realtime: Option<u8>,
+    /// Socket of the API [default: api.sock in the runtime directory]
+    #[arg(long, value_name = "SOCKET", value_parser = value::socket_path, help_heading = "Host")]
+    pub api: Option<PathBuf>,
+    /// What the VMM logs: off, error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL", value_parser = value::log_level, help_heading = "Host")]
+    pub log_level: Option<LevelFilter>,
+    /// Check everything, print the settings that would be used, and do not run
+    #[arg(long, help_heading = "Host")]
+    pub dry_run: bool,
+}
+
+impl RunArgs {
+    /// The settings that these flags give.
+    pub fn settings(self) -> Settings {
+        Settings {
+            name: self.name.map(Located::flag),
+            kernel: self.kernel.map(Located::flag),
+            initrd: self.initrd.map(Located::flag),
+            cmdline: self.cmdline.map(Located::flag),
+            boot: self.boot.map(Located::flag),
+            acpi: self.acpi.map(Located::flag),
+            cpus: self.cpus.map(Located::flag),
+            memory: self.memory.map(Located::flag),
+            hugepages: self.hugepages.map(Located::flag),
+            console: self.console.map(Located::flag),
+            virtio_console: self.virtio_console.map(Located::flag),
+            rng_seed: self.rng_seed.map(Located::flag),
+            no_reboot: self.no_reboot.map(Located::flag),
+            pin: self.pin.map(Located::flag),
+            realtime: self.realtime.map(Located::flag),
+            api: self.api.map(Located::flag),
+            log_level: self.log_level.map(Located::flag),
+            disks: self.disks.into_iter().map(Into::into).collect(),
+            nets: self.nets.into_iter().map(Into::into).collect(),
+            vsock: self.vsock.map(Located::flag),
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "args_tests.rs"]
+mod tests;

@@ -1,0 +1,184 @@
+//! The clients' side of a guest's API: one request, one connection.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use axum::body::Bytes;
+use axum::http::{Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tandem_vmm::control::ANSWER_TIMEOUT;
+use tokio::net::UnixStream;
+
+use crate::api::types::ErrorBody;
+use crate::runtime_dir::Guest;
+
+/// Longest wait for an answer: what the guest's VMM may take, and a little.
+pub const REQUEST_TIMEOUT: Duration = ANSWER_TIMEOUT.saturating_add(Duration::from_secs(2));
+/// Longest answer that is read, in bytes.
+pub const ANSWER_LEN_MAX: usize = 16 << 20;
+
+/// Why a guest did not answer as it should.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error("cannot reach the guest's API at `{}`", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// No answer in time.
+    #[error("no answer from `{}` within {} s", path.display(), REQUEST_TIMEOUT.as_secs())]
+    Timeout {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// What came back is no answer.
+    #[error("`{}` gave no proper answer: {reason}", path.display())]
+    Garbled {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The guest refused.
+    #[error("{0}")]
+    Refused(String),
+    /// The client could not be set up.
+    #[error("cannot set a client up")]
+    Setup(#[source] io::Error),
+}
+
+/// A client of one guest.
+#[derive(Debug)]
+pub struct Client {
+    path: PathBuf,
+    runtime: tokio::runtime::Runtime,
+    timeout: Duration,
+}
+
+impl Client {
+    /// A client of `guest`.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn new(guest: &Guest) -> Result<Self, ClientError> {
+        Self::at(&guest.api())
+    }
+
+    /// A client of the guest whose API listens at `path`.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn at(path: &Path) -> Result<Self, ClientError> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .build()
+            .map_err(ClientError::Setup)?;
+        Ok(Self {
+            path: path.to_owned(),
+            runtime,
+            timeout: REQUEST_TIMEOUT,
+        })
+    }
+
+    /// The same client with another limit to its patience.
+    #[must_use]
+    pub fn with_timeout(self, timeout: Duration) -> Self {
+        Self { timeout, ..self }
+    }
+
+    /// What is at `path`, as it came.
+    ///
+    /// # Errors
+    /// When there is no answer, or the guest refuses.
+    pub fn get(&self, path: &str) -> Result<Bytes, ClientError> {
+        self.request(Method::GET, path, Bytes::new())
+    }
+
+    /// What is at `path`, read from JSON.
+    ///
+    /// # Errors
+    /// When there is no answer, it cannot be read, or the guest refuses.
+    pub fn get_json<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        let body = self.get(path)?;
+        serde_json::from_slice(&body).map_err(|e| self.garbled(&e))
+    }
+
+    /// Asks for what `path` stands for, with `body` as JSON.
+    ///
+    /// # Errors
+    /// When there is no answer, or the guest refuses.
+    pub fn post<T: Serialize>(&self, path: &str, body: &T) -> Result<Bytes, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|e| self.garbled(&e))?;
+        self.request(Method::POST, path, body.into())
+    }
+
+    fn garbled(&self, reason: &dyn std::fmt::Display) -> ClientError {
+        ClientError::Garbled {
+            path: self.path.clone(),
+            reason: reason.to_string(),
+        }
+    }
+
+    fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {
+        self.runtime.block_on(async {
+            let answer = tokio::time::timeout(self.timeout, self.exchange(method, path, body));
+            let path = self.path.clone();
+            let (status, body) = answer.await.unwrap_or(Err(ClientError::Timeout { path }))?;
+            if status.is_success() {
+                return Ok(body);
+            }
+            let error: ErrorBody = serde_json::from_slice(&body).map_err(|e| self.garbled(&e))?;
+            Err(ClientError::Refused(error.message))
+        })
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<(StatusCode, Bytes), ClientError> {
+        let stream = UnixStream::connect(&self.path).await.map_err(|source| {
+            let path = self.path.clone();
+            ClientError::Connect { path, source }
+        })?;
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, "localhost")
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::CONNECTION, "close")
+            .body(Full::new(body))
+            .map_err(|e| self.garbled(&e))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| self.garbled(&e))?;
+        let answer = async {
+            let response = sender.send_request(request).await;
+            self.body(response.map_err(|e| self.garbled(&e))?).await
+        };
+        // The connection moves the bytes; its own error is the answer's error too.
+        let mut answer = std::pin::pin!(answer);
+        tokio::select! {
+            result = answer.as_mut() => result,
+            _ = connection => answer.await,
+        }
+    }
+
+    async fn body(&self, response: Response<Incoming>) -> Result<(StatusCode, Bytes), ClientError> {
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_LEN_MAX);
+        let body = body.collect().await.map_err(|e| self.garbled(&e))?;
+        Ok((status, body.to_bytes()))
+    }
+}

@@ -1,0 +1,46 @@
+//! What the API does to a guest, apart from how: a machine's handle in life, a fake in tests.
+
+use std::os::unix::net::UnixStream;
+
+use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
+
+/// The calls of a running machine that the API and the signals need. All of them wait for the
+/// machine's answer, at most [`ANSWER_TIMEOUT`](tandem_vmm::control::ANSWER_TIMEOUT).
+#[expect(
+    clippy::missing_errors_doc,
+    reason = "all fail as the handle's calls do"
+)]
+pub trait Control: Send + Sync + 'static {
+    /// Stops all vCPUs and devices.
+    fn pause(&self) -> Result<(), ControlError>;
+    /// Lets a paused machine run on.
+    fn resume(&self) -> Result<(), ControlError>;
+    /// Ends the guest, or asks it to end itself.
+    fn stop(&self, mode: StopMode) -> Result<(), ControlError>;
+    /// State and counters.
+    fn stats(&self) -> Result<MachineStats, ControlError>;
+    /// Adds a client to the serial console; it has been sent the recent output when this returns.
+    fn attach_console(&self, client: UnixStream) -> Result<(), ControlError>;
+}
+
+impl Control for Handle {
+    fn pause(&self) -> Result<(), ControlError> {
+        Self::pause(self)
+    }
+
+    fn resume(&self) -> Result<(), ControlError> {
+        Self::resume(self)
+    }
+
+    fn stop(&self, mode: StopMode) -> Result<(), ControlError> {
+        Self::stop(self, mode)
+    }
+
+    fn stats(&self) -> Result<MachineStats, ControlError> {
+        Self::stats(self)
+    }
+
+    fn attach_console(&self, client: UnixStream) -> Result<(), ControlError> {
+        Self::attach_console(self, client)
+    }
+}

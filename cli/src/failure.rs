@@ -1,0 +1,132 @@
+//! Why a verb failed, and the exit code that says so.
+
+use std::error::Error;
+use std::fmt::Write as _;
+use std::io;
+use std::path::PathBuf;
+
+use tandem_vmm::error::ErrorKind;
+
+use crate::client::ClientError;
+use crate::exit::Exit;
+use crate::runtime_dir::PlaceError;
+use crate::settings::Problem;
+use crate::settings::file::FileError;
+
+/// Why a verb failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The settings do not fit; all that is wrong with them.
+    #[error("{}", lines(.problems, file.as_ref()))]
+    Settings {
+        /// The file that was read, if any.
+        file: Option<PathBuf>,
+        /// The problems, at least one.
+        problems: Vec<Problem>,
+    },
+    /// The settings' file cannot be read.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// A guest's place cannot be taken, or the guest not be found.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The guest could not be started or did not end well.
+    #[error(transparent)]
+    Machine(#[from] tandem_vmm::error::Error),
+    /// A running guest did not do what was asked.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The guest did not end in time.
+    #[error("the guest `{name}` still runs after {seconds} s; see `tandem logs --vmm {name}`")]
+    StillRuns {
+        /// Its name.
+        name: String,
+        /// How long was waited for it.
+        seconds: u64,
+    },
+    /// An operation on the host failed.
+    #[error("cannot {action}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl Failure {
+    /// A refusal of the host.
+    pub(crate) fn host(action: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Host { action, source }
+    }
+
+    /// The exit code for it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Self::Settings { .. } | Self::File(_) | Self::Place(PlaceError::NoRoot) => Exit::Usage,
+            Self::Place(PlaceError::NoGuest { .. }) | Self::Client(_) | Self::StillRuns { .. } => {
+                Exit::Failed
+            }
+            Self::Place(_) | Self::Host { .. } => Exit::Resource,
+            Self::Machine(error) => match error.kind() {
+                ErrorKind::Config => Exit::Usage,
+                ErrorKind::Image => Exit::Image,
+                ErrorKind::Resource => Exit::Resource,
+                ErrorKind::Kvm => Exit::Kvm,
+                ErrorKind::TripleFault => Exit::TripleFault,
+                ErrorKind::GuestInternal => Exit::GuestInternal,
+                ErrorKind::Internal => Exit::Internal,
+            },
+        }
+    }
+
+    /// The failure as the lines that the user sees: its causes in one sentence.
+    pub fn report(&self) -> String {
+        let mut text = String::new();
+        for line in self.to_string().lines() {
+            // Writing to a string cannot fail.
+            let _ = writeln!(text, "tandem: {line}");
+        }
+        text.truncate(text.trim_end().len());
+        let mut cause = self.source();
+        while let Some(error) = cause {
+            let _ = write!(text, ": {error}");
+            cause = error.source();
+        }
+        text
+    }
+}
+
+fn lines(problems: &[Problem], file: Option<&PathBuf>) -> String {
+    let file = file.map(PathBuf::as_path);
+    let lines: Vec<String> = problems
+        .iter()
+        .map(|p| p.display(file).to_string())
+        .collect();
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::Origin;
+
+    #[test]
+    fn reports_chain_causes_and_list_problems() {
+        let failure = Failure::Host {
+            action: "start a thread",
+            source: io::Error::other("no room"),
+        };
+        assert_eq!(failure.report(), "tandem: cannot start a thread: no room");
+        let problem = Problem::new(Origin::Flag, "cpus", "too many");
+        let failure = Failure::Settings {
+            file: None,
+            problems: vec![problem.clone(), problem],
+        };
+        assert_eq!(
+            failure.report(),
+            "tandem: --cpus: too many\ntandem: --cpus: too many"
+        );
+        assert_eq!(failure.exit(), Exit::Usage);
+    }
+}

@@ -1,0 +1,16 @@
+//! The parts of the `tandem` command: settings, runtime directory, API server and clients.
+
+pub mod api;
+pub mod args;
+pub mod client;
+pub mod control;
+pub mod exit;
+pub mod failure;
+pub mod logging;
+pub mod output;
+pub mod run;
+pub mod runtime_dir;
+pub mod settings;
+pub mod signals;
+pub mod terminal;
+pub mod verbs;

@@ -1,0 +1,142 @@
+//! `tandem run`: from flags to a running guest, and back to an exit code.
+//!
+//! The order matters for the time to the first guest instruction: what a run can do without, such as
+//! serving the API, is left to a thread that starts when the machine is ready.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde_json::json;
+use tandem_vmm::config::ConsoleConfig;
+use tandem_vmm::control::Outcome;
+use tandem_vmm::machine::Machine;
+
+use crate::api::server::{Service, Sources};
+use crate::api::{Facts, Guest};
+use crate::args::{Format, RunArgs};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::runtime_dir::{Claim, Root, VMM_LOG, VMM_LOG_OLD};
+use crate::settings::{Launch, Settings, default_name, file, value};
+use crate::terminal::{Keys, RawTerminal};
+use crate::{logging, output, signals};
+
+/// Byte of the key that stops a guest on the terminal.
+const STOP_KEY: u8 = 0x1d;
+
+/// What the global flags say about a run.
+#[derive(Clone, Debug)]
+pub struct RunContext {
+    /// When the process started.
+    pub started: Instant,
+    /// Directory of the running guests, if given.
+    pub runtime_dir: Option<PathBuf>,
+    /// How a dry run prints.
+    pub format: Format,
+    /// Whether hints and warnings are left out.
+    pub quiet: bool,
+}
+
+/// Runs a guest until it ends.
+///
+/// # Errors
+/// When the guest cannot be started or does not end well. Nothing is left behind.
+pub fn run(args: RunArgs, context: &RunContext) -> Result<Exit, Failure> {
+    let dry_run = args.dry_run;
+    let launch = plan(args)?;
+    if dry_run {
+        return print_plan(launch, context.format);
+    }
+    start(launch, context)
+}
+
+/// Reads file and flags.
+fn plan(mut args: RunArgs) -> Result<Launch, Failure> {
+    let path = args.config.take();
+    let (from_file, problems) = match &path {
+        Some(path) => file::read(path)?,
+        None => Default::default(),
+    };
+    let refuse = |problems| Failure::Settings {
+        file: path.clone(),
+        problems,
+    };
+    let settings = from_file.merge(args.settings());
+    let launch = settings.launch(default_name(path.as_deref()));
+    match launch {
+        Ok(launch) if problems.is_empty() => Ok(launch),
+        Ok(_) => Err(refuse(problems)),
+        Err(more) => Err(refuse(problems.into_iter().chain(more).collect())),
+    }
+}
+
+fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
+    let printed = match format {
+        Format::Table => output::print(Settings::from(launch).to_string()),
+        Format::Json => output::print_json(&json!({
+            "config": launch.machine,
+            "api": launch.api,
+            "log_level": launch.log_level.to_string(),
+        })),
+    };
+    printed.map_err(Failure::host("print the settings"))?;
+    Ok(Exit::Ok)
+}
+
+fn start(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
+    let signals = signals::catch().map_err(Failure::host("catch signals"))?;
+    let root = Root::new(context.runtime_dir.clone())?;
+    let mut claim = root.claim(&launch.machine.name)?;
+    start_log(&claim, &launch, context.quiet)?;
+    let sources = Sources {
+        api: claim.bind_api(launch.api.as_deref())?,
+        console: claim.bind_console()?,
+        signals,
+    };
+    let facts = Facts {
+        config: launch.machine.clone(),
+        directory: claim.guest().dir().to_owned(),
+    };
+    let machine = Machine::open(launch.machine, context.started)?;
+    let terminal = enter_terminal(&facts, context.quiet)?;
+    let guest = Guest::new(Arc::new(machine.handle()), facts);
+    let service = Service::start(guest, sources, !context.quiet, move || root.sweep())
+        .map_err(Failure::host("start the API's thread"))?;
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest starts");
+    let outcome = machine.run();
+    service.finish();
+    drop(terminal);
+    tracing::info!(?outcome, "the guest ended");
+    Ok(exit(outcome?, context.quiet))
+}
+
+fn start_log(claim: &Claim, launch: &Launch, quiet: bool) -> Result<(), Failure> {
+    let path = |entry| claim.guest().path(entry);
+    logging::start(path(VMM_LOG), path(VMM_LOG_OLD), launch.log_level, quiet)
+        .map_err(Failure::host("make the VMM's log"))
+}
+
+/// Makes the terminal raw if the guest's console is on one, and says how to leave it.
+fn enter_terminal(facts: &Facts, quiet: bool) -> Result<Option<RawTerminal>, Failure> {
+    if facts.config.console != ConsoleConfig::Stdio {
+        return Ok(None);
+    }
+    let terminal = RawTerminal::enter(Keys::Interrupt(STOP_KEY))
+        .map_err(Failure::host("make the terminal raw"))?;
+    if terminal.is_some() && !quiet {
+        let key = value::control_key_text(STOP_KEY);
+        let name = &facts.config.name;
+        output::tell(&format!(
+            "tandem: console of guest `{name}`; {key} stops it, twice by force"
+        ));
+    }
+    Ok(terminal)
+}
+
+fn exit(outcome: Outcome, quiet: bool) -> Exit {
+    if outcome == Outcome::Reset && !quiet {
+        output::tell("tandem: the guest reset, which ends its run (--no-reboot)");
+    }
+    Exit::Ok
+}

@@ -1,0 +1,235 @@
+//! What the user says about a guest: flags, a TOML file, or both.
+//!
+//! Every value keeps the place where it was given, so that whatever turns out to be wrong with it
+//! later can be pointed at. [`Settings::merge`] lays flags over a file, `verify` looks for what
+//! does not fit together or to the host, and [`Settings::launch`] makes the machine's description.
+
+pub mod file;
+mod problem;
+pub mod value;
+mod verify;
+mod write;
+
+use std::path::{Path, PathBuf};
+
+use tandem_vmm::config::{
+    BootConfig, BootProtocol, ConsoleConfig, DiskConfig, MachineConfig, NetBackendConfig,
+    NetConfig, VsockConfig,
+};
+use tracing::level_filters::LevelFilter;
+
+pub use problem::{Origin, Problem};
+
+/// Guest memory if none is given, in bytes.
+pub const MEMORY_DEFAULT: u64 = 128 << 20;
+/// How much is logged if no level is given.
+pub const LOG_LEVEL_DEFAULT: LevelFilter = LevelFilter::INFO;
+
+/// A value and where it was given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Located<T> {
+    /// The value.
+    pub value: T,
+    /// Where it was given.
+    pub at: Origin,
+}
+
+impl<T> Located<T> {
+    /// A value from the command line.
+    pub fn flag(value: T) -> Self {
+        let at = Origin::Flag;
+        Self { value, at }
+    }
+}
+
+/// A disk, and where its parts were given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskSetting {
+    /// The disk.
+    pub config: DiskConfig,
+    /// Where its path was given.
+    pub path_at: Origin,
+    /// Where its identifier was given.
+    pub id_at: Origin,
+}
+
+/// A network interface, and where its parts were given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetSetting {
+    /// The interface.
+    pub config: NetConfig,
+    /// Where its backend was given.
+    pub backend_at: Origin,
+    /// Where its address was given.
+    pub mac_at: Origin,
+}
+
+/// Everything that flags and file can say; what is absent takes its default.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(
+    missing_docs,
+    reason = "the fields are the flags of `tandem run`, explained there"
+)]
+pub struct Settings {
+    pub name: Option<Located<String>>,
+    pub kernel: Option<Located<PathBuf>>,
+    pub initrd: Option<Located<PathBuf>>,
+    pub cmdline: Option<Located<String>>,
+    pub boot: Option<Located<BootProtocol>>,
+    pub acpi: Option<Located<bool>>,
+    pub cpus: Option<Located<u8>>,
+    pub memory: Option<Located<u64>>,
+    pub hugepages: Option<Located<bool>>,
+    pub console: Option<Located<ConsoleConfig>>,
+    pub virtio_console: Option<Located<bool>>,
+    pub rng_seed: Option<Located<u64>>,
+    pub no_reboot: Option<Located<bool>>,
+    pub pin: Option<Located<Vec<usize>>>,
+    pub realtime: Option<Located<u8>>,
+    pub api: Option<Located<PathBuf>>,
+    pub log_level: Option<Located<LevelFilter>>,
+    pub disks: Vec<DiskSetting>,
+    pub nets: Vec<NetSetting>,
+    pub vsock: Option<Located<VsockConfig>>,
+}
+
+/// A guest that can be started: all values known, none of them wrong in itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Launch {
+    /// The machine.
+    pub machine: MachineConfig,
+    /// Where the API listens, if not in the runtime directory.
+    pub api: Option<PathBuf>,
+    /// How much is logged.
+    pub log_level: LevelFilter,
+}
+
+impl From<DiskConfig> for DiskSetting {
+    /// A disk from the command line.
+    fn from(config: DiskConfig) -> Self {
+        let (path_at, id_at) = (Origin::Flag, Origin::Flag);
+        Self {
+            config,
+            path_at,
+            id_at,
+        }
+    }
+}
+
+impl From<NetConfig> for NetSetting {
+    /// An interface from the command line.
+    fn from(config: NetConfig) -> Self {
+        let (backend_at, mac_at) = (Origin::Flag, Origin::Flag);
+        Self {
+            config,
+            backend_at,
+            mac_at,
+        }
+    }
+}
+
+fn value<T>(located: Option<Located<T>>) -> Option<T> {
+    located.map(|l| l.value)
+}
+
+impl Settings {
+    /// Lays `over` on top: its values win, its disks and interfaces come after these.
+    #[must_use]
+    pub fn merge(mut self, over: Self) -> Self {
+        self.disks.extend(over.disks);
+        self.nets.extend(over.nets);
+        Self {
+            name: over.name.or(self.name),
+            kernel: over.kernel.or(self.kernel),
+            initrd: over.initrd.or(self.initrd),
+            cmdline: over.cmdline.or(self.cmdline),
+            boot: over.boot.or(self.boot),
+            acpi: over.acpi.or(self.acpi),
+            cpus: over.cpus.or(self.cpus),
+            memory: over.memory.or(self.memory),
+            hugepages: over.hugepages.or(self.hugepages),
+            console: over.console.or(self.console),
+            virtio_console: over.virtio_console.or(self.virtio_console),
+            rng_seed: over.rng_seed.or(self.rng_seed),
+            no_reboot: over.no_reboot.or(self.no_reboot),
+            pin: over.pin.or(self.pin),
+            realtime: over.realtime.or(self.realtime),
+            api: over.api.or(self.api),
+            log_level: over.log_level.or(self.log_level),
+            vsock: over.vsock.or(self.vsock),
+            disks: self.disks,
+            nets: self.nets,
+        }
+    }
+
+    /// Makes the machine's description; the guest is called `default_name` if it has no name.
+    ///
+    /// # Errors
+    /// Everything that does not fit, sorted by place.
+    pub fn launch(self, default_name: String) -> Result<Launch, Vec<Problem>> {
+        let problems = verify::verify(&self);
+        let Some(kernel) = self.kernel.filter(|_| problems.is_empty()) else {
+            return Err(problems);
+        };
+        let machine = MachineConfig {
+            name: value(self.name).unwrap_or(default_name),
+            boot: BootConfig {
+                kernel: kernel.value,
+                initrd: value(self.initrd),
+                cmdline: value(self.cmdline).unwrap_or_default(),
+                protocol: value(self.boot).unwrap_or_default(),
+                acpi: value(self.acpi).unwrap_or(true),
+            },
+            cpus: value(self.cpus).unwrap_or(1),
+            memory: value(self.memory).unwrap_or(MEMORY_DEFAULT),
+            hugepages: value(self.hugepages).unwrap_or_default(),
+            disks: self.disks.into_iter().map(|d| d.config).collect(),
+            nets: self.nets.into_iter().map(|n| n.config).collect(),
+            vsock: value(self.vsock),
+            console: value(self.console).unwrap_or_default(),
+            virtio_console: value(self.virtio_console).unwrap_or_default(),
+            rng_seed: value(self.rng_seed),
+            no_reboot: value(self.no_reboot).unwrap_or_default(),
+            pin: value(self.pin).unwrap_or_default(),
+            realtime: value(self.realtime),
+        };
+        Ok(Launch {
+            machine,
+            api: value(self.api),
+            log_level: value(self.log_level).unwrap_or(LOG_LEVEL_DEFAULT),
+        })
+    }
+
+    /// Makes every relative path relative to `directory` instead.
+    fn rebase(&mut self, directory: &Path) {
+        let rebase = |path: &mut PathBuf| *path = directory.join(&*path);
+        for path in [&mut self.kernel, &mut self.initrd, &mut self.api] {
+            path.iter_mut().for_each(|p| rebase(&mut p.value));
+        }
+        if let Some(ConsoleConfig::File(path)) = self.console.as_mut().map(|c| &mut c.value) {
+            rebase(path);
+        }
+        self.disks
+            .iter_mut()
+            .for_each(|d| rebase(&mut d.config.path));
+        for net in &mut self.nets {
+            if let NetBackendConfig::Socket(path) = &mut net.config.backend {
+                rebase(path);
+            }
+        }
+        if let Some(vsock) = &mut self.vsock {
+            rebase(&mut vsock.value.path);
+        }
+    }
+}
+
+/// The name of a guest that was given none: the stem of its file if that is a name, else `vm-PID`.
+pub fn default_name(file: Option<&Path>) -> String {
+    file.and_then(Path::file_stem)
+        .and_then(|stem| value::name(stem.to_str()?).ok())
+        .unwrap_or_else(|| format!("vm-{}", std::process::id()))
+}
+
+#[cfg(test)]
+#[path = "settings_tests.rs"]
+pub(crate) mod tests;

@@ -1,0 +1,310 @@
+use std::fs;
+
+use proptest::prelude::*;
+use tandem_vmm::config::{DiskEngine, MacAddr};
+
+use super::*;
+
+const FULL: &str = r#"
+name = "web"
+kernel = "vmlinux"
+cmdline = "console=ttyS0"
+cpus = 2
+memory = "512MiB"
+console = "file=out.log"
+no-reboot = true
+pin = [0, 1]
+rng-seed = 18446744073709551615
+
+[[disk]]
+path = "root.img"
+readonly = true
+
+[[disk]]
+path = "/data.img"
+id = "data"
+engine = "threads"
+
+[[net]]
+tap = "tap0"
+mac = "52:54:00:12:34:56"
+
+[vsock]
+cid = 3
+path = "v.sock"
+"#;
+
+fn lines(text: &str) -> Vec<String> {
+    let (_, problems) = file::parse(text);
+    let file = Some(Path::new("vm.toml"));
+    problems
+        .iter()
+        .map(|p| p.display(file).to_string())
+        .collect()
+}
+
+#[test]
+fn a_full_file_is_read() {
+    let (settings, problems) = file::parse(FULL);
+    assert_eq!(problems, []);
+    assert_eq!(settings.memory.as_ref().map(|m| m.value), Some(512 << 20));
+    assert_eq!(settings.rng_seed.as_ref().map(|s| s.value), Some(u64::MAX));
+    assert_eq!(settings.disks[1].config.engine, DiskEngine::Threads);
+    assert_eq!(
+        settings.disks[1].id_at,
+        Origin::File {
+            line: 18,
+            column: 6
+        }
+    );
+    assert_eq!(settings.vsock.map(|v| v.value.cid), Some(3));
+}
+
+#[test]
+fn every_problem_is_named_with_its_place() {
+    let text = "memroy = \"1GiB\"\ncpus = 99\nmemory = 512\nkernel = [\n\"x\"]\n\
+                [[disk]]\nid = \"a,b\"\n[[net]]\nmac = 3\n[[net]]\ntap = \"a\"\nsocket = \"b\"\n";
+    let lines = lines(text);
+    let starts = [
+        "vm.toml:1:1: key `memroy`: unknown, did you mean `memory`? allowed keys: name, kernel,",
+        "vm.toml:2:8: key `cpus`: `99` is not allowed: must be a whole number from 1 to 32",
+        "vm.toml:3:10: key `memory`: must be text in quotes, not a whole number",
+        "vm.toml:4:10: key `kernel`: must be text in quotes, not a list",
+        "vm.toml:6:1: key `disk.path`: missing",
+        "vm.toml:7:6: key `disk.id`: `a,b` is not allowed",
+        "vm.toml:8:1: key `net`: must have `tap` or `socket`, and not both",
+        "vm.toml:9:7: key `net.mac`: must be text in quotes",
+        "vm.toml:10:1: key `net`: must have `tap` or `socket`, and not both",
+    ];
+    assert_eq!(lines.len(), starts.len(), "{lines:#?}");
+    for (line, start) in lines.iter().zip(starts) {
+        assert!(
+            line.starts_with(start),
+            "{line} does not start with {start}"
+        );
+    }
+}
+
+#[test]
+fn broken_toml_is_named_and_the_rest_still_read() {
+    let lines = lines("cpus = = 3\nmemory = \"1\"\n");
+    assert!(lines[0].starts_with("vm.toml:1:8: not TOML: "), "{lines:?}");
+    assert!(lines[1].contains("2:10: key `memory`"), "{lines:?}");
+    assert_eq!(lines.len(), 2, "{lines:?}");
+}
+
+#[test]
+fn flags_win_and_devices_add_up() {
+    let (file, _) = file::parse(FULL);
+    let over = Settings {
+        cpus: Some(Located::flag(4)),
+        no_reboot: Some(Located::flag(false)),
+        disks: vec![value::disk("path=more.img").expect("a disk").into()],
+        ..Settings::default()
+    };
+    let merged = file.merge(over);
+    assert_eq!(merged.cpus.map(|c| c.value), Some(4));
+    assert_eq!(merged.no_reboot.map(|n| n.value), Some(false));
+    assert_eq!(merged.memory.map(|m| m.value), Some(512 << 20));
+    assert_eq!(merged.disks.len(), 3);
+}
+
+#[test]
+fn paths_of_a_file_are_relative_to_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().join("vm.toml");
+    fs::write(&path, FULL).expect("written");
+    let (settings, _) = file::read(&path).expect("read");
+    assert_eq!(settings.disks[0].config.path, dir.path().join("root.img"));
+    assert_eq!(settings.disks[1].config.path, Path::new("/data.img"));
+    let console = settings.console.map(|c| c.value);
+    assert_eq!(
+        console,
+        Some(ConsoleConfig::File(dir.path().join("out.log")))
+    );
+}
+
+/// Problems that only show when settings are held against each other and the host.
+fn launch_problems(text: &str) -> Vec<String> {
+    let (settings, problems) = file::parse(text);
+    assert_eq!(problems, []);
+    let problems = settings.launch("x".into()).expect_err("problems");
+    problems
+        .iter()
+        .map(|p| p.display(None).to_string())
+        .collect()
+}
+
+#[test]
+fn what_does_not_fit_together_is_found() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let image = dir.path().join("a.img");
+    fs::write(&image, "x").expect("written");
+    let image = image.display();
+    let text = format!(
+        "kernel = '/no/such'\nmemory = '1TiB'\ncpus = 2\npin = [9999]\napi = '/no/dir/s'\n\
+         [[disk]]\npath = '{image}'\nid = 'a'\n[[disk]]\npath = '{image}'\nid = 'a'\n\
+         [[disk]]\npath = '/tmp'\n\
+         [[net]]\ntap = 't'\nmac = '02:00:00:00:00:01'\n[[net]]\ntap = 't'\nmac = '02:00:00:00:00:01'\n"
+    );
+    let found = launch_problems(&text);
+    let wanted = [
+        "--kernel: `/no/such` cannot be read",
+        "--memory: `1TiB` is more than this host has",
+        "--pin: has 1 host CPUs for 2 vCPUs",
+        "--pin: `9999` is no host CPU",
+        "--api: `/no/dir/s` cannot be made",
+        &format!("--disk: `{image}` is given twice; an image"),
+        "--disk: `a` is given twice",
+        "--disk: `/tmp` is of the wrong kind; must be a regular file or a block device",
+        "--net: `t` is given twice",
+        "--net: `02:00:00:00:00:01` is given twice",
+    ];
+    for start in wanted {
+        assert!(
+            found.iter().any(|f| f.starts_with(start)),
+            "{start} not in {found:#?}"
+        );
+    }
+    assert_eq!(found.len(), wanted.len(), "{found:#?}");
+}
+
+#[test]
+fn a_kernel_is_needed_and_devices_are_limited() {
+    let odd = "memory = '3MiB'\nhugepages = true\n";
+    let disks: String = (0..16).map(|_| "[[disk]]\npath = '/dev/null'\n").collect();
+    let found = launch_problems(&format!("{odd}{disks}"));
+    assert!(
+        found
+            .iter()
+            .any(|f| f.contains("`3MiB` is no multiple of 2MiB"))
+    );
+    assert!(found.iter().any(|f| f.starts_with("--kernel: missing")));
+    assert!(found.iter().any(|f| f.contains("17 virtio devices")));
+}
+
+#[test]
+fn readonly_images_can_be_shared_and_defaults_hold() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let image = dir.path().join("a.img");
+    fs::write(&image, "x").expect("written");
+    let image = image.display();
+    let text = format!(
+        "kernel = '{image}'\n[[disk]]\npath = '{image}'\nreadonly = true\n\
+         [[disk]]\npath = '{image}'\nreadonly = true\n"
+    );
+    let (settings, _) = file::parse(&text);
+    let launch = settings.launch("x".into()).expect("a launch");
+    assert_eq!(
+        (launch.machine.cpus, launch.machine.memory),
+        (1, MEMORY_DEFAULT)
+    );
+    assert_eq!(launch.machine.name, "x");
+}
+
+#[test]
+fn default_names_come_from_the_file() {
+    assert_eq!(default_name(Some(Path::new("/etc/web.toml"))), "web");
+    let by_pid = format!("vm-{}", std::process::id());
+    assert_eq!(default_name(Some(Path::new("/etc/my vm.toml"))), by_pid);
+    assert_eq!(default_name(None), by_pid);
+}
+
+/// Settings without their places, which differ between a file and flags.
+fn bare(settings: &Settings) -> String {
+    settings.to_string()
+}
+
+fn some_path() -> impl Strategy<Value = PathBuf> {
+    "[a-zA-Z0-9 \"'\\\\äß=/.-]{1,20}".prop_map(PathBuf::from)
+}
+
+fn some_disk() -> impl Strategy<Value = DiskSetting> {
+    let engine = prop_oneof![
+        Just(DiskEngine::Auto),
+        Just(DiskEngine::Uring),
+        Just(DiskEngine::Threads)
+    ];
+    let id = proptest::option::of("[!-+\\--~]{1,20}");
+    (some_path(), any::<bool>(), id, any::<bool>(), engine).prop_map(
+        |(path, readonly, id, direct, engine)| {
+            DiskSetting::from(DiskConfig {
+                path,
+                readonly,
+                id,
+                direct,
+                engine,
+            })
+        },
+    )
+}
+
+fn some_net() -> impl Strategy<Value = NetSetting> {
+    let backend = prop_oneof![
+        "[a-z][a-z0-9.]{0,14}".prop_map(NetBackendConfig::Tap),
+        some_path().prop_map(NetBackendConfig::Socket),
+    ];
+    let mac = proptest::option::of(any::<[u8; 5]>());
+    (backend, mac).prop_map(|(backend, mac)| {
+        let mac = mac.map(|[a, b, c, d, e]| MacAddr([2, a, b, c, d, e]));
+        NetSetting::from(NetConfig { backend, mac })
+    })
+}
+
+prop_compose! {
+    pub(crate) fn some_settings()(
+        name in proptest::option::of("[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,62}"),
+        kernel in proptest::option::of(some_path()),
+        cmdline in proptest::option::of("[^\u{0}]{0,40}"),
+        cpus in proptest::option::of(1u8..=32),
+        mib in proptest::option::of(2u64..100_000),
+        console in proptest::option::of(prop_oneof![
+            Just(ConsoleConfig::Stdio),
+            Just(ConsoleConfig::Off),
+            some_path().prop_map(ConsoleConfig::File),
+        ]),
+        rng_seed in proptest::option::of(any::<u64>()),
+        acpi in proptest::option::of(any::<bool>()),
+        no_reboot in proptest::option::of(any::<bool>()),
+        pin in proptest::option::of(proptest::collection::vec(0usize..64, 1..4)),
+        realtime in proptest::option::of(1u8..=99),
+        disks in proptest::collection::vec(some_disk(), 0..3),
+        nets in proptest::collection::vec(some_net(), 0..3),
+        vsock in proptest::option::of((3u32..u32::MAX, some_path())),
+    ) -> Settings {
+        Settings {
+            name: name.map(Located::flag),
+            kernel: kernel.map(Located::flag),
+            cmdline: cmdline.map(Located::flag),
+            cpus: cpus.map(Located::flag),
+            memory: mib.map(|m| Located::flag(m << 20)),
+            console: console.map(Located::flag),
+            rng_seed: rng_seed.map(Located::flag),
+            no_reboot: no_reboot.map(Located::flag),
+            acpi: acpi.map(Located::flag),
+            pin: pin.map(Located::flag),
+            realtime: realtime.map(Located::flag),
+            log_level: Some(Located::flag(LevelFilter::DEBUG)),
+            boot: Some(Located::flag(BootProtocol::Pvh)),
+            disks,
+            nets,
+            vsock: vsock.map(|(cid, path)| Located::flag(VsockConfig { cid, path })),
+            ..Settings::default()
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_written_file_reads_back(settings in some_settings()) {
+        let text = settings.to_string();
+        let (read, problems) = file::parse(&text);
+        prop_assert_eq!(&problems, &[], "{}", text);
+        prop_assert_eq!(bare(&read), text);
+    }
+
+    #[test]
+    fn no_file_breaks_the_reader(text in "[a-z=\\[\\]{}\"'0-9.\n #-]{0,200}") {
+        let _ = file::parse(&text);
+    }
+}

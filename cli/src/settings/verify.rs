@@ -1,0 +1,277 @@
+//! What single values cannot show: whether settings fit each other and this host.
+
+use std::collections::HashSet;
+use std::fs;
+use std::hash::Hash;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use rustix::thread::{CpuSet, sched_getaffinity};
+use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
+
+use super::{MEMORY_DEFAULT, Origin, Problem, Settings, value};
+
+/// Looks for everything that does not fit; an empty list means that nothing was found.
+///
+/// Taps and the sockets that interfaces are plugged into may appear later and are not looked at.
+pub(super) fn verify(settings: &Settings) -> Vec<Problem> {
+    let mut problems = Problems(Vec::new());
+    images(settings, &mut problems);
+    memory(settings, &mut problems);
+    huge_pages(settings, &mut problems);
+    pinning(settings, &mut problems);
+    disks(settings, &mut problems);
+    nets(settings, &mut problems);
+    places(settings, &mut problems);
+    device_count(settings, &mut problems);
+    problems.0.sort_by_key(|p| p.at);
+    problems.0
+}
+
+struct Problems(Vec<Problem>);
+
+impl Problems {
+    fn add(&mut self, at: Origin, key: &str, message: impl Into<String>) {
+        self.0.push(Problem::new(at, key, message));
+    }
+
+    /// Reports `path` unless it is a file that can be opened and fits `fits`.
+    fn file(&mut self, at: Origin, key: &str, path: &Path, fits: fn(&fs::Metadata) -> bool) {
+        let opened = fs::metadata(path).and_then(|meta| {
+            // Opening a FIFO or a terminal would wait; only what fits is opened.
+            if fits(&meta) {
+                fs::File::open(path)?;
+            }
+            Ok(meta)
+        });
+        let what = match opened {
+            Ok(meta) if !fits(&meta) => "is of the wrong kind".to_owned(),
+            Ok(meta) if meta.is_file() && meta.len() == 0 => "is empty".to_owned(),
+            Ok(_) => return,
+            Err(error) => format!("cannot be read: {error}"),
+        };
+        let wanted = if key.starts_with("disk") {
+            "a regular file or a block device"
+        } else {
+            "a regular file"
+        };
+        let path = path.display();
+        self.add(at, key, format!("`{path}` {what}; must be {wanted}"));
+    }
+
+    /// Reports `path` if nothing can be made there because there is no such directory.
+    fn parent(&mut self, at: Origin, key: &str, path: &Path) {
+        let parent = match path.parent() {
+            Some(p) if p.as_os_str().is_empty() => Path::new("."),
+            Some(p) => p,
+            None => path,
+        };
+        if !parent.is_dir() {
+            let (path, parent) = (path.display(), parent.display());
+            self.add(
+                at,
+                key,
+                format!("`{path}` cannot be made: `{parent}` is no directory"),
+            );
+        }
+    }
+
+    /// Reports `path` if it is too long for a unix socket.
+    fn socket(&mut self, at: Origin, key: &str, path: &Path) {
+        if let Err(error) = value::socket_path(&path.to_string_lossy()) {
+            self.add(at, key, format!("`{}` {error}", path.display()));
+        }
+    }
+
+    /// Reports each value that came before.
+    fn unique<T: Eq + Hash>(
+        &mut self,
+        key: &str,
+        values: impl Iterator<Item = (T, Origin, String)>,
+    ) {
+        let mut seen = HashSet::new();
+        for (value, at, shown) in values {
+            if !seen.insert(value) {
+                self.add(
+                    at,
+                    key,
+                    format!("`{shown}` is given twice; each must be different"),
+                );
+            }
+        }
+    }
+}
+
+fn images(settings: &Settings, problems: &mut Problems) {
+    match &settings.kernel {
+        Some(kernel) => problems.file(kernel.at, "kernel", &kernel.value, fs::Metadata::is_file),
+        None => problems.add(
+            Origin::Absent,
+            "kernel",
+            "missing; must be an ELF kernel or a bzImage",
+        ),
+    }
+    if let Some(initrd) = &settings.initrd {
+        problems.file(initrd.at, "initrd", &initrd.value, fs::Metadata::is_file);
+    }
+}
+
+fn memory(settings: &Settings, problems: &mut Problems) {
+    let (bytes, at) = settings
+        .memory
+        .as_ref()
+        .map_or((MEMORY_DEFAULT, Origin::Absent), |m| (m.value, m.at));
+    let info = rustix::system::sysinfo();
+    let host = (info.totalram as u64).saturating_mul(u64::from(info.mem_unit));
+    if bytes > host {
+        let (asked, most) = (value::size(bytes), value::size(host >> 20 << 20));
+        problems.add(
+            at,
+            "memory",
+            format!("`{asked}` is more than this host has; must be at most {most}"),
+        );
+    }
+}
+
+/// Bytes of a huge page.
+const HUGE_PAGE: u64 = 2 << 20;
+
+fn huge_pages(settings: &Settings, problems: &mut Problems) {
+    let Some(memory) = &settings.memory else {
+        return;
+    };
+    let huge = settings.hugepages.as_ref().is_some_and(|h| h.value);
+    if huge && !memory.value.is_multiple_of(HUGE_PAGE) {
+        let (asked, page) = (value::size(memory.value), value::size(HUGE_PAGE));
+        let message = format!("`{asked}` is no multiple of {page}, as huge pages need");
+        problems.add(memory.at, "memory", message);
+    }
+}
+
+fn pinning(settings: &Settings, problems: &mut Problems) {
+    let Some(pin) = &settings.pin else { return };
+    let cpus = settings.cpus.as_ref().map_or(1, |c| c.value);
+    if pin.value.len() != usize::from(cpus) {
+        let given = pin.value.len();
+        problems.add(
+            pin.at,
+            "pin",
+            format!("has {given} host CPUs for {cpus} vCPUs; must have one for each"),
+        );
+    }
+    let Ok(usable) = sched_getaffinity(None) else {
+        return;
+    };
+    let ours = |cpu: &usize| *cpu < CpuSet::MAX_CPU && usable.is_set(*cpu);
+    if let Some(cpu) = pin.value.iter().find(|cpu| !ours(cpu)) {
+        let all: Vec<String> = (0..CpuSet::MAX_CPU)
+            .filter(ours)
+            .map(|cpu| cpu.to_string())
+            .collect();
+        let all = all.join(", ");
+        problems.add(
+            pin.at,
+            "pin",
+            format!("`{cpu}` is no host CPU that this process may use; allowed are {all}"),
+        );
+    }
+}
+
+fn disks(settings: &Settings, problems: &mut Problems) {
+    for disk in &settings.disks {
+        let fits = |m: &fs::Metadata| m.is_file() || m.file_type().is_block_device();
+        problems.file(disk.path_at, "disk.path", &disk.config.path, fits);
+    }
+    let ids = settings.disks.iter().filter_map(|d| {
+        let id = d.config.id.as_ref()?;
+        Some((id, d.id_at, id.clone()))
+    });
+    problems.unique("disk.id", ids);
+    shared_disks(settings, problems);
+}
+
+/// Reports images that are given twice and written at least once.
+fn shared_disks(settings: &Settings, problems: &mut Problems) {
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    for (index, disk) in settings.disks.iter().enumerate() {
+        let twin = settings.disks[..index].iter().any(|other| {
+            real(&other.config.path) == real(&disk.config.path)
+                && !(other.config.readonly && disk.config.readonly)
+        });
+        if twin {
+            let path = disk.config.path.display();
+            problems.add(
+                disk.path_at,
+                "disk.path",
+                format!("`{path}` is given twice; an image can be shared only if all are readonly"),
+            );
+        }
+    }
+}
+
+fn nets(settings: &Settings, problems: &mut Problems) {
+    let macs = settings.nets.iter().filter_map(|n| {
+        let mac = n.config.mac?;
+        Some((mac, n.mac_at, mac.to_string()))
+    });
+    problems.unique("net.mac", macs);
+    let backend = |tap: bool| {
+        settings
+            .nets
+            .iter()
+            .filter_map(move |n| match &n.config.backend {
+                NetBackendConfig::Tap(name) if tap => Some((name.clone(), n.backend_at)),
+                NetBackendConfig::Socket(path) if !tap => {
+                    Some((path.to_string_lossy().into_owned(), n.backend_at))
+                }
+                _ => None,
+            })
+    };
+    for (key, tap) in [("net.tap", true), ("net.socket", false)] {
+        problems.unique(key, backend(tap).map(|(name, at)| (name.clone(), at, name)));
+    }
+    for (path, at) in backend(false) {
+        problems.socket(at, "net.socket", Path::new(&path));
+    }
+}
+
+/// Reports files and sockets that could not be made.
+fn places(settings: &Settings, problems: &mut Problems) {
+    if let Some(console) = &settings.console
+        && let ConsoleConfig::File(path) = &console.value
+    {
+        problems.parent(console.at, "console", path);
+    }
+    if let Some(api) = &settings.api {
+        problems.parent(api.at, "api", &api.value);
+        problems.socket(api.at, "api", &api.value);
+    }
+    if let Some(vsock) = &settings.vsock {
+        problems.parent(vsock.at, "vsock.path", &vsock.value.path);
+        problems.socket(vsock.at, "vsock.path", &vsock.value.path);
+    }
+}
+
+fn device_count(settings: &Settings, problems: &mut Problems) {
+    let console = settings.virtio_console.as_ref().is_some_and(|v| v.value);
+    // The entropy device is always there.
+    let count = settings.disks.len()
+        + settings.nets.len()
+        + usize::from(settings.vsock.is_some())
+        + usize::from(console)
+        + 1;
+    if count > VIRTIO_DEVICES_MAX {
+        let key = if settings.nets.len() > settings.disks.len() {
+            "net"
+        } else {
+            "disk"
+        };
+        problems.add(
+            Origin::Absent,
+            key,
+            format!(
+                "the guest has {count} virtio devices with its entropy device; must be at most {VIRTIO_DEVICES_MAX}"
+            ),
+        );
+    }
+}

@@ -1,0 +1,93 @@
+//! What the verbs do, each in one function; `run` has a module of its own.
+
+mod attach;
+mod change;
+mod show;
+mod writing;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use crate::args::{Cli, Format, Verb};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output;
+use crate::run::{self, RunContext};
+use crate::runtime_dir::Root;
+
+/// What the global flags say.
+#[derive(Clone, Copy, Debug)]
+struct Style {
+    format: Format,
+    quiet: bool,
+}
+
+impl Style {
+    fn json(self) -> bool {
+        self.format == Format::Json
+    }
+
+    /// Tells the user something that was not asked for.
+    fn hint(self, text: &str) {
+        if !self.quiet {
+            output::tell(&format!("tandem: {text}"));
+        }
+    }
+}
+
+/// Does what the command line says; `started` is when the process started.
+pub fn dispatch(cli: Cli, started: Instant) -> ExitCode {
+    let exit = carry_out(cli, started).unwrap_or_else(|failure| {
+        output::tell(&failure.report());
+        failure.exit()
+    });
+    exit.into()
+}
+
+fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
+    let style = Style {
+        format: cli.format,
+        quiet: cli.quiet,
+    };
+    let root = || Root::new(cli.runtime_dir.clone());
+    match cli.verb {
+        Verb::Run(args) => {
+            let context = RunContext {
+                started,
+                runtime_dir: cli.runtime_dir,
+                format: cli.format,
+                quiet: cli.quiet,
+            };
+            return run::run(*args, &context);
+        }
+        Verb::Check { file } => return show::check(&file, style),
+        Verb::List => show::list(&root()?, style)?,
+        Verb::Info { name } => show::info(&root()?.find(&name)?, style)?,
+        Verb::Metrics { name } => show::metrics(&root()?.find(&name)?)?,
+        Verb::Version => show::version(style)?,
+        Verb::Console { name, detach_key } => {
+            attach::console(&root()?.find(&name)?, detach_key, style)?;
+        }
+        Verb::Logs { name, follow, vmm } => {
+            let guest = root()?.find(&name)?;
+            if vmm {
+                attach::vmm_log(&guest, follow)?;
+            } else {
+                attach::logs(&guest, follow)?;
+            }
+        }
+        Verb::Pause(change) => change::pause(&root()?.find(&change.name)?, &change, style)?,
+        Verb::Resume(change) => change::resume(&root()?.find(&change.name)?, &change, style)?,
+        Verb::Stop {
+            change,
+            force,
+            timeout,
+        } => {
+            let stop = change::Stop { force, timeout };
+            change::stop(&root()?.find(&change.name)?, &change, stop, style)?;
+        }
+        Verb::Man { directory } => writing::man(&directory)?,
+        Verb::Completions { shell } => writing::completions(shell)?,
+    }
+    Ok(Exit::Ok)
+}

@@ -1,0 +1,39 @@
+//! Virtio block device (VIRTIO 1.2, 5.2): one queue of reads, writes, flushes and discards.
+//!
+//! Requests go to a [`BlockBackend`] in batches and come back in any order. A [raw file](open) is
+//! served by [io_uring](uring) or by [threads]; both work straight in the guest's buffers.
+//!
+//! Cost: one system call for all requests of a kick and one interrupt for all that complete
+//! together. No payload is copied, but for unaligned buffers of a disk that bypasses the page
+//! cache.
+
+mod aligned;
+mod backend;
+mod device;
+mod execute;
+mod flight;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod memory;
+pub mod open;
+mod request;
+#[cfg(test)]
+mod tests;
+pub mod threads;
+pub mod uring;
+
+pub use backend::{BlockBackend, BlockIo, Operation};
+pub use device::Block;
+pub use open::{DiskError, DiskFile};
+
+/// Number of the only queue (5.2.2).
+pub const REQUEST_QUEUE: usize = 0;
+/// Size of the queue, and so the most requests in flight.
+pub const QUEUE_SIZE: u16 = 256;
+/// Bytes of a sector, the unit of addresses (5.2.4).
+pub const SECTOR: u64 = 512;
+/// Bytes of the identifier (5.2.6).
+pub const ID_SIZE: usize = 20;
+/// Most sectors of one discard or write-zeroes request: 1 GiB.
+pub const ZERO_SECTORS_MAX: u32 = 1 << 21;
+/// Requests taken before other devices get their turn.
+pub const REQUESTS_PER_CALL: usize = 256;

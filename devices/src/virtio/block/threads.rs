@@ -1,0 +1,172 @@
+//! A disk served by worker threads, for hosts without io_uring.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::execute::execute;
+use super::{BlockBackend, BlockIo, DiskFile, QUEUE_SIZE};
+use crate::event::Poller;
+
+/// Worker threads per disk.
+pub const WORKERS: usize = 2;
+/// Stack of a worker in bytes.
+const STACK_SIZE: usize = 128 << 10;
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<BlockIo>,
+    done: VecDeque<(usize, io::Result<()>)>,
+    ending: bool,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    work: Condvar,
+    finished: Condvar,
+    event: EventFd,
+    disk: DiskFile,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn work_until_the_end(&self) {
+        let mut state = self.lock();
+        while !state.ending {
+            let Some(job) = state.jobs.pop_front() else {
+                state = self
+                    .work
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            drop(state);
+            let token = job.token;
+            let result = execute(&self.disk, job);
+            state = self.lock();
+            let first = state.done.is_empty();
+            state.done.push_back((token, result));
+            self.finished.notify_all();
+            if first && let Err(error) = self.event.write(1) {
+                tracing::error!(%error, "cannot announce a completed request");
+            }
+        }
+    }
+}
+
+/// A disk and its workers.
+pub struct ThreadsBackend {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    in_flight: usize,
+}
+
+impl ThreadsBackend {
+    /// Starts the workers of `disk`.
+    ///
+    /// # Errors
+    /// When the host has no thread or descriptor left.
+    pub fn new(disk: DiskFile) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            work: Condvar::new(),
+            finished: Condvar::new(),
+            event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            disk,
+        });
+        let mut backend = Self {
+            shared,
+            workers: Vec::new(),
+            in_flight: 0,
+        };
+        for number in 0..WORKERS {
+            let shared = Arc::clone(&backend.shared);
+            let worker = std::thread::Builder::new()
+                .name(format!("disk{number}"))
+                .stack_size(STACK_SIZE)
+                .spawn(move || shared.work_until_the_end())?;
+            backend.workers.push(worker);
+        }
+        Ok(backend)
+    }
+}
+
+impl BlockBackend for ThreadsBackend {
+    fn sectors(&self) -> u64 {
+        self.shared.disk.sectors
+    }
+
+    fn block_size(&self) -> u32 {
+        self.shared.disk.block_size
+    }
+
+    fn is_readonly(&self) -> bool {
+        self.shared.disk.readonly
+    }
+
+    fn start(&mut self, poller: &mut dyn Poller, token: u32) -> io::Result<()> {
+        poller.watch_input(borrow(&self.shared.event), token)
+    }
+
+    fn stop(&mut self, poller: &mut dyn Poller) {
+        poller.unwatch(borrow(&self.shared.event));
+    }
+
+    fn has_room(&self) -> bool {
+        self.in_flight < usize::from(QUEUE_SIZE)
+    }
+
+    fn submit(&mut self, io: BlockIo) {
+        assert!(self.has_room(), "the device asks for room first");
+        self.in_flight += 1;
+        self.shared.lock().jobs.push_back(io);
+        self.shared.work.notify_one();
+    }
+
+    fn flush_batch(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn next_completed(&mut self) -> Option<(usize, io::Result<()>)> {
+        let completed = self.shared.lock().done.pop_front();
+        self.in_flight -= usize::from(completed.is_some());
+        completed
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        let mut state = self.shared.lock();
+        while state.done.is_empty() && self.in_flight > 0 {
+            state = self
+                .shared
+                .finished
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for ThreadsBackend {
+    fn drop(&mut self) {
+        self.shared.lock().ending = true;
+        self.shared.work.notify_all();
+        for worker in self.workers.drain(..) {
+            drop(worker.join());
+        }
+    }
+}
+
+/// The descriptor of `event`, which lives as long as the borrow.
+#[allow(unsafe_code)]
+// UNSAFETY: `EventFd` does not implement `AsFd`.
+pub(super) fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor stays open while `event` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}

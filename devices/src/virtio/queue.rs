@@ -1,0 +1,435 @@
+//! One split virtqueue (VIRTIO 1.2, 2.7), seen from the device.
+//!
+//! Cost: a request costs one parse of its descriptors and one used entry; kicks and interrupts are
+//! suppressed by event index (2.7.7, 2.7.10), since each costs the guest an exit.
+
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use super::chain::Chain;
+use crate::GuestMemory;
+use crate::state::QueueState;
+
+/// What can be wrong with a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// The rings are not all in guest memory, or misaligned, or the size is not allowed.
+    #[error("rings or size are not valid")]
+    Invalid,
+    /// The available index runs ahead by more than the queue holds.
+    #[error("available index runs ahead of the queue")]
+    IndexAhead,
+    /// The chain has more descriptors than the queue.
+    #[error("chain {head} is longer than the queue")]
+    ChainTooLong {
+        /// First descriptor.
+        head: u16,
+    },
+    /// A link of the chain leads nowhere or round in a loop.
+    #[error("chain {head} does not end")]
+    BrokenChain {
+        /// First descriptor.
+        head: u16,
+    },
+    /// A device-readable descriptor follows a device-writable one.
+    #[error("chain {head} has a readable descriptor after a writable one")]
+    ReadableAfterWritable {
+        /// First descriptor.
+        head: u16,
+    },
+    /// A descriptor is outside guest memory.
+    #[error("chain {head}: {len} bytes at {addr:#x} are not guest memory")]
+    NotMemory {
+        /// First descriptor.
+        head: u16,
+        /// Guest physical address.
+        addr: u64,
+        /// Length in bytes.
+        len: u32,
+    },
+}
+
+/// What a driver sets that the standard restricts (2.7).
+#[derive(Clone, Copy, Debug)]
+#[repr(u8)]
+pub(super) enum Setting {
+    Size = 1,
+    Descriptors = 2,
+    Available = 4,
+    Used = 8,
+}
+
+impl Setting {
+    /// The bits of all of them.
+    const ALL: u8 = 15;
+}
+
+/// A queue of a device.
+#[derive(Debug)]
+pub struct VirtQueue {
+    queue: Queue,
+    /// [`Setting`]s whose last value is not allowed. The ring kept the value before, which the
+    /// driver did not mean: such a queue must not start.
+    refused: u8,
+    completed: bool,
+    /// Used index when the driver was last considered for an interrupt.
+    announced: u16,
+}
+
+impl VirtQueue {
+    /// A queue at power-on. `max_size` is a power of two, checked by the transport's caller.
+    pub fn new(max_size: u16) -> Self {
+        let queue = Queue::new(max_size).expect("queue sizes are powers of two by contract");
+        Self {
+            queue,
+            refused: 0,
+            completed: false,
+            announced: 0,
+        }
+    }
+
+    /// The ring state, for the transport.
+    pub(super) fn ring(&mut self) -> &mut Queue {
+        &mut self.queue
+    }
+
+    /// Whether the driver may choose this size: a power of two that is not above what was offered.
+    pub(super) fn allows_size(&self, size: u32) -> bool {
+        size.is_power_of_two() && size <= u32::from(self.queue.max_size())
+    }
+
+    /// Notes whether the last value of a setting is allowed.
+    pub(super) fn note(&mut self, setting: Setting, allowed: bool) {
+        let bit = setting as u8;
+        self.refused = self.refused & !bit | if allowed { 0 } else { bit };
+    }
+
+    /// Whether the driver enabled it.
+    pub fn is_ready(&self) -> bool {
+        self.queue.ready()
+    }
+
+    /// Size in use.
+    pub fn size(&self) -> u16 {
+        self.queue.size()
+    }
+
+    /// Whether all rings are in guest memory, aligned, and of an allowed size.
+    pub fn is_valid(&self, mem: &GuestMemory) -> bool {
+        self.refused == 0 && self.queue.is_valid(mem)
+    }
+
+    /// Back to power-on.
+    pub fn reset(&mut self) {
+        self.queue.reset();
+        self.refused = 0;
+        self.completed = false;
+        self.announced = 0;
+    }
+
+    /// Takes the next request.
+    ///
+    /// # Errors
+    /// When ring or chain are malformed; nothing is taken then.
+    pub fn pop(&mut self, mem: &Arc<GuestMemory>) -> Result<Option<Chain>, QueueError> {
+        if !self.queue.ready() {
+            return Ok(None);
+        }
+        let size = self.queue.size();
+        let chain = self
+            .queue
+            .iter(mem.as_ref())
+            .map_err(|e| match e {
+                virtio_queue::Error::InvalidAvailRingIndex => QueueError::IndexAhead,
+                _ => QueueError::Invalid,
+            })?
+            .next();
+        chain
+            .map(|descriptors| Chain::parse(mem, descriptors, size))
+            .transpose()
+    }
+
+    /// Puts the request taken last back, to be taken again.
+    pub fn undo_pop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Whether requests wait.
+    ///
+    /// # Errors
+    /// When the ring cannot be read.
+    pub fn has_requests(&self, mem: &GuestMemory) -> Result<bool, QueueError> {
+        if !self.queue.ready() {
+            return Ok(false);
+        }
+        let avail = self
+            .queue
+            .avail_idx(mem, Ordering::Acquire)
+            .map_err(|_| QueueError::Invalid)?;
+        Ok(avail.0 != self.queue.next_avail())
+    }
+
+    /// Returns request `head` to the driver with `written` bytes in its writable part.
+    ///
+    /// # Errors
+    /// When the used ring cannot be written.
+    pub fn complete(
+        &mut self,
+        mem: &GuestMemory,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        self.queue
+            .add_used(mem, head, written)
+            .map_err(|_| QueueError::Invalid)?;
+        self.completed = true;
+        Ok(())
+    }
+
+    /// Returns several requests (head, bytes written) so that the driver sees all of them or none.
+    ///
+    /// # Errors
+    /// When the used ring cannot be written.
+    pub fn complete_together(
+        &mut self,
+        mem: &GuestMemory,
+        requests: &[(u16, u32)],
+    ) -> Result<(), QueueError> {
+        let Some(((last, written), others)) = requests.split_last() else {
+            return Ok(());
+        };
+        let first = self.queue.next_used();
+        for (nth, (head, written)) in (0u16..).zip(others) {
+            self.write_used(mem, first.wrapping_add(nth), *head, *written)?;
+        }
+        // The used index moves once, with the last entry.
+        self.queue
+            .set_next_used(first.wrapping_add(others.len() as u16));
+        self.complete(mem, *last, *written)
+    }
+
+    /// Writes used entry number `index` (2.7.8) without publishing it.
+    fn write_used(
+        &self,
+        mem: &GuestMemory,
+        index: u16,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
+        let slot = u64::from(index % self.queue.size());
+        let at = GuestAddress(self.queue.used_ring())
+            .checked_add(4 + slot * 8)
+            .ok_or(QueueError::Invalid)?;
+        mem.write_obj([u32::from(head).to_le(), written.to_le()], at)
+            .map_err(|_| QueueError::Invalid)
+    }
+
+    /// Asks the driver not to kick.
+    ///
+    /// # Errors
+    /// When the ring cannot be written.
+    pub fn stop_kicks(&mut self, mem: &GuestMemory) -> Result<(), QueueError> {
+        if !self.queue.ready() {
+            return Ok(());
+        }
+        self.queue
+            .disable_notification(mem)
+            .map_err(|_| QueueError::Invalid)
+    }
+
+    /// Asks for a kick at the next request; true if one waits already.
+    ///
+    /// # Errors
+    /// When the ring cannot be read or written.
+    pub fn want_kicks(&mut self, mem: &GuestMemory) -> Result<bool, QueueError> {
+        if !self.queue.ready() {
+            return Ok(false);
+        }
+        self.queue
+            .enable_notification(mem)
+            .map_err(|_| QueueError::Invalid)
+    }
+
+    /// Whether the driver wants an interrupt for what was completed since the last call.
+    ///
+    /// # Errors
+    /// When the ring cannot be read.
+    pub(super) fn take_interrupt(&mut self, mem: &GuestMemory) -> Result<bool, QueueError> {
+        if !std::mem::take(&mut self.completed) {
+            return Ok(false);
+        }
+        let used = self.queue.next_used();
+        let announced = std::mem::replace(&mut self.announced, used);
+        // The used index is written before the driver's wish is read: a driver that states its
+        // wish and then looks at the ring sees either the interrupt or the entry.
+        fence(Ordering::SeqCst);
+        if !self.queue.event_idx_enabled() {
+            return Ok(!self.interrupts_unwanted(mem)?);
+        }
+        let event = self.used_event(mem)?;
+        Ok(used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(announced))
+    }
+
+    /// The used index after which the driver wants an interrupt, `used_event` (2.7.10).
+    fn used_event(&self, mem: &GuestMemory) -> Result<u16, QueueError> {
+        let at = GuestAddress(self.queue.avail_ring())
+            .checked_add(4 + u64::from(self.queue.size()) * 2)
+            .ok_or(QueueError::Invalid)?;
+        mem.load(at, Ordering::Acquire)
+            .map(u16::from_le)
+            .map_err(|_| QueueError::Invalid)
+    }
+
+    /// VIRTQ_AVAIL_F_NO_INTERRUPT (2.7.7), which counts where event index was not negotiated.
+    fn interrupts_unwanted(&self, mem: &GuestMemory) -> Result<bool, QueueError> {
+        let flags: u16 = mem
+            .load(GuestAddress(self.queue.avail_ring()), Ordering::Acquire)
+            .map_err(|_| QueueError::Invalid)?;
+        Ok(u16::from_le(flags) & 1 != 0)
+    }
+}
+
+/// Saving and restoring.
+impl VirtQueue {
+    /// Where the queue is.
+    pub(super) fn save(&self) -> QueueState {
+        let ring = self.queue.state();
+        QueueState {
+            max_size: ring.max_size,
+            size: ring.size,
+            ready: ring.ready,
+            descriptors: ring.desc_table,
+            available: ring.avail_ring,
+            used: ring.used_ring,
+            next_available: ring.next_avail,
+            next_used: ring.next_used,
+            refused: self.refused,
+            unannounced: self.completed,
+            announced: self.announced,
+        }
+    }
+
+    /// Goes on where a queue of the same largest size was. `event_idx` says whether event index
+    /// was negotiated and is in use.
+    ///
+    /// # Errors
+    /// When a setting is one that a driver could not have made; the queue has to be reset then.
+    pub(super) fn restore(
+        &mut self,
+        state: &QueueState,
+        event_idx: bool,
+    ) -> Result<(), QueueError> {
+        let invalid = |_| QueueError::Invalid;
+        if state.max_size != self.queue.max_size() || state.refused > Setting::ALL {
+            return Err(QueueError::Invalid);
+        }
+        let ring = &mut self.queue;
+        ring.try_set_size(state.size).map_err(invalid)?;
+        ring.try_set_desc_table_address(GuestAddress(state.descriptors))
+            .map_err(invalid)?;
+        ring.try_set_avail_ring_address(GuestAddress(state.available))
+            .map_err(invalid)?;
+        ring.try_set_used_ring_address(GuestAddress(state.used))
+            .map_err(invalid)?;
+        ring.set_next_avail(state.next_available);
+        ring.set_next_used(state.next_used);
+        ring.set_event_idx(event_idx);
+        ring.set_ready(state.ready);
+        self.refused = state.refused;
+        self.completed = state.unannounced;
+        self.announced = state.announced;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "test code fails by panicking")]
+
+    use proptest::prelude::{any, prop_assert, prop_assert_eq, proptest};
+
+    use super::*;
+    use crate::virtio::testing::memory;
+
+    const SIZE: u16 = 8;
+    const DESC: u64 = 0x1000;
+    const AVAIL: u64 = 0x2000;
+    const USED: u64 = 0x3000;
+
+    /// A ready queue with event index whose used index is `used`, interrupts decided up to there.
+    fn queue_at(used: u16) -> (Arc<GuestMemory>, VirtQueue) {
+        let mem = memory();
+        let mut queue = VirtQueue::new(SIZE);
+        let ring = queue.ring();
+        ring.set_size(SIZE);
+        ring.set_desc_table_address(Some(DESC as u32), None);
+        ring.set_avail_ring_address(Some(AVAIL as u32), None);
+        ring.set_used_ring_address(Some(USED as u32), None);
+        ring.set_event_idx(true);
+        ring.set_ready(true);
+        ring.set_next_used(used);
+        queue.announced = used;
+        assert!(queue.is_valid(&mem));
+        (mem, queue)
+    }
+
+    fn want_interrupt_after(mem: &GuestMemory, used: u16) {
+        let at = GuestAddress(AVAIL + 4 + u64::from(SIZE) * 2);
+        mem.write_obj(used.to_le(), at).unwrap();
+    }
+
+    fn used_index(mem: &GuestMemory) -> u16 {
+        u16::from_le(mem.read_obj(GuestAddress(USED + 2)).unwrap())
+    }
+
+    fn used_entry(mem: &GuestMemory, index: u16) -> [u32; 2] {
+        let slot = u64::from(index % SIZE);
+        mem.read_obj::<[u32; 2]>(GuestAddress(USED + 4 + slot * 8))
+            .unwrap()
+            .map(u32::from_le)
+    }
+
+    #[test]
+    fn nothing_completed_is_nothing_to_tell() {
+        let (mem, mut queue) = queue_at(5);
+        want_interrupt_after(&mem, 5);
+        queue.complete_together(&mem, &[]).unwrap();
+        assert!(!queue.take_interrupt(&mem).unwrap());
+    }
+
+    proptest! {
+        #[test]
+        fn requests_completed_together_are_all_there(start in any::<u16>(), count in 1u16..=SIZE) {
+            let (mem, mut queue) = queue_at(start);
+            let requests = (0..count).map(|i| (i, u32::from(i) * 3)).collect::<Vec<_>>();
+            queue.complete_together(&mem, &requests).unwrap();
+            prop_assert_eq!(used_index(&mem), start.wrapping_add(count));
+            for (nth, (head, written)) in (0u16..).zip(requests) {
+                let entry = used_entry(&mem, start.wrapping_add(nth));
+                prop_assert_eq!(entry, [u32::from(head), written]);
+            }
+        }
+
+        /// The driver is interrupted exactly when the entry it waits for was added since the last
+        /// decision, however the entries were grouped.
+        #[test]
+        fn interrupts_come_for_the_entry_waited_for(
+            start in any::<u16>(),
+            groups in proptest::collection::vec(1u16..=SIZE, 1..4),
+            waited in 0u16..40,
+        ) {
+            let (mem, mut queue) = queue_at(start);
+            want_interrupt_after(&mem, start.wrapping_add(waited));
+            for group in &groups {
+                let requests = (0..*group).map(|head| (head, 0)).collect::<Vec<_>>();
+                queue.complete_together(&mem, &requests).unwrap();
+            }
+            let added: u16 = groups.iter().sum();
+            prop_assert_eq!(queue.take_interrupt(&mem).unwrap(), waited < added);
+            prop_assert!(!queue.take_interrupt(&mem).unwrap(), "told once");
+        }
+    }
+}

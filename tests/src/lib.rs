@@ -1,0 +1,13 @@
+//! What the integration tests share: real guests under the real command, networks of their own,
+//! and clear words when a test cannot run here.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "tests fail by panicking"
+)]
+
+pub mod emulated;
+pub mod guest;
+pub mod images;
+pub mod network;
+pub mod skip;

@@ -1,0 +1,223 @@
+//! How the outside talks to a running machine: a [`Handle`] sends commands to the thread that owns
+//! the machine and waits, for a bounded time, for its answer.
+
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use vmm_sys_util::eventfd::EventFd;
+
+/// Longest wait for the machine's answer to a command.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where a machine is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MachineState {
+    /// vCPUs run.
+    Running,
+    /// vCPUs are stopped and no device works; nothing is lost.
+    Paused,
+    /// The machine is being taken down.
+    Stopping,
+}
+
+impl std::fmt::Display for MachineState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Stopping => "stopping",
+        })
+    }
+}
+
+/// How a guest's run ended, when it did not end by an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reset and the configuration says not to restart it.
+    Reset,
+    /// The user stopped it.
+    Stopped,
+}
+
+/// What a vCPU did so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VcpuStats {
+    /// Number of the vCPU, from 0.
+    pub index: u8,
+    /// Exits to the VMM by kind.
+    pub exits: BTreeMap<String, u64>,
+}
+
+/// What a device did so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStats {
+    /// Identifier, such as `disk0`, `net0`, `serial`.
+    pub id: String,
+    /// Kind of device, such as `block`.
+    pub kind: String,
+    /// Counters by name, such as `read_bytes`.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// What a machine did so far.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStats {
+    /// Where the machine is in its life.
+    pub state: MachineState,
+    /// Time since the first guest instruction, in milliseconds.
+    pub uptime_ms: u64,
+    /// Time from the start of the process to the first guest instruction, in microseconds.
+    pub start_us: u64,
+    /// Times the guest was reset since the start.
+    pub resets: u64,
+    /// Per vCPU.
+    pub vcpus: Vec<VcpuStats>,
+    /// Per device.
+    pub devices: Vec<DeviceStats>,
+}
+
+/// How to end a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StopMode {
+    /// Press the power button and leave the rest to the guest.
+    PowerButton,
+    /// End the run now; disks are flushed first.
+    Force,
+}
+
+/// A request to the thread that owns the machine.
+#[derive(Debug)]
+pub enum Command {
+    /// Stop all vCPUs and devices.
+    Pause,
+    /// Run on.
+    Resume,
+    /// End the guest.
+    Stop(StopMode),
+    /// Report state and counters.
+    Stats,
+    /// Add a client to the serial console: it gets the recent output and all further output, and
+    /// what it sends is input.
+    AttachConsole(UnixStream),
+}
+
+/// An answer to a [`Command`].
+#[derive(Debug)]
+pub enum Answer {
+    /// Done.
+    Done,
+    /// State and counters.
+    Stats(Box<MachineStats>),
+}
+
+/// Why a command was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// The machine is gone.
+    #[error("the guest has ended")]
+    Gone,
+    /// No answer within [`ANSWER_TIMEOUT`].
+    #[error("the guest's VMM did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
+    Timeout,
+    /// The command does not fit the machine's state.
+    #[error("the guest is {state}: {action} is possible only while it is {wanted}")]
+    WrongState {
+        /// What was asked for.
+        action: &'static str,
+        /// Where the machine is.
+        state: MachineState,
+        /// Where it should be.
+        wanted: &'static str,
+    },
+    /// The machine tried and failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+pub(crate) struct Request {
+    pub(crate) command: Command,
+    pub(crate) reply: SyncSender<Result<Answer, ControlError>>,
+}
+
+/// Sends commands to one machine. Cheap to clone, usable from any thread.
+#[derive(Clone)]
+pub struct Handle {
+    requests: Sender<Request>,
+    wake: Arc<EventFd>,
+}
+
+impl Handle {
+    /// A handle, and the end that the machine's thread reads; `wake` is written for each request.
+    pub(crate) fn new(wake: Arc<EventFd>) -> (Self, Receiver<Request>) {
+        let (requests, incoming) = channel();
+        (Self { requests, wake }, incoming)
+    }
+
+    /// Sends `command` and waits for the answer, at most [`ANSWER_TIMEOUT`].
+    ///
+    /// # Errors
+    /// When the machine is gone, does not answer, or refuses.
+    pub fn request(&self, command: Command) -> Result<Answer, ControlError> {
+        let (reply, answer) = sync_channel(1);
+        self.requests
+            .send(Request { command, reply })
+            .map_err(|_| ControlError::Gone)?;
+        self.wake.write(1).map_err(|_| ControlError::Gone)?;
+        answer.recv_timeout(ANSWER_TIMEOUT).map_err(|e| match e {
+            std::sync::mpsc::RecvTimeoutError::Timeout => ControlError::Timeout,
+            std::sync::mpsc::RecvTimeoutError::Disconnected => ControlError::Gone,
+        })?
+    }
+
+    /// Stops all vCPUs and devices.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn pause(&self) -> Result<(), ControlError> {
+        self.request(Command::Pause).map(drop)
+    }
+
+    /// Lets a paused machine run on.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn resume(&self) -> Result<(), ControlError> {
+        self.request(Command::Resume).map(drop)
+    }
+
+    /// Ends the guest, or asks it to end itself.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn stop(&self, mode: StopMode) -> Result<(), ControlError> {
+        self.request(Command::Stop(mode)).map(drop)
+    }
+
+    /// State and counters.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn stats(&self) -> Result<MachineStats, ControlError> {
+        match self.request(Command::Stats)? {
+            Answer::Stats(stats) => Ok(*stats),
+            Answer::Done => Err(ControlError::Failed("the VMM gave no figures".into())),
+        }
+    }
+
+    /// Adds a client to the serial console.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn attach_console(&self, client: UnixStream) -> Result<(), ControlError> {
+        self.request(Command::AttachConsole(client)).map(drop)
+    }
+}

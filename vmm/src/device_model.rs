@@ -1,0 +1,400 @@
+//! All devices of a guest, in one place: the bus, the loop's side of them, and their figures.
+//!
+//! One lock guards all device state. The device loop holds it while it handles events, a vCPU
+//! while it carries out an exit; kicks and interrupts need no lock and no exit.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use tandem_devices::event::Poller;
+use tandem_devices::legacy::MachineRequest;
+use tandem_devices::legacy::cmos::Cmos;
+use tandem_devices::legacy::i8042::I8042;
+use tandem_devices::legacy::pm::PowerManagement;
+use tandem_devices::legacy::serial::SerialPort;
+use tandem_devices::virtio::transport::VirtioMmio;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::boot::layout;
+use crate::control::DeviceStats;
+
+/// What an event of the device loop is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A virtio device's own descriptor, by slot and the device's token.
+    Device(usize, u32),
+    /// A kick of a virtio queue, by slot and queue.
+    Kick(usize, usize),
+    /// Commands, vCPUs or output wait.
+    Wake,
+    /// Console input.
+    Console,
+}
+
+const KICK: u32 = 1 << 31;
+const WAKE: u64 = u64::MAX;
+const CONSOLE: u64 = u64::MAX - 1;
+
+impl Source {
+    /// The number under which the source is registered with epoll.
+    pub fn encode(self) -> u64 {
+        match self {
+            Self::Device(slot, token) => (slot as u64) << 32 | u64::from(token & !KICK),
+            Self::Kick(slot, queue) => (slot as u64) << 32 | u64::from(queue as u32 | KICK),
+            Self::Wake => WAKE,
+            Self::Console => CONSOLE,
+        }
+    }
+
+    /// The source that was registered under `data`.
+    pub fn decode(data: u64) -> Self {
+        match data {
+            WAKE => Self::Wake,
+            CONSOLE => Self::Console,
+            _ if data as u32 & KICK != 0 => {
+                Self::Kick((data >> 32) as usize, (data as u32 & !KICK) as usize)
+            }
+            _ => Self::Device((data >> 32) as usize, data as u32),
+        }
+    }
+}
+
+/// Registers `fd` with the loop's epoll, edge-triggered.
+///
+/// # Errors
+/// When the descriptor cannot be polled.
+pub fn watch(epoll: &Epoll, fd: BorrowedFd<'_>, source: Source) -> io::Result<()> {
+    watch_for(epoll, fd, source, EventSet::IN | EventSet::OUT)
+}
+
+fn watch_for(
+    epoll: &Epoll,
+    fd: BorrowedFd<'_>,
+    source: Source,
+    wanted: EventSet,
+) -> io::Result<()> {
+    let events = wanted | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+    epoll.ctl(
+        ControlOperation::Add,
+        fd.as_raw_fd(),
+        EpollEvent::new(events, source.encode()),
+    )
+}
+
+/// The loop as the device in one slot sees it.
+struct SlotPoller<'a> {
+    epoll: &'a Epoll,
+    slot: usize,
+    again: &'a mut Vec<(usize, u32)>,
+}
+
+impl Poller for SlotPoller<'_> {
+    fn watch(&mut self, fd: BorrowedFd<'_>, token: u32) -> io::Result<()> {
+        watch(self.epoll, fd, Source::Device(self.slot, token))
+    }
+
+    fn watch_input(&mut self, fd: BorrowedFd<'_>, token: u32) -> io::Result<()> {
+        watch_for(
+            self.epoll,
+            fd,
+            Source::Device(self.slot, token),
+            EventSet::IN,
+        )
+    }
+
+    fn unwatch(&mut self, fd: BorrowedFd<'_>) {
+        // Not watched any more is what was wanted, also if it was not watched before.
+        drop(self.epoll.ctl(
+            ControlOperation::Delete,
+            fd.as_raw_fd(),
+            EpollEvent::default(),
+        ));
+    }
+
+    fn again(&mut self, token: u32) {
+        if !self.again.contains(&(self.slot, token)) {
+            self.again.push((self.slot, token));
+        }
+    }
+}
+
+/// Interrupt lines that have a level, as KVM or a test sets them.
+pub trait LevelLine: Send {
+    /// Asserts or deasserts the line.
+    fn set(&self, asserted: bool);
+}
+
+/// A virtio device and its name.
+pub struct NamedDevice {
+    /// Such as `disk0`.
+    pub id: String,
+    /// The device behind its transport.
+    pub transport: VirtioMmio,
+}
+
+/// The legacy devices of a guest.
+pub struct LegacyDevices {
+    /// Serial port.
+    pub serial: SerialPort,
+    /// Clock.
+    pub cmos: Cmos,
+    /// Reset line.
+    pub i8042: I8042,
+    /// Power button and power-off.
+    pub pm: PowerManagement,
+}
+
+/// All devices of a guest.
+pub struct DeviceModel {
+    virtio: Vec<NamedDevice>,
+    legacy: LegacyDevices,
+    sci: Option<Box<dyn LevelLine>>,
+    epoll: Arc<Epoll>,
+    again: Vec<(usize, u32)>,
+}
+
+impl DeviceModel {
+    /// Devices whose events go to `epoll`, in the order of their slots.
+    pub fn new(virtio: Vec<NamedDevice>, legacy: LegacyDevices, epoll: Arc<Epoll>) -> Self {
+        Self {
+            virtio,
+            legacy,
+            sci: None,
+            epoll,
+            again: Vec::new(),
+        }
+    }
+
+    /// Connects the ACPI interrupt.
+    pub fn connect_sci(&mut self, line: Option<Box<dyn LevelLine>>) {
+        self.sci = line;
+    }
+
+    /// The serial port.
+    pub fn serial(&mut self) -> &mut SerialPort {
+        &mut self.legacy.serial
+    }
+
+    /// Answers a read of a port; ports that do not exist read as all ones.
+    pub fn port_read(&mut self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        let legacy = &mut self.legacy;
+        match (port, data) {
+            (layout::PM1_EVENT_PORT.., data) if is_pm(port) => {
+                legacy.pm.read(port - layout::PM1_EVENT_PORT, data);
+            }
+            (_, bytes) if is_serial(port) => {
+                // String input reads the same port again and again.
+                let register = (port - layout::SERIAL_PORT) as u8;
+                bytes.fill_with(|| legacy.serial.read(register));
+            }
+            (layout::CMOS_PORT | CMOS_DATA_PORT, [byte]) => {
+                *byte = legacy.cmos.read((port - layout::CMOS_PORT) as u8);
+            }
+            (layout::I8042_DATA_PORT | layout::I8042_COMMAND_PORT, [byte]) => {
+                *byte = legacy.i8042.read((port - layout::I8042_DATA_PORT) as u8);
+            }
+            _ => {}
+        }
+    }
+
+    /// Carries out a write to a port; ports that do not exist take anything.
+    pub fn port_write(&mut self, port: u16, data: &[u8]) -> Option<MachineRequest> {
+        let legacy = &mut self.legacy;
+        match (port, data) {
+            (layout::PM1_EVENT_PORT.., _) if is_pm(port) => {
+                let request = legacy.pm.write(port - layout::PM1_EVENT_PORT, data);
+                self.update_sci();
+                request
+            }
+            (_, bytes) if is_serial(port) => {
+                // String output writes the same port again and again.
+                let register = (port - layout::SERIAL_PORT) as u8;
+                bytes
+                    .iter()
+                    .for_each(|byte| legacy.serial.write(register, *byte));
+                None
+            }
+            (layout::CMOS_PORT | CMOS_DATA_PORT, [byte]) => {
+                legacy.cmos.write((port - layout::CMOS_PORT) as u8, *byte);
+                None
+            }
+            (layout::I8042_DATA_PORT | layout::I8042_COMMAND_PORT, [byte]) => legacy
+                .i8042
+                .write((port - layout::I8042_DATA_PORT) as u8, *byte),
+            _ => None,
+        }
+    }
+
+    /// Whether a write to `port` would have to wait for room.
+    pub fn port_is_blocked(&self, port: u16) -> bool {
+        port == layout::SERIAL_PORT && self.legacy.serial.output_is_full()
+    }
+
+    /// Answers a read of a register; addresses without a device read as all ones.
+    pub fn mmio_read(&mut self, address: u64, data: &mut [u8]) {
+        match self.slot_at(address) {
+            Some((slot, at)) => self.virtio[slot].transport.read(at, data),
+            None => data.fill(0xff),
+        }
+    }
+
+    /// Carries out a write to a register.
+    pub fn mmio_write(&mut self, address: u64, data: &[u8]) {
+        if let Some((slot, at)) = self.slot_at(address) {
+            self.with(slot, |transport, poller| transport.write(at, data, poller));
+        }
+    }
+
+    /// Handles an event of the loop.
+    pub fn handle(&mut self, source: Source) {
+        match source {
+            Source::Kick(slot, queue) => self.with(slot, |t, poller| t.kick(queue, poller)),
+            Source::Device(slot, token) => self.with(slot, |t, poller| t.ready(token, poller)),
+            Source::Wake | Source::Console => {}
+        }
+    }
+
+    /// Whether devices asked to be called again.
+    pub fn has_again(&self) -> bool {
+        !self.again.is_empty()
+    }
+
+    /// Calls the devices that asked for it, once each.
+    pub fn handle_again(&mut self) {
+        for (slot, token) in std::mem::take(&mut self.again) {
+            self.handle(Source::Device(slot, token));
+        }
+    }
+
+    /// Takes acknowledgements that did not exit; true if some interrupt is not acknowledged yet.
+    pub fn take_acks(&mut self) -> bool {
+        self.virtio
+            .iter_mut()
+            .fold(false, |open, d| d.transport.take_acks() | open)
+    }
+
+    /// Finishes all I/O in flight. vCPUs have to be stopped.
+    pub fn quiesce(&mut self) {
+        for slot in 0..self.virtio.len() {
+            self.with(slot, VirtioMmio::quiesce);
+        }
+    }
+
+    /// Lets all devices look at all their queues, after a pause.
+    pub fn kick_all(&mut self) {
+        for slot in 0..self.virtio.len() {
+            self.with(slot, VirtioMmio::kick_all);
+        }
+    }
+
+    /// Puts all devices back to power-on.
+    pub fn reset(&mut self) {
+        for slot in 0..self.virtio.len() {
+            self.with(slot, VirtioMmio::reset);
+        }
+        self.again.clear();
+        self.legacy.serial.reset();
+        self.legacy.i8042 = I8042::default();
+        self.legacy.pm = PowerManagement::default();
+    }
+
+    /// Presses the power button; false if the guest does not listen for it.
+    pub fn press_power_button(&mut self) -> bool {
+        let heard = self.legacy.pm.press_power_button();
+        self.update_sci();
+        heard
+    }
+
+    /// Figures of all devices.
+    pub fn stats(&self) -> Vec<DeviceStats> {
+        let mut stats: Vec<_> = self.virtio.iter().map(virtio_stats).collect();
+        let (rx_bytes, tx_bytes) = self.legacy.serial.counters();
+        stats.push(DeviceStats {
+            id: "serial".into(),
+            kind: "serial".into(),
+            counters: BTreeMap::from([
+                ("rx_bytes".into(), rx_bytes),
+                ("tx_bytes".into(), tx_bytes),
+            ]),
+        });
+        stats
+    }
+
+    fn update_sci(&self) {
+        if let Some(sci) = &self.sci {
+            sci.set(self.legacy.pm.interrupt_asserted());
+        }
+    }
+
+    fn slot_at(&self, address: u64) -> Option<(usize, u64)> {
+        let at = address.checked_sub(layout::VIRTIO_MMIO_START)?;
+        let slot = usize::try_from(at / layout::VIRTIO_MMIO_SIZE).ok()?;
+        (slot < self.virtio.len()).then_some((slot, at % layout::VIRTIO_MMIO_SIZE))
+    }
+
+    fn with(&mut self, slot: usize, act: impl FnOnce(&mut VirtioMmio, &mut dyn Poller)) {
+        let Some(device) = self.virtio.get_mut(slot) else {
+            return;
+        };
+        let mut poller = SlotPoller {
+            epoll: &self.epoll,
+            slot,
+            again: &mut self.again,
+        };
+        act(&mut device.transport, &mut poller);
+    }
+}
+
+const CMOS_DATA_PORT: u16 = layout::CMOS_PORT + 1;
+
+fn is_serial(port: u16) -> bool {
+    (layout::SERIAL_PORT..layout::SERIAL_PORT + layout::SERIAL_PORTS).contains(&port)
+}
+
+fn is_pm(port: u16) -> bool {
+    (layout::PM1_EVENT_PORT..layout::PM1_EVENT_PORT + layout::PM1_PORTS).contains(&port)
+}
+
+fn virtio_stats(device: &NamedDevice) -> DeviceStats {
+    let transport = device.transport.counters();
+    let mut counters: BTreeMap<String, u64> = device
+        .transport
+        .device()
+        .counters()
+        .into_iter()
+        .map(|(k, v)| (k.to_owned(), v))
+        .collect();
+    counters.insert("kicks".into(), transport.kicks);
+    counters.insert("events".into(), transport.events);
+    counters.insert("interrupts".into(), transport.interrupts);
+    counters.insert("faults".into(), transport.faults);
+    let kind = device.transport.device().kind().name().to_owned();
+    DeviceStats {
+        id: device.id.clone(),
+        kind,
+        counters,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sources_survive_their_encoding() {
+        let sources = [
+            Source::Device(0, 0),
+            Source::Device(15, 0x7fff_fffe),
+            Source::Kick(0, 0),
+            Source::Kick(15, 2),
+            Source::Wake,
+            Source::Console,
+        ];
+        for source in sources {
+            assert_eq!(Source::decode(source.encode()), source);
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Why a guest could not be started or did not end well.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::boot::BootError;
+
+/// Groups of errors, by whose fault they are. The command's exit codes follow them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The configuration asks for something that cannot be.
+    Config,
+    /// Kernel or initial RAM disk cannot be booted.
+    Image,
+    /// The host lacks a resource that the guest needs.
+    Resource,
+    /// KVM is missing or refuses.
+    Kvm,
+    /// The guest died by a triple fault.
+    TripleFault,
+    /// KVM could not carry on with the guest.
+    GuestInternal,
+    /// A fault of Tandem itself.
+    Internal,
+}
+
+/// Why a guest could not be started or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A value of the configuration is out of range.
+    #[error("`{key}` is {value}: {allowed}")]
+    Config {
+        /// Key, as in the configuration file.
+        key: &'static str,
+        /// What it says.
+        value: String,
+        /// What is allowed.
+        allowed: String,
+    },
+    /// A file of the guest cannot be opened.
+    #[error("cannot open {what} {}", path.display())]
+    Open {
+        /// What the file is for.
+        what: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The machine cannot be described to the guest.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The images cannot be booted.
+    #[error("cannot boot {}", kernel.display())]
+    Image {
+        /// The kernel.
+        kernel: PathBuf,
+        /// Why not.
+        source: BootError,
+    },
+    /// Guest memory cannot be had.
+    #[error("cannot allocate {} MiB of guest memory", bytes >> 20)]
+    Memory {
+        /// How much was asked for, in bytes.
+        bytes: u64,
+        /// Why not.
+        source: io::Error,
+    },
+    /// A disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] tandem_devices::virtio::block::DiskError),
+    /// A network socket cannot be used.
+    #[error(transparent)]
+    Stream(#[from] tandem_devices::virtio::net::stream::StreamError),
+    /// The socket device cannot be used.
+    #[error(transparent)]
+    Vsock(#[from] tandem_devices::virtio::vsock::VsockError),
+    /// A tap cannot be used.
+    #[error(transparent)]
+    Tap(#[from] tandem_devices::virtio::net::tap::TapError),
+    /// Some other resource of the host cannot be had.
+    #[error("cannot {action}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+    /// `/dev/kvm` cannot be used.
+    #[error("cannot use /dev/kvm: {hint}")]
+    NoKvm {
+        /// What the user can do.
+        hint: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// KVM refused a request.
+    #[error("KVM refused to {action}")]
+    Kvm {
+        /// What was asked of it.
+        action: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The guest ended by a triple fault.
+    #[error("the guest died: vCPU {vcpu} took a triple fault")]
+    TripleFault {
+        /// Number of the vCPU.
+        vcpu: u8,
+    },
+    /// KVM cannot carry on with the guest.
+    #[error("KVM cannot carry on with the guest: vCPU {vcpu}: {reason}")]
+    GuestInternal {
+        /// Number of the vCPU.
+        vcpu: u8,
+        /// What KVM said.
+        reason: String,
+    },
+    /// A thread of the VMM broke down.
+    #[error("internal error: {0}")]
+    Internal(&'static str),
+}
+
+impl Error {
+    /// Whose fault it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Config { .. } => ErrorKind::Config,
+            Self::Open {
+                what: "kernel" | "initrd",
+                ..
+            }
+            | Self::Boot(_)
+            | Self::Image { .. } => ErrorKind::Image,
+            Self::Open { .. }
+            | Self::Memory { .. }
+            | Self::Tap(_)
+            | Self::Disk(_)
+            | Self::Stream(_)
+            | Self::Vsock(_)
+            | Self::Host { .. } => ErrorKind::Resource,
+            Self::NoKvm { .. } | Self::Kvm { .. } => ErrorKind::Kvm,
+            Self::TripleFault { .. } => ErrorKind::TripleFault,
+            Self::GuestInternal { .. } => ErrorKind::GuestInternal,
+            Self::Internal(_) => ErrorKind::Internal,
+        }
+    }
+
+    /// A refusal of KVM.
+    pub(crate) fn kvm(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |e| Self::Kvm {
+            action,
+            source: io::Error::from_raw_os_error(e.errno()),
+        }
+    }
+
+    /// A refusal of the host kernel.
+    pub(crate) fn host<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> Self {
+        move |e| Self::Host {
+            action,
+            source: e.into(),
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! KVM as Tandem uses it: the virtual machine, its vCPUs, acknowledgements without an exit.
+
+pub mod acks;
+pub mod exits;
+pub mod line;
+pub mod state;
+pub mod vcpu;
+pub mod vm;

@@ -1,0 +1,459 @@
+//! A vCPU's thread: run the guest, carry out its exits, stop when asked.
+//!
+//! ```text
+//!              kick + Pause              kick + Run
+//!   running ------------------> parked ------------> running
+//!      |                          |
+//!      +------- kick + Exit ------+----> ended
+//! ```
+//!
+//! A kick stores the wish, sets `immediate_exit` and sends a signal, so that it cannot be lost:
+//! not before KVM_RUN (the flag makes it return at once), not inside (the signal does), not after
+//! (the wish is read before each run).
+#![allow(unsafe_code)]
+// UNSAFETY: the `immediate_exit` byte of the shared run page is written by other threads, through
+// an atomic; a signal is sent to a thread that is known to live.
+
+use std::io;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use tandem_devices::legacy::MachineRequest;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::exits::{ExitCounters, ExitKind};
+use crate::config::CPUS_MAX;
+use crate::dirty::DirtyTracker;
+use crate::error::Error;
+
+/// The signal that takes a vCPU out of the guest: SIGRTMIN + 0.
+const KICK_SIGNAL: i32 = 0;
+/// Stack of a vCPU thread in bytes; it calls into devices, nothing deep.
+const STACK_SIZE: usize = 256 << 10;
+
+/// What the machine does for a vCPU that left the guest.
+pub trait ExitHandler: Send + Sync + 'static {
+    /// Answers a read of port `port`.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// Carries out a write to port `port`.
+    fn port_write(&self, port: u16, data: &[u8]) -> Option<MachineRequest>;
+    /// Whether a write to `port` would have to wait, since nobody takes the output.
+    fn port_is_blocked(&self, port: u16) -> bool;
+    /// Answers a read of memory that is a device's or nobody's.
+    fn mmio_read(&self, address: u64, data: &mut [u8]);
+    /// Carries out a write to memory that is a device's or nobody's.
+    fn mmio_write(&self, address: u64, data: &[u8]);
+    /// A vCPU's thread is about to end with `end`.
+    fn vcpu_ended(&self, end: VcpuEnd);
+    /// The first vCPU is about to run for the first time.
+    fn first_run(&self);
+}
+
+/// Why a vCPU's thread ended.
+#[derive(Debug)]
+pub enum VcpuEnd {
+    /// It was asked to.
+    Asked,
+    /// The guest asked the machine for something.
+    Request(MachineRequest),
+    /// It cannot go on.
+    Failed(Error),
+}
+
+/// What vCPUs are wished to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Wish {
+    Run = 0,
+    Pause = 1,
+    Exit = 2,
+}
+
+/// Shared by a vCPU's thread and those who kick it.
+struct Control {
+    wish: AtomicU8,
+    parked: Mutex<bool>,
+    changed: Condvar,
+    ended: AtomicBool,
+}
+
+impl Control {
+    fn wish(&self) -> Wish {
+        match self.wish.load(Ordering::SeqCst) {
+            0 => Wish::Run,
+            1 => Wish::Pause,
+            _ => Wish::Exit,
+        }
+    }
+
+    fn set_parked(&self, parked: bool) {
+        *self.parked.lock().unwrap_or_else(PoisonError::into_inner) = parked;
+        self.changed.notify_all();
+    }
+
+    /// Sleeps until the wish is not to pause.
+    fn park(&self) {
+        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
+        *parked = true;
+        self.changed.notify_all();
+        while self.wish() == Wish::Pause {
+            parked = self
+                .changed
+                .wait(parked)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        *parked = false;
+    }
+}
+
+/// The `immediate_exit` byte in a vCPU's shared run page.
+#[derive(Clone, Copy)]
+struct ImmediateExit(*const AtomicU8);
+
+// SAFETY: the byte is only accessed atomically, and only while the vCPU's file is open.
+unsafe impl Send for ImmediateExit {}
+// SAFETY: as above.
+unsafe impl Sync for ImmediateExit {}
+
+impl ImmediateExit {
+    fn of(vcpu: &mut VcpuFd) -> Self {
+        Self(
+            (&raw mut vcpu.get_kvm_run().immediate_exit)
+                .cast::<AtomicU8>()
+                .cast_const(),
+        )
+    }
+
+    fn set(self, value: u8) {
+        // SAFETY: the run page stays mapped while the thread that owns the `VcpuFd` lives; kicks
+        // end before it is joined.
+        unsafe { (*self.0).store(value, Ordering::SeqCst) };
+    }
+}
+
+/// How a vCPU's thread is scheduled on the host.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Scheduling {
+    /// Host CPU to stay on.
+    pub cpu: Option<usize>,
+    /// SCHED_FIFO priority.
+    pub realtime: Option<u8>,
+}
+
+/// A vCPU that runs on a thread of its own.
+pub struct VcpuThread {
+    control: Arc<Control>,
+    immediate_exit: ImmediateExit,
+    counters: Arc<ExitCounters>,
+    thread: Option<JoinHandle<VcpuFd>>,
+}
+
+impl VcpuThread {
+    /// Starts the thread of vCPU `index`, paused. Its ring of dirty pages, if it has one, is emptied
+    /// by `dirty` when it is full.
+    ///
+    /// # Errors
+    /// When the host has no thread left.
+    pub fn start(
+        index: u8,
+        mut fd: VcpuFd,
+        handler: Arc<dyn ExitHandler>,
+        dirty: Option<Arc<DirtyTracker>>,
+        scheduling: Scheduling,
+        counters: Arc<ExitCounters>,
+    ) -> Result<Self, Error> {
+        assert!(index < CPUS_MAX, "vCPU numbers are bounded");
+        let control = Arc::new(Control {
+            wish: AtomicU8::new(Wish::Pause as u8),
+            parked: Mutex::new(false),
+            changed: Condvar::new(),
+            ended: AtomicBool::new(false),
+        });
+        let immediate_exit = ImmediateExit::of(&mut fd);
+        let mut runner = Runner {
+            index,
+            fd,
+            handler,
+            dirty,
+            control: Arc::clone(&control),
+            immediate_exit,
+            counters: Arc::clone(&counters),
+        };
+        let thread = std::thread::Builder::new()
+            .name(format!("vcpu{index}"))
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                crate::scheduling::apply(scheduling);
+                runner.run_until_end();
+                runner.fd
+            })
+            .map_err(Error::host("start a vCPU's thread"))?;
+        Ok(Self {
+            control,
+            immediate_exit,
+            counters,
+            thread: Some(thread),
+        })
+    }
+
+    /// Lets the vCPU run (again).
+    pub fn resume(&self) {
+        self.set_wish(Wish::Run);
+        self.control.changed.notify_all();
+    }
+
+    /// Asks the vCPU to park; [`VcpuThread::wait_parked`] waits for it.
+    pub fn ask_pause(&self) {
+        self.set_wish(Wish::Pause);
+        self.kick();
+    }
+
+    /// Asks the thread to end.
+    pub fn ask_exit(&self) {
+        self.set_wish(Wish::Exit);
+        self.control.changed.notify_all();
+        self.kick();
+    }
+
+    /// Waits until the vCPU is parked or its thread has ended.
+    pub fn wait_parked(&self) {
+        let mut parked = self
+            .control
+            .parked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        while !*parked && !self.control.ended.load(Ordering::SeqCst) {
+            parked = self
+                .control
+                .changed
+                .wait(parked)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits for the end of the thread and gives the vCPU back; `None` if it panicked.
+    pub fn join(mut self) -> Option<VcpuFd> {
+        self.thread.take()?.join().ok()
+    }
+
+    /// Exits so far.
+    pub fn counters(&self) -> &ExitCounters {
+        &self.counters
+    }
+
+    fn set_wish(&self, wish: Wish) {
+        // Under the lock, so that a parked thread cannot miss it between its check and its sleep.
+        let _parked = self
+            .control
+            .parked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        self.control.wish.store(wish as u8, Ordering::SeqCst);
+    }
+
+    fn kick(&self) {
+        let Some(thread) = self.thread.as_ref().filter(|t| !t.is_finished()) else {
+            return;
+        };
+        self.immediate_exit.set(1);
+        // SAFETY: the thread was not joined, so its identifier is valid; the signal has a handler.
+        unsafe { libc::pthread_kill(thread.as_pthread_t(), SIGRTMIN() + KICK_SIGNAL) };
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        if self.thread.is_some() {
+            self.ask_exit();
+        }
+        if let Some(thread) = self.thread.take() {
+            // The result is of no interest: the machine is going away.
+            drop(thread.join());
+        }
+    }
+}
+
+/// Makes kicks interrupt KVM_RUN instead of ending the process. Once per process.
+///
+/// # Errors
+/// When the signal cannot be handled.
+pub fn install_kick_handler() -> Result<(), Error> {
+    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN() + KICK_SIGNAL, nothing).map_err(|e| Error::Host {
+        action: "handle the kick signal",
+        source: io::Error::from_raw_os_error(e.errno()),
+    })
+}
+
+/// What runs on a vCPU's thread.
+struct Runner {
+    index: u8,
+    fd: VcpuFd,
+    handler: Arc<dyn ExitHandler>,
+    dirty: Option<Arc<DirtyTracker>>,
+    control: Arc<Control>,
+    immediate_exit: ImmediateExit,
+    counters: Arc<ExitCounters>,
+}
+
+/// What to do after an exit.
+enum Next {
+    Run,
+    End(VcpuEnd),
+}
+
+impl Runner {
+    fn run_until_end(&mut self) {
+        let mut first = self.index == 0;
+        let end = loop {
+            match self.control.wish() {
+                Wish::Exit => break VcpuEnd::Asked,
+                Wish::Pause => {
+                    self.complete_pending_io();
+                    self.control.park();
+                    continue;
+                }
+                Wish::Run => {}
+            }
+            if std::mem::take(&mut first) {
+                self.handler.first_run();
+            }
+            match self.run_once() {
+                Next::Run => {}
+                Next::End(end) => break end,
+            }
+        };
+        self.control.ended.store(true, Ordering::SeqCst);
+        self.control.set_parked(true);
+        self.handler.vcpu_ended(end);
+    }
+
+    /// An exit for a read is complete only when KVM took the answer, at the next entry; one with
+    /// `immediate_exit` takes it and returns before the guest runs (KVM API 5, immediate_exit).
+    fn complete_pending_io(&mut self) {
+        self.immediate_exit.set(1);
+        drop(self.fd.run());
+        self.immediate_exit.set(0);
+    }
+
+    fn run_once(&mut self) -> Next {
+        let (kind, next) = match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => (
+                ExitKind::IoOut,
+                port_write(&*self.handler, &self.control, port, data),
+            ),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.handler.port_read(port, data);
+                (ExitKind::IoIn, Next::Run)
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.handler.mmio_write(address, data);
+                (ExitKind::MmioWrite, Next::Run)
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.handler.mmio_read(address, data);
+                (ExitKind::MmioRead, Next::Run)
+            }
+            Ok(VcpuExit::Hlt) => (ExitKind::Halt, Next::Run),
+            Ok(VcpuExit::Shutdown) => {
+                let end = VcpuEnd::Failed(Error::TripleFault { vcpu: self.index });
+                (ExitKind::Shutdown, Next::End(end))
+            }
+            Ok(VcpuExit::SystemEvent(kind, _)) => (ExitKind::SystemEvent, system_event(kind)),
+            Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+                (ExitKind::DirtyRingFull, self.empty_dirty_ring())
+            }
+            Ok(VcpuExit::InternalError) => {
+                let reason = self.internal_error();
+                (ExitKind::InternalError, self.broken(reason))
+            }
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                let reason = format!("entry refused with reason {reason:#x} on host CPU {cpu}");
+                (ExitKind::Other, self.broken(reason))
+            }
+            Ok(exit) => {
+                let reason = format!("unexpected exit {exit:?}");
+                (ExitKind::Other, self.broken(reason))
+            }
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+                self.immediate_exit.set(0);
+                (ExitKind::Interrupted, Next::Run)
+            }
+            Err(e) => {
+                let reason = io::Error::from_raw_os_error(e.errno()).to_string();
+                (ExitKind::Other, self.broken(reason))
+            }
+        };
+        self.counters.count(kind);
+        next
+    }
+
+    fn empty_dirty_ring(&self) -> Next {
+        let no_tracker = Err(Error::Internal("a ring of dirty pages has no reader"));
+        let emptied = self.dirty.as_ref().map_or(no_tracker, |d| d.ring_is_full());
+        match emptied {
+            Ok(()) => Next::Run,
+            Err(error) => Next::End(VcpuEnd::Failed(error)),
+        }
+    }
+
+    fn broken(&self, reason: String) -> Next {
+        Next::End(VcpuEnd::Failed(Error::GuestInternal {
+            vcpu: self.index,
+            reason,
+        }))
+    }
+
+    /// Says what KVM knows of an internal error (KVM API 5, KVM_EXIT_INTERNAL_ERROR).
+    fn internal_error(&mut self) -> String {
+        // SAFETY: the exit reason says that this member of the union is valid.
+        let info = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        let what = match info.suberror {
+            1 => "it cannot emulate an instruction",
+            2 => "events came at once that cannot be delivered together",
+            3 => "an event could not be delivered",
+            4 => "an unexpected exit of the processor",
+            _ => "an unknown internal error",
+        };
+        let rip = self.fd.get_regs().map_or(0, |r| r.rip);
+        let data: Vec<String> = info
+            .data
+            .iter()
+            .take(info.ndata.min(16) as usize)
+            .map(|d| format!("{d:#x}"))
+            .collect();
+        format!(
+            "{what} (suberror {}) at rip {rip:#x}, data [{}]",
+            info.suberror,
+            data.join(" ")
+        )
+    }
+}
+
+/// Carries out a port write, after waiting while nobody takes the guest's output.
+fn port_write(handler: &dyn ExitHandler, control: &Control, port: u16, data: &[u8]) -> Next {
+    // A vCPU that is asked to stop goes on: its write must not be lost, and the output's limit
+    // leaves room for one byte of each vCPU.
+    while handler.port_is_blocked(port) && control.wish() == Wish::Run {
+        std::thread::sleep(BLOCKED_OUTPUT_POLL);
+    }
+    match handler.port_write(port, data) {
+        Some(request) => Next::End(VcpuEnd::Request(request)),
+        None => Next::Run,
+    }
+}
+
+/// How often a vCPU that waits for room for its output looks again.
+const BLOCKED_OUTPUT_POLL: std::time::Duration = std::time::Duration::from_millis(1);
+
+fn system_event(kind: u32) -> Next {
+    let request = match kind {
+        kvm_bindings::KVM_SYSTEM_EVENT_SHUTDOWN => MachineRequest::PowerOff,
+        _ => MachineRequest::Reset,
+    };
+    Next::End(VcpuEnd::Request(request))
+}

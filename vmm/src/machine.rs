@@ -1,0 +1,232 @@
+//! A guest on this host: built from its configuration, run until it ends.
+//!
+//! The thread that calls [`Machine::run`] is the device loop: it owns the machine, waits for
+//! events of devices, commands and vCPUs, and decides. Each vCPU has a thread of its own.
+//!
+//! Devices, guest memory and all descriptors live as long as the machine; only KVM's side is built
+//! anew when the guest resets, so that no host resource is ever let go in between.
+
+mod boot;
+mod serve;
+
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use kvm_ioctls::Kvm;
+use tandem_devices::GuestMemory;
+use tandem_devices::legacy::MachineRequest;
+use tandem_devices::virtio::registers::RegisterBank;
+use vmm_sys_util::epoll::Epoll;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::build::{self, Connections};
+use crate::config::MachineConfig;
+use crate::console::ConsoleHub;
+use crate::console_port::ConsolePort;
+use crate::control::{Handle, MachineState, Outcome, Request};
+use crate::device_model::{DeviceModel, Source, watch};
+use crate::error::Error;
+use crate::kvm::acks::AckRing;
+use crate::kvm::exits::ExitCounters;
+use crate::kvm::vcpu::{ExitHandler, VcpuEnd, VcpuThread, install_kick_handler};
+use crate::kvm::vm::{Vm, open_kvm};
+use crate::memory;
+use crate::resources::{Images, Resources};
+
+/// Longest wait at the end of a run for the console's reader to take the last output.
+const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A guest, ready to run.
+pub struct Machine {
+    config: MachineConfig,
+    started: Instant,
+    kvm: Kvm,
+    images: Images,
+    memory: Arc<GuestMemory>,
+    registers: RegisterBank,
+    acks: Arc<AckRing>,
+    connections: Connections,
+    console: ConsoleHub,
+    port: Option<ConsolePort>,
+    shared: Arc<Shared>,
+    epoll: Arc<Epoll>,
+    requests: Receiver<Request>,
+    handle: Handle,
+    counters: Vec<Arc<ExitCounters>>,
+    running: Option<Running>,
+    state: MachineState,
+    resets: u64,
+    /// Events that came while the machine was paused.
+    deferred: Vec<Source>,
+    unpollable_input: bool,
+}
+
+/// KVM's side of a guest. Dropped in this order: no thread outlives its virtual machine.
+struct Running {
+    vcpus: Vec<VcpuThread>,
+    vm: Arc<Vm>,
+}
+
+/// What vCPU threads and the device loop share.
+pub(crate) struct Shared {
+    model: Mutex<DeviceModel>,
+    ends: Mutex<Vec<VcpuEnd>>,
+    wake: Arc<EventFd>,
+    first_run: OnceLock<Instant>,
+}
+
+impl Machine {
+    /// Opens everything that the guest needs and loads it, ready for its first instruction.
+    /// `started` is the moment from which the start is timed.
+    ///
+    /// # Errors
+    /// When something is missing or refused; what was opened is let go then.
+    pub fn open(config: MachineConfig, started: Instant) -> Result<Self, Error> {
+        config.check()?;
+        let mut resources = Resources::open(&config)?;
+        let kvm = open_kvm()?;
+        install_kick_handler()?;
+        let memory = memory::allocate(config.memory, config.hugepages)?;
+        let epoll = Arc::new(Epoll::new().map_err(Error::host("create an event loop"))?);
+        let wake = Arc::new(build::eventfd()?);
+        watch(&epoll, build::borrow(&wake), Source::Wake)
+            .map_err(Error::host("watch for commands"))?;
+        let console = ConsoleHub::new(resources.take_console(), Arc::clone(&wake));
+        let registers = RegisterBank::new(config.virtio_device_count())
+            .map_err(Error::host("map device registers"))?;
+        let acks = Arc::new(AckRing::default());
+        let host = build::Host {
+            memory: &memory,
+            registers: &registers,
+            acks: &acks,
+            epoll: &epoll,
+            console: &console,
+        };
+        let (images, model, connections, port) = build::devices(&config, resources, &host)?;
+        let shared = Arc::new(Shared {
+            model: Mutex::new(model),
+            ends: Mutex::new(Vec::new()),
+            wake: Arc::clone(&wake),
+            first_run: OnceLock::new(),
+        });
+        let (handle, requests) = Handle::new(wake);
+        let counters = (0..config.cpus).map(|_| Arc::default()).collect();
+        let mut machine = Self {
+            config,
+            started,
+            kvm,
+            images,
+            memory,
+            registers,
+            acks,
+            connections,
+            console,
+            port,
+            shared,
+            epoll,
+            requests,
+            handle,
+            counters,
+            running: None,
+            state: MachineState::Running,
+            resets: 0,
+            deferred: Vec::new(),
+            unpollable_input: false,
+        };
+        machine.boot()?;
+        Ok(machine)
+    }
+
+    /// A way to command the machine from other threads.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
+    }
+
+    /// Runs the guest on the calling thread until it ends.
+    ///
+    /// # Errors
+    /// When the guest dies or cannot be carried on.
+    pub fn run(mut self) -> Result<Outcome, Error> {
+        crate::scheduling::apply(crate::kvm::vcpu::Scheduling {
+            cpu: None,
+            realtime: self.config.realtime,
+        });
+        self.watch_console();
+        self.resume_vcpus();
+        let result = loop {
+            match self.serve() {
+                Ok(Some(outcome)) => break Ok(outcome),
+                Ok(None) => {
+                    if let Err(error) = self.restart() {
+                        break Err(error);
+                    }
+                }
+                Err(error) => break Err(error),
+            }
+        };
+        self.take_down();
+        result
+    }
+
+    /// Stops the vCPUs and finishes what devices have in flight.
+    fn take_down(&mut self) {
+        self.state = MachineState::Stopping;
+        self.end_vcpus();
+        self.shared.model().quiesce();
+        self.console.drain(LAST_OUTPUT_PATIENCE);
+    }
+}
+
+impl Shared {
+    fn model(&self) -> MutexGuard<'_, DeviceModel> {
+        self.model.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn ends(&self) -> MutexGuard<'_, Vec<VcpuEnd>> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake(&self) {
+        if let Err(error) = self.wake.write(1) {
+            tracing::error!(%error, "cannot wake the device loop");
+        }
+    }
+}
+
+impl ExitHandler for Shared {
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.model().port_read(port, data);
+    }
+
+    fn port_write(&self, port: u16, data: &[u8]) -> Option<MachineRequest> {
+        self.model().port_write(port, data)
+    }
+
+    fn port_is_blocked(&self, port: u16) -> bool {
+        port == crate::boot::layout::SERIAL_PORT && self.model().port_is_blocked(port)
+    }
+
+    fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.model().mmio_read(address, data);
+    }
+
+    fn mmio_write(&self, address: u64, data: &[u8]) {
+        let mut model = self.model();
+        model.mmio_write(address, data);
+        let again = model.has_again();
+        drop(model);
+        if again {
+            self.wake();
+        }
+    }
+
+    fn vcpu_ended(&self, end: VcpuEnd) {
+        self.ends().push(end);
+        self.wake();
+    }
+
+    fn first_run(&self) {
+        self.first_run.get_or_init(Instant::now);
+    }
+}

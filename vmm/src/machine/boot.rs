@@ -1,0 +1,113 @@
+//! KVM's side of a guest: built for each boot, gone with it.
+
+use std::sync::Arc;
+
+use super::{Machine, Running};
+use crate::boot::layout::{self, VirtioSlot};
+use crate::boot::{self, BootSources};
+use crate::build;
+use crate::cpu;
+use crate::error::Error;
+use crate::kvm::vcpu::{ExitHandler, Scheduling, VcpuThread};
+use crate::kvm::vm::Vm;
+use crate::memory;
+
+impl Machine {
+    /// Builds the virtual machine, loads the images and starts the vCPUs' threads, paused.
+    pub(super) fn boot(&mut self) -> Result<(), Error> {
+        let slots = VirtioSlot::first(self.config.virtio_device_count())?;
+        let vm = Arc::new(Vm::new(&self.kvm, &self.memory, &self.registers)?);
+        self.connect(&vm, &slots)?;
+        let fds = (0..self.config.cpus)
+            .map(|i| vm.create_vcpu(i))
+            .collect::<Result<Vec<_>, _>>()?;
+        vm.attach_acks(&self.acks, &fds[0])?;
+        let loaded = self.load(&slots)?;
+        let memory = self.memory.as_ref();
+        cpu::set_up(&self.kvm, &fds, memory, loaded.entry)?;
+        self.shared
+            .model()
+            .connect_sci(Some(Box::new(build::Sci::new(&vm))));
+        let handler: Arc<dyn ExitHandler> = self.shared.clone();
+        let mut vcpus = Vec::new();
+        for (index, fd) in (0..).zip(fds) {
+            let scheduling = Scheduling {
+                cpu: self.config.pin.get(usize::from(index)).copied(),
+                realtime: self.config.realtime,
+            };
+            let counters = Arc::clone(&self.counters[usize::from(index)]);
+            vcpus.push(VcpuThread::start(
+                index,
+                fd,
+                Arc::clone(&handler),
+                None,
+                scheduling,
+                counters,
+            )?);
+        }
+        self.running = Some(Running { vcpus, vm });
+        Ok(())
+    }
+
+    fn connect(&self, vm: &Arc<Vm>, slots: &[VirtioSlot]) -> Result<(), Error> {
+        vm.connect_irq(&self.connections.serial_irq, layout::SERIAL_GSI)?;
+        for (slot, device) in slots.iter().zip(&self.connections.virtio) {
+            device.irq.connect(vm, slot.gsi);
+            vm.connect_kicks(*slot, &device.kicks)?;
+            vm.collect_acks(*slot)?;
+        }
+        Ok(())
+    }
+
+    fn load(&mut self, slots: &[VirtioSlot]) -> Result<boot::Loaded, Error> {
+        let cmdline = self.images.cmdline(&self.config.boot, slots);
+        if self.config.boot.acpi {
+            boot::write_tables(self.memory.as_ref(), self.config.cpus, slots)?;
+        } else {
+            boot::write_mp_table(self.memory.as_ref(), self.config.cpus)?;
+        }
+        let sources = BootSources {
+            kernel: &mut self.images.kernel,
+            initrd: self.images.initrd.as_mut(),
+            cmdline: &cmdline,
+            protocol: self.config.boot.protocol,
+        };
+        boot::load_kernel(self.memory.as_ref(), sources).map_err(|source| Error::Image {
+            kernel: self.config.boot.kernel.clone(),
+            source,
+        })
+    }
+
+    /// Starts the guest anew after a reset: devices at power-on, memory empty, a new virtual machine.
+    pub(super) fn restart(&mut self) -> Result<(), Error> {
+        tracing::info!("the guest was reset");
+        self.end_vcpus();
+        self.shared.model().reset();
+        memory::clear(&self.memory).map_err(Error::host("clear guest memory"))?;
+        self.resets += 1;
+        self.boot()?;
+        self.resume_vcpus();
+        Ok(())
+    }
+
+    pub(super) fn resume_vcpus(&self) {
+        if let Some(running) = &self.running {
+            running.vcpus.iter().for_each(VcpuThread::resume);
+        }
+    }
+
+    /// Ends all vCPUs' threads and lets KVM's side go.
+    pub(super) fn end_vcpus(&mut self) {
+        let Some(Running { vcpus, vm }) = self.running.take() else {
+            return;
+        };
+        vcpus.iter().for_each(VcpuThread::ask_exit);
+        for vcpu in vcpus {
+            drop(vcpu.join());
+        }
+        self.shared.ends().clear();
+        self.shared.model().connect_sci(None);
+        self.acks.detach();
+        drop(vm);
+    }
+}

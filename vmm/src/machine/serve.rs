@@ -1,0 +1,298 @@
+//! The device loop.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use tandem_devices::legacy::MachineRequest;
+use vmm_sys_util::epoll::EpollEvent;
+
+use super::Machine;
+use crate::console::ConsoleHub;
+use crate::control::{
+    Answer, Command, ControlError, MachineState, MachineStats, Outcome, StopMode, VcpuStats,
+};
+use crate::device_model::{self, Source};
+use crate::error::Error;
+use crate::kvm::vcpu::VcpuEnd;
+
+/// Events taken from the kernel at a time.
+const EVENTS_MAX: usize = 64;
+/// First wait before looking for acknowledgements that came without an exit; doubles each time.
+const ACKS_WAIT_MIN: Duration = Duration::from_millis(1);
+/// Longest such wait.
+const ACKS_WAIT_MAX: Duration = Duration::from_millis(128);
+/// How often a console that cannot keep up, in either direction, is looked at.
+const CONSOLE_WAIT: Duration = Duration::from_millis(5);
+/// Least time between two writes of console output. The first byte goes at once, and a guest that
+/// sends byte by byte wakes the loop once per interval instead of once per byte.
+const FLUSH_INTERVAL: Duration = Duration::from_millis(2);
+
+/// What made the loop end.
+enum End {
+    Outcome(Outcome),
+    Reset,
+}
+
+/// What the loop still has to look after besides events.
+struct Pending {
+    /// Interrupts are unacknowledged: look again after this time.
+    acks_wait: Option<Duration>,
+    /// Devices asked to be called again.
+    again: bool,
+    /// Console input waits for the guest to take it.
+    input: bool,
+    /// Console output waits to be written at this time.
+    flush_at: Option<Instant>,
+    flushed: Option<Instant>,
+}
+
+impl Pending {
+    /// Longest time to wait for events, in milliseconds rounded up; -1 is for ever.
+    fn timeout_ms(&self) -> i32 {
+        if self.again {
+            return 0;
+        }
+        let input = self.input.then_some(CONSOLE_WAIT);
+        let flush = self
+            .flush_at
+            .map(|at| at.saturating_duration_since(Instant::now()));
+        let wait = [self.acks_wait, input, flush].into_iter().flatten().min();
+        wait.map_or(-1, |w| w.as_micros().div_ceil(1000) as i32)
+    }
+
+    /// Output came: writes it now or plans to.
+    fn serve_output(&mut self, console: &ConsoleHub) {
+        if self.flush_at.is_none() && !console.has_output() {
+            return;
+        }
+        let now = Instant::now();
+        let due = self.flushed.map_or(now, |at| at + FLUSH_INTERVAL);
+        if now < due {
+            self.flush_at = Some(due);
+            return;
+        }
+        let more = console.flush();
+        self.flushed = Some(now);
+        self.flush_at = more.then(|| now + CONSOLE_WAIT);
+    }
+}
+
+impl Machine {
+    /// Serves devices, commands and vCPUs until the guest ends (an outcome) or resets (`None`).
+    pub(super) fn serve(&mut self) -> Result<Option<Outcome>, Error> {
+        let mut events = [EpollEvent::default(); EVENTS_MAX];
+        let mut pending = Pending {
+            acks_wait: None,
+            again: false,
+            input: true,
+            flush_at: None,
+            flushed: None,
+        };
+        loop {
+            let count = match self.epoll.wait(pending.timeout_ms(), &mut events) {
+                Ok(count) => count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(source) => {
+                    return Err(Error::Host {
+                        action: "wait for events",
+                        source,
+                    });
+                }
+            };
+            let sources = events[..count].iter().map(|e| Source::decode(e.data()));
+            let woken = self.handle_sources(sources, &mut pending);
+            if pending.input {
+                pending.input = self.take_console_input();
+            }
+            pending.serve_output(&self.console);
+            if let Some(port) = self.port.as_ref().filter(|_| !self.console.is_full()) {
+                port.has_room();
+            }
+            if woken && let Some(end) = self.handle_wake()? {
+                return Ok(match end {
+                    End::Outcome(outcome) => Some(outcome),
+                    End::Reset => None,
+                });
+            }
+        }
+    }
+
+    /// Hands events to devices; true if there is more than devices to look after.
+    fn handle_sources(
+        &mut self,
+        sources: impl Iterator<Item = Source>,
+        pending: &mut Pending,
+    ) -> bool {
+        let mut woken = false;
+        let mut busy = false;
+        let mut model = self.shared.model();
+        for source in sources {
+            match source {
+                Source::Wake => woken = true,
+                Source::Console => pending.input = true,
+                _ if self.state == MachineState::Paused => self.deferred.push(source),
+                _ => {
+                    busy = true;
+                    model.handle(source);
+                }
+            }
+        }
+        if self.state != MachineState::Paused {
+            model.handle_again();
+            let open = model.take_acks();
+            let wait = pending
+                .acks_wait
+                .filter(|_| !busy)
+                .map_or(ACKS_WAIT_MIN, |w| w * 2);
+            pending.acks_wait = open.then_some(wait.min(ACKS_WAIT_MAX));
+            pending.again = model.has_again();
+        }
+        woken
+    }
+
+    /// Moves console input to the guest, to the virtio console while that has a driver; true if
+    /// there may be more than the guest takes now.
+    fn take_console_input(&mut self) -> bool {
+        let mut model = self.shared.model();
+        let port = self.port.as_ref().and_then(|p| Some((p, p.input_room()?)));
+        let room = port.map_or_else(|| model.serial().input_room(), |(_, room)| room);
+        let input = self.console.read_input(room);
+        match port {
+            Some((port, _)) => port.input(&input),
+            None => drop(model.serial().input(&input)),
+        }
+        input.len() == room || (self.unpollable_input && !input.is_empty())
+    }
+
+    /// Registers the console's inputs with the loop. Files cannot be polled: they are read as fast
+    /// as the guest takes them.
+    pub(super) fn watch_console(&mut self) {
+        let mut unpollable = false;
+        self.console.for_each_input(|fd| {
+            unpollable |= device_model::watch(&self.epoll, fd, Source::Console).is_err();
+        });
+        self.unpollable_input = unpollable;
+    }
+
+    fn handle_wake(&mut self) -> Result<Option<End>, Error> {
+        while let Ok(request) = self.requests.try_recv() {
+            let (answer, end) = self.carry_out(request.command);
+            // Whoever asked may have stopped waiting.
+            drop(request.reply.send(answer));
+            if end.is_some() {
+                return Ok(end);
+            }
+        }
+        let ends = std::mem::take(&mut *self.shared.ends());
+        for end in ends {
+            match end {
+                VcpuEnd::Asked => {}
+                VcpuEnd::Failed(error) => return Err(error),
+                VcpuEnd::Request(MachineRequest::PowerOff) => {
+                    return Ok(Some(End::Outcome(Outcome::PowerOff)));
+                }
+                VcpuEnd::Request(MachineRequest::Reset) if self.config.no_reboot => {
+                    return Ok(Some(End::Outcome(Outcome::Reset)));
+                }
+                VcpuEnd::Request(MachineRequest::Reset) => return Ok(Some(End::Reset)),
+            }
+        }
+        Ok(None)
+    }
+
+    fn carry_out(&mut self, command: Command) -> (Result<Answer, ControlError>, Option<End>) {
+        let answer = match command {
+            Command::Pause => self.pause(),
+            Command::Resume => self.resume(),
+            Command::Stats => Ok(Answer::Stats(Box::new(self.stats()))),
+            Command::AttachConsole(client) => self.attach_console(client),
+            Command::Stop(StopMode::PowerButton) => self.press_power_button(),
+            Command::Stop(StopMode::Force) => {
+                return (Ok(Answer::Done), Some(End::Outcome(Outcome::Stopped)));
+            }
+        };
+        (answer, None)
+    }
+
+    fn expect_state(
+        &self,
+        action: &'static str,
+        expected: MachineState,
+        wanted: &'static str,
+    ) -> Result<(), ControlError> {
+        if self.state == expected {
+            return Ok(());
+        }
+        Err(ControlError::WrongState {
+            action,
+            state: self.state,
+            wanted,
+        })
+    }
+
+    fn pause(&mut self) -> Result<Answer, ControlError> {
+        self.expect_state("pause", MachineState::Running, "running")?;
+        if let Some(running) = &self.running {
+            running.vcpus.iter().for_each(|v| v.ask_pause());
+            running.vcpus.iter().for_each(|v| v.wait_parked());
+        }
+        self.shared.model().quiesce();
+        self.state = MachineState::Paused;
+        Ok(Answer::Done)
+    }
+
+    fn resume(&mut self) -> Result<Answer, ControlError> {
+        self.expect_state("resume", MachineState::Paused, "paused")?;
+        self.state = MachineState::Running;
+        let mut model = self.shared.model();
+        for source in self.deferred.drain(..) {
+            model.handle(source);
+        }
+        model.kick_all();
+        drop(model);
+        self.resume_vcpus();
+        // Devices may have asked to be called again.
+        self.shared.wake();
+        Ok(Answer::Done)
+    }
+
+    fn press_power_button(&mut self) -> Result<Answer, ControlError> {
+        self.expect_state("stop by power button", MachineState::Running, "running")?;
+        if self.shared.model().press_power_button() {
+            return Ok(Answer::Done);
+        }
+        Err(ControlError::Failed(
+            "the guest does not listen for its power button".into(),
+        ))
+    }
+
+    fn attach_console(&mut self, client: UnixStream) -> Result<Answer, ControlError> {
+        let failed = |e: io::Error| ControlError::Failed(e.to_string());
+        device_model::watch(&self.epoll, client.as_fd(), Source::Console).map_err(failed)?;
+        self.console.attach(client).map_err(failed)?;
+        self.shared.wake();
+        Ok(Answer::Done)
+    }
+
+    fn stats(&self) -> MachineStats {
+        let first_run = self.shared.first_run.get().copied();
+        let vcpus = self.counters.iter().enumerate();
+        MachineStats {
+            state: self.state,
+            uptime_ms: first_run.map_or(0, |t| t.elapsed().as_millis() as u64),
+            start_us: first_run.map_or(0, |t: Instant| {
+                t.duration_since(self.started).as_micros() as u64
+            }),
+            resets: self.resets,
+            vcpus: vcpus
+                .map(|(i, c)| VcpuStats {
+                    index: i as u8,
+                    exits: c.by_name(),
+                })
+                .collect(),
+            devices: self.shared.model().stats(),
+        }
+    }
+}

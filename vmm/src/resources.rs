@@ -1,0 +1,252 @@
+//! What a guest needs from the host, opened before anything is built, so that whatever is missing
+//! is named at once and nothing half-started is left behind.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tandem_devices::virtio::VirtioDevice;
+use tandem_devices::virtio::block::threads::ThreadsBackend;
+use tandem_devices::virtio::block::uring::UringBackend;
+use tandem_devices::virtio::block::{Block, BlockBackend, DiskError, DiskFile};
+use tandem_devices::virtio::console::Console;
+use tandem_devices::virtio::net::stream::StreamBackend;
+use tandem_devices::virtio::net::tap::{Tap, TapBackend};
+use tandem_devices::virtio::net::{Net, NetBackend, NetSettings};
+use tandem_devices::virtio::rng::{Rng, SEED_SIZE, SeededStream};
+use tandem_devices::virtio::vsock::{GuestCid, UnixBackend, Vsock, VsockListener};
+
+use crate::boot::cmdline;
+use crate::boot::layout::VirtioSlot;
+use crate::build::{self, Host};
+use crate::config::{
+    BootConfig, ConsoleConfig, DiskConfig, DiskEngine, MacAddr, MachineConfig, NetBackendConfig,
+};
+use crate::console::Primary;
+use crate::console_port::{ConsolePort, PortBackend};
+use crate::error::Error;
+
+/// The opened images.
+pub struct Images {
+    /// Kernel.
+    pub kernel: File,
+    /// Initial RAM disk.
+    pub initrd: Option<File>,
+}
+
+/// Everything that a guest needs from the host.
+pub struct Resources {
+    images: Images,
+    disks: Vec<Box<dyn BlockBackend>>,
+    nets: Vec<Box<dyn NetBackend>>,
+    vsock: Option<(GuestCid, VsockListener)>,
+    random: SeededStream,
+    console: Option<Primary>,
+}
+
+/// The devices of a guest, and what the machine keeps of them.
+pub struct Devices {
+    /// Images, for this boot and later ones.
+    pub images: Images,
+    /// Virtio devices with their names, in the order of their slots.
+    pub virtio: Vec<(String, Box<dyn VirtioDevice>)>,
+    /// The machine's end of the virtio console.
+    pub port: Option<ConsolePort>,
+}
+
+impl Images {
+    /// The whole command line: what the user gave, and the devices for kernels without ACPI.
+    pub fn cmdline(&self, boot: &BootConfig, slots: &[VirtioSlot]) -> String {
+        let told_by_acpi = boot.acpi && !boot.cmdline.split(' ').any(|word| word == "acpi=off");
+        if told_by_acpi {
+            boot.cmdline.clone()
+        } else {
+            cmdline::with_virtio_devices(&boot.cmdline, slots)
+        }
+    }
+}
+
+impl Resources {
+    /// Opens everything that `config` names.
+    ///
+    /// # Errors
+    /// When something is missing, refused or in use.
+    pub fn open(config: &MachineConfig) -> Result<Self, Error> {
+        raise_descriptor_limit();
+        let kernel = open("kernel", &config.boot.kernel)?;
+        let initrd = config
+            .boot
+            .initrd
+            .as_deref()
+            .map(|p| open("initrd", p))
+            .transpose()?;
+        let disks = config
+            .disks
+            .iter()
+            .map(open_disk)
+            .collect::<Result<_, _>>()?;
+        let nets = config
+            .nets
+            .iter()
+            .map(|net| open_net(&net.backend))
+            .collect::<Result<_, _>>()?;
+        let vsock = match &config.vsock {
+            Some(vsock) => Some((
+                GuestCid::new(u64::from(vsock.cid))?,
+                VsockListener::bind(&vsock.path)?,
+            )),
+            None => None,
+        };
+        let console = Some(open_console(&config.console)?);
+        let random = match config.rng_seed {
+            Some(seed) => SeededStream::new(expand_seed(seed)),
+            None => SeededStream::from_host().map_err(Error::host("read the host's entropy"))?,
+        };
+        Ok(Self {
+            images: Images { kernel, initrd },
+            disks,
+            nets,
+            vsock,
+            random,
+            console,
+        })
+    }
+
+    /// The primary end of the console.
+    pub fn take_console(&mut self) -> Primary {
+        self.console.take().unwrap_or(Primary::None)
+    }
+
+    /// Turns the resources into virtio devices: disks, nets, entropy, vsock, console.
+    ///
+    /// # Errors
+    /// When a device cannot be set up.
+    pub fn into_devices(self, config: &MachineConfig, host: &Host<'_>) -> Result<Devices, Error> {
+        let mut virtio: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
+        for (index, backend) in self.disks.into_iter().enumerate() {
+            let name = format!("disk{index}");
+            let id = config.disks[index].id.as_ref().unwrap_or(&name);
+            virtio.push((name.clone(), Box::new(Block::new(backend, id))));
+        }
+        for (index, backend) in self.nets.into_iter().enumerate() {
+            let mac = config.nets[index].mac;
+            let mac = mac.unwrap_or_else(|| MacAddr::derived(&config.name, index));
+            let settings = NetSettings {
+                mac: mac.0,
+                mtu: None,
+            };
+            virtio.push((format!("net{index}"), Box::new(Net::new(backend, settings))));
+        }
+        virtio.push(("rng".into(), Box::new(Rng::new(self.random))));
+        if let Some((cid, listener)) = self.vsock {
+            let failed = "set up the socket device";
+            let backend = UnixBackend::new(listener).map_err(Error::host(failed))?;
+            let device = Vsock::new(cid, Box::new(backend)).map_err(Error::host(failed))?;
+            virtio.push(("vsock".into(), Box::new(device)));
+        }
+        let mut port = None;
+        if config.virtio_console {
+            let end = port.insert(ConsolePort::new(build::eventfd()?)).clone();
+            let backend = PortBackend::new(end, host.console.clone());
+            virtio.push(("console".into(), Box::new(Console::new(Box::new(backend)))));
+        }
+        Ok(Devices {
+            images: self.images,
+            virtio,
+            port,
+        })
+    }
+}
+
+/// Allows as many descriptors as the host does: each socket stream of a guest is one. Where it cannot
+/// be raised, later streams wait for earlier ones.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%error, "cannot raise the limit of descriptors");
+    }
+}
+
+/// The device's seed from the user's: the number and zeros, so that it is easy to state.
+fn expand_seed(seed: u64) -> [u8; SEED_SIZE] {
+    let mut bytes = [0; SEED_SIZE];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    bytes
+}
+
+fn open_disk(config: &DiskConfig) -> Result<Box<dyn BlockBackend>, Error> {
+    let disk = DiskFile::open(&config.path, config.readonly, config.direct)?;
+    let failed = |engine| {
+        let path = config.path.clone();
+        move |source| {
+            Error::Disk(DiskError::Engine {
+                path,
+                engine,
+                source,
+            })
+        }
+    };
+    let threads = |disk| -> Result<Box<dyn BlockBackend>, Error> {
+        Ok(Box::new(
+            ThreadsBackend::new(disk).map_err(failed("threads"))?,
+        ))
+    };
+    if config.engine == DiskEngine::Threads {
+        return threads(disk);
+    }
+    match UringBackend::new(disk) {
+        Ok(backend) => Ok(Box::new(backend)),
+        Err((disk, _)) if config.engine == DiskEngine::Auto => threads(disk),
+        Err((_, source)) => Err(failed("io_uring")(source)),
+    }
+}
+
+fn open(what: &'static str, path: &Path) -> Result<File, Error> {
+    let failed = |source| Error::Open {
+        what,
+        path: path.to_owned(),
+        source,
+    };
+    let file = File::open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_dir() {
+        return Err(failed(io::ErrorKind::IsADirectory.into()));
+    }
+    Ok(file)
+}
+
+fn open_net(config: &NetBackendConfig) -> Result<Box<dyn NetBackend>, Error> {
+    Ok(match config {
+        NetBackendConfig::Tap(name) => Box::new(TapBackend::new(Tap::open(name)?)),
+        NetBackendConfig::Socket(path) => Box::new(StreamBackend::connect(path)?),
+    })
+}
+
+fn open_console(config: &ConsoleConfig) -> Result<Primary, Error> {
+    match config {
+        ConsoleConfig::Stdio => {
+            open_stdio().map_err(Error::host("duplicate standard input and output"))
+        }
+        ConsoleConfig::Off => Ok(Primary::None),
+        ConsoleConfig::File(path) => {
+            let file = File::options().append(true).create(true).open(path);
+            let failed = |source| Error::Open {
+                what: "console file",
+                path: path.clone(),
+                source,
+            };
+            Ok(Primary::File(file.map_err(failed)?))
+        }
+    }
+}
+
+fn open_stdio() -> io::Result<Primary> {
+    let input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let output = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    Ok(Primary::Stdio { input, output })
+}
