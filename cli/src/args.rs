@@ -24,6 +24,12 @@ Console: with `--console stdio` on a terminal every key goes to the guest but Ct
 the guest: first by its power button; by force 10 s later, at a second Ctrl-], or if the guest does \
 not listen to the button. SIGTERM, SIGINT and SIGHUP do the same.";
 
+const RESTORE: &str = "\
+Description: the snapshot's machine.toml says where the guest's disks, interfaces and sockets are; \
+flags win over it. --disk and --net, if given, take the place of all disks or interfaces there, in \
+their order. The guest's hardware must be the saved one. Disks are not in a snapshot: they must \
+hold what they held when it was taken.";
+
 const RUNTIME: &str = "\
 Runtime directory: each running guest has a directory of its name in $TANDEM_RUNTIME_DIR, or else \
 in /run/tandem for root and in $XDG_RUNTIME_DIR/tandem for others. It holds api.sock (HTTP), \
@@ -119,6 +125,25 @@ pub enum Verb {
         /// How long the guest may take before it is ended by force
         #[arg(long, value_name = "TIME", default_value = "10s", value_parser = value::duration)]
         timeout: Duration,
+    },
+    /// Save a guest to a directory; it runs on
+    Snapshot {
+        /// Guest and dry run.
+        #[command(flatten)]
+        change: ChangeArgs,
+        /// The directory, which must not exist
+        directory: PathBuf,
+    },
+    /// Run a guest on from where it was saved, until it ends
+    #[command(after_help = format!("{RESTORE}\n\n{CONSOLE}\n\n{}", exit::table()))]
+    Restore(Box<RestoreArgs>),
+    /// Show what a snapshot holds, and whether it is whole
+    Inspect {
+        /// The snapshot's directory
+        directory: PathBuf,
+        /// Read all of its memory and check it too
+        #[arg(long)]
+        verify: bool,
     },
     /// Print a guest's metrics in Prometheus' text format
     Metrics {
@@ -229,6 +254,72 @@ pub struct RunArgs {
     /// Check everything, print the settings that would be used, and do not run
     #[arg(long, help_heading = "Host")]
     pub dry_run: bool,
+}
+
+/// The flags of `tandem restore`.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Guest")]
+pub struct RestoreArgs {
+    /// The snapshot's directory
+    #[arg(help_heading = None)]
+    pub directory: PathBuf,
+    /// Name of the guest, unique on this host [default: the saved one]
+    #[arg(long, value_parser = value::name)]
+    pub name: Option<String>,
+    /// Disk: path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads]; repeatable
+    #[arg(long = "disk", value_name = "DISK", value_parser = value::disk)]
+    pub disks: Vec<DiskConfig>,
+    /// Network interface: tap=NAME[,mac=M] or socket=PATH[,mac=M]; repeatable
+    #[arg(long = "net", value_name = "NET", value_parser = value::net)]
+    pub nets: Vec<NetConfig>,
+    /// Virtio socket: cid=N,path=SOCKET
+    #[arg(long, value_name = "VSOCK", value_parser = value::vsock)]
+    pub vsock: Option<VsockConfig>,
+    /// Serial console: stdio, off or file=PATH
+    #[arg(long, value_name = "CONSOLE", value_parser = value::console)]
+    pub console: Option<ConsoleConfig>,
+    /// End the run when the guest resets, instead of restarting it
+    #[arg(long, value_name = "BOOL", value_parser = value::boolean)]
+    #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub no_reboot: Option<bool>,
+    /// Do not let the guest run before `tandem resume`
+    #[arg(long)]
+    pub paused: bool,
+    /// Load all memory before the guest runs, instead of when it is touched
+    #[arg(long, help_heading = "Host")]
+    pub eager: bool,
+    /// Host CPU for each vCPU, such as 0,1 [default: any]
+    #[arg(long, value_name = "CPUS", value_parser = value::host_cpu, help_heading = "Host")]
+    #[arg(value_delimiter = ',', num_args = 1)]
+    pub pin: Option<Vec<usize>>,
+    /// Real-time priority of the guest's threads, 1 to 99 [default: none]
+    #[arg(long, value_name = "PRIORITY", value_parser = value::realtime, help_heading = "Host")]
+    pub realtime: Option<u8>,
+    /// Socket of the API [default: api.sock in the runtime directory]
+    #[arg(long, value_name = "SOCKET", value_parser = value::socket_path, help_heading = "Host")]
+    pub api: Option<PathBuf>,
+    /// What the VMM logs: off, error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL", value_parser = value::log_level, help_heading = "Host")]
+    pub log_level: Option<LevelFilter>,
+}
+
+impl RestoreArgs {
+    /// The settings that these flags give.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            name: self.name.clone().map(Located::flag),
+            console: self.console.clone().map(Located::flag),
+            no_reboot: self.no_reboot.map(Located::flag),
+            pin: self.pin.clone().map(Located::flag),
+            realtime: self.realtime.map(Located::flag),
+            api: self.api.clone().map(Located::flag),
+            log_level: self.log_level.map(Located::flag),
+            disks: self.disks.iter().cloned().map(Into::into).collect(),
+            nets: self.nets.iter().cloned().map(Into::into).collect(),
+            vsock: self.vsock.clone().map(Located::flag),
+            ..Settings::default()
+        }
+    }
 }
 
 impl RunArgs {

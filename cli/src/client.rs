@@ -122,6 +122,19 @@ impl Client {
         self.request(Method::POST, path, body.into())
     }
 
+    /// As [`Client::post`], with the answer read from JSON.
+    ///
+    /// # Errors
+    /// When there is no answer, it cannot be read, or the guest refuses.
+    pub fn post_json<T: Serialize, A: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &T,
+    ) -> Result<A, ClientError> {
+        let body = self.post(path, body)?;
+        serde_json::from_slice(&body).map_err(|e| self.garbled(&e))
+    }
+
     fn garbled(&self, reason: &dyn std::fmt::Display) -> ClientError {
         ClientError::Garbled {
             path: self.path.clone(),

@@ -1,8 +1,12 @@
 //! What the API does to a guest, apart from how: a machine's handle in life, a fake in tests.
 
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 
 use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
+use tandem_vmm::snapshot::{SnapshotError, directory};
+
+use crate::api::types::SnapshotReport;
 
 /// The calls of a running machine that the API and the signals need. All of them wait for the
 /// machine's answer, at most [`ANSWER_TIMEOUT`](tandem_vmm::control::ANSWER_TIMEOUT).
@@ -21,6 +25,13 @@ pub trait Control: Send + Sync + 'static {
     fn stats(&self) -> Result<MachineStats, ControlError>;
     /// Adds a client to the serial console; it has been sent the recent output when this returns.
     fn attach_console(&self, client: UnixStream) -> Result<(), ControlError>;
+    /// Saves the guest to a directory that does not exist, with its description. Waits until that
+    /// is done.
+    fn snapshot(
+        &self,
+        directory: &Path,
+        description: &str,
+    ) -> Result<SnapshotReport, SnapshotError>;
 }
 
 impl Control for Handle {
@@ -42,5 +53,13 @@ impl Control for Handle {
 
     fn attach_console(&self, client: UnixStream) -> Result<(), ControlError> {
         Self::attach_console(self, client)
+    }
+
+    fn snapshot(
+        &self,
+        directory: &Path,
+        description: &str,
+    ) -> Result<SnapshotReport, SnapshotError> {
+        Ok(directory::save(self, directory, description)?.into())
     }
 }

@@ -20,6 +20,8 @@ pub enum Exit {
     Resource = 11,
     /// KVM is missing or refuses.
     Kvm = 12,
+    /// A saved guest is damaged, of another version, or does not fit.
+    Snapshot = 13,
     /// A vCPU of the guest triple-faulted.
     TripleFault = 20,
     /// KVM could not run the guest any further.
@@ -30,13 +32,14 @@ pub enum Exit {
 
 impl Exit {
     /// All codes, in the order of their numbers.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Ok,
         Self::Failed,
         Self::Usage,
         Self::Image,
         Self::Resource,
         Self::Kvm,
+        Self::Snapshot,
         Self::TripleFault,
         Self::GuestInternal,
         Self::Internal,
@@ -56,6 +59,7 @@ impl Exit {
             Self::Image => "image",
             Self::Resource => "resource",
             Self::Kvm => "kvm",
+            Self::Snapshot => "snapshot",
             Self::TripleFault => "triple-fault",
             Self::GuestInternal => "guest-internal",
             Self::Internal => "internal",
@@ -71,6 +75,7 @@ impl Exit {
             Self::Image => "the kernel or the initial RAM disk cannot be booted",
             Self::Resource => "a tap, disk, socket, name or memory is missing or taken",
             Self::Kvm => "KVM is missing or refuses",
+            Self::Snapshot => "a saved guest is damaged, of another version, or does not fit here",
             Self::TripleFault => "a vCPU of the guest triple-faulted",
             Self::GuestInternal => "KVM cannot run the guest any further (internal error)",
             Self::Internal => "a fault of the VMM itself",

@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use tandem_vmm::error::ErrorKind;
+use tandem_vmm::snapshot::SnapshotError;
 
 use crate::client::ClientError;
 use crate::exit::Exit;
@@ -33,6 +34,9 @@ pub enum Failure {
     /// The guest could not be started or did not end well.
     #[error(transparent)]
     Machine(#[from] tandem_vmm::error::Error),
+    /// A snapshot cannot be used.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// A running guest did not do what was asked.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -68,11 +72,13 @@ impl Failure {
                 Exit::Failed
             }
             Self::Place(_) | Self::Host { .. } => Exit::Resource,
+            Self::Snapshot(_) => Exit::Snapshot,
             Self::Machine(error) => match error.kind() {
                 ErrorKind::Config => Exit::Usage,
                 ErrorKind::Image => Exit::Image,
                 ErrorKind::Resource => Exit::Resource,
                 ErrorKind::Kvm => Exit::Kvm,
+                ErrorKind::Snapshot => Exit::Snapshot,
                 ErrorKind::TripleFault => Exit::TripleFault,
                 ErrorKind::GuestInternal => Exit::GuestInternal,
                 ErrorKind::Internal => Exit::Internal,

@@ -2,9 +2,13 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::time::Duration;
 
+use indicatif::ProgressBar;
 use serde::Serialize;
 
+/// How often a spinner moves.
+const SPIN_INTERVAL: Duration = Duration::from_millis(120);
 /// Space between two columns.
 const GAP: &str = "  ";
 
@@ -77,6 +81,18 @@ pub fn print_json<T: Serialize>(value: &T) -> io::Result<()> {
     let mut text = serde_json::to_string_pretty(value).map_err(io::Error::other)?;
     text.push('\n');
     print(text)
+}
+
+/// Shows on a terminal that something is being done, until the result is finished; nothing
+/// elsewhere or if `quiet`.
+pub fn spinner(text: &str, quiet: bool) -> ProgressBar {
+    if quiet {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new_spinner();
+    bar.set_message(text.to_owned());
+    bar.enable_steady_tick(SPIN_INTERVAL);
+    bar
 }
 
 /// A time for people, such as `1d 2h`, `3m 20s` or `45s`.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::json;
-use tandem_vmm::config::ConsoleConfig;
+use tandem_vmm::config::{ConsoleConfig, MachineConfig};
 use tandem_vmm::control::Outcome;
 use tandem_vmm::machine::Machine;
 
@@ -85,6 +85,23 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
 }
 
 fn start(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
+    let started = context.started;
+    run_machine(launch, context, |config| Machine::open(config, started))
+}
+
+/// Runs the machine that `open` makes, with everything around it: its place among the running
+/// guests, log, API, signals and terminal.
+///
+/// # Errors
+/// When the guest cannot be started or does not end well. Nothing is left behind.
+pub fn run_machine<E>(
+    launch: Launch,
+    context: &RunContext,
+    open: impl FnOnce(MachineConfig) -> Result<Machine, E>,
+) -> Result<Exit, Failure>
+where
+    Failure: From<E>,
+{
     let signals = signals::catch().map_err(Failure::host("catch signals"))?;
     let root = Root::new(context.runtime_dir.clone())?;
     let mut claim = root.claim(&launch.machine.name)?;
@@ -98,7 +115,7 @@ fn start(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
         config: launch.machine.clone(),
         directory: claim.guest().dir().to_owned(),
     };
-    let machine = Machine::open(launch.machine, context.started)?;
+    let machine = open(launch.machine)?;
     let terminal = enter_terminal(&facts, context.quiet)?;
     let guest = Guest::new(Arc::new(machine.handle()), facts);
     let service = Service::start(guest, sources, !context.quiet, move || root.sweep())
@@ -135,8 +152,13 @@ fn enter_terminal(facts: &Facts, quiet: bool) -> Result<Option<RawTerminal>, Fai
 }
 
 fn exit(outcome: Outcome, quiet: bool) -> Exit {
-    if outcome == Outcome::Reset && !quiet {
-        output::tell("tandem: the guest reset, which ends its run (--no-reboot)");
+    let note = match outcome {
+        Outcome::Reset => Some("the guest reset, which ends its run (--no-reboot)"),
+        Outcome::Left => Some("the guest goes on elsewhere"),
+        Outcome::PowerOff | Outcome::Stopped => None,
+    };
+    if let Some(note) = note.filter(|_| !quiet) {
+        output::tell(&format!("tandem: {note}"));
     }
     Exit::Ok
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tandem_cli::api::server::{Service, Sources};
-use tandem_cli::api::types::GuestInfo;
+use tandem_cli::api::types::{GuestInfo, SnapshotReport};
 use tandem_cli::api::{BODY_LEN_MAX, Facts, Guest, OPENAPI, ROUTES};
 use tandem_cli::client::{Client, ClientError};
 use tandem_cli::control::Control;
@@ -17,6 +17,7 @@ use tandem_cli::settings::file;
 use tandem_vmm::control::{
     ControlError, DeviceStats, MachineState, MachineStats, StopMode, VcpuStats,
 };
+use tandem_vmm::snapshot::SnapshotError;
 
 const HISTORY: &str = "hello from the guest\n";
 
@@ -98,6 +99,19 @@ impl Control for Fake {
             .expect("history fits");
         lock(&self.consoles).push(client);
         Ok(())
+    }
+
+    fn snapshot(
+        &self,
+        directory: &Path,
+        description: &str,
+    ) -> Result<SnapshotReport, SnapshotError> {
+        assert!(description.contains("name = \"web\""), "{description}");
+        self.ask(&format!("snapshot {}", directory.display()))?;
+        Ok(SnapshotReport {
+            bytes: u64::MAX,
+            ..SnapshotReport::default()
+        })
     }
 }
 
@@ -243,6 +257,15 @@ fn hold(description: &Value, operation: &Value, answer: &Answer) {
     }
 }
 
+/// The body that an operation needs, as its description shows one.
+fn body(operation: &Value) -> String {
+    let example = &operation["requestBody"]["content"]["application/json"]["example"];
+    match example {
+        Value::Null => String::new(),
+        example => example.to_string(),
+    }
+}
+
 fn operations(description: &Value) -> Vec<(String, String, Value)> {
     let paths = description["paths"].as_object().expect("paths");
     paths
@@ -275,7 +298,7 @@ fn every_operation_answers_as_described_when_all_is_well() {
     for (method, path, operation) in operations(&description) {
         let running = Running::start();
         *lock(&running.fake.state) = (path.ends_with("resume")).then_some(MachineState::Paused);
-        let answer = send(&running.path(), &method, &path, "");
+        let answer = send(&running.path(), &method, &path, &body(&operation));
         assert!(
             (200..300).contains(&answer.status),
             "{path}: {}",
@@ -297,7 +320,7 @@ fn every_operation_answers_as_described_when_the_machine_refuses() {
     for (error, status) in refusals {
         running.refuse(error.clone());
         for (method, path, operation) in operations(&description) {
-            let answer = send(&running.path(), &method, &path, "");
+            let answer = send(&running.path(), &method, &path, &body(&operation));
             hold(&description, &operation, &answer);
             let untouched = path.ends_with("openapi.json");
             // A guest that has ended already is as stopped as it can be.

@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::kvm::acks::AckRing;
 use crate::kvm::line::EdgeLine;
 use crate::kvm::vm::Vm;
-use crate::resources::{Devices, Images, Resources};
+use crate::resources::{Devices, Resources};
 
 /// What devices are built upon.
 pub struct Host<'a> {
@@ -87,9 +87,8 @@ pub fn devices(
     config: &MachineConfig,
     resources: Resources,
     host: &Host<'_>,
-) -> Result<(Images, DeviceModel, Connections, Option<ConsolePort>), Error> {
+) -> Result<(DeviceModel, Connections, Option<ConsolePort>), Error> {
     let Devices {
-        images,
         virtio: virtio_devices,
         port,
     } = resources.into_devices(config, host)?;
@@ -119,7 +118,6 @@ pub fn devices(
     };
     let model = DeviceModel::new(virtio, legacy, Arc::clone(host.epoll));
     Ok((
-        images,
         model,
         Connections {
             serial_irq,

@@ -5,10 +5,14 @@ use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tandem_devices::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
+
+use crate::dirty::{DirtyTracker, PAGE_SIZE};
+use crate::snapshot::{GuestState, HardwareState};
 
 /// Longest wait for the machine's answer to a command.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,6 +49,8 @@ pub enum Outcome {
     Reset,
     /// The user stopped it.
     Stopped,
+    /// It goes on elsewhere.
+    Left,
 }
 
 /// What a vCPU did so far.
@@ -108,6 +114,16 @@ pub enum Command {
     /// Add a client to the serial console: it gets the recent output and all further output, and
     /// what it sends is input.
     AttachConsole(UnixStream),
+    /// Make ready to save the guest: follow its writes to memory from now on.
+    BeginSave,
+    /// Stop the guest and read its state; it stays as it is until [`Command::Thaw`].
+    Freeze,
+    /// Let a frozen guest go on, if it ran before.
+    Thaw,
+    /// Follow writes no longer.
+    EndSave,
+    /// End a frozen guest that goes on elsewhere.
+    Leave,
 }
 
 /// An answer to a [`Command`].
@@ -117,6 +133,64 @@ pub enum Answer {
     Done,
     /// State and counters.
     Stats(Box<MachineStats>),
+    /// What it takes to copy the guest's memory.
+    Saving(Saving),
+    /// The guest's state.
+    Frozen(Box<Frozen>),
+}
+
+/// What it takes to copy the memory of a running guest.
+#[derive(Clone)]
+pub struct Saving {
+    /// Which pages are written.
+    pub tracker: Arc<DirtyTracker>,
+    /// Guest memory.
+    pub memory: Arc<GuestMemory>,
+    /// What the guest is made of.
+    pub hardware: HardwareState,
+    /// Resets of the guest so far: a later one makes what was copied worthless.
+    pub resets: u64,
+}
+
+impl Saving {
+    /// Pages of guest memory.
+    pub fn memory_pages(&self) -> u64 {
+        self.hardware.memory / PAGE_SIZE
+    }
+}
+
+impl std::fmt::Debug for Saving {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Saving")
+            .field("resets", &self.resets)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A guest that was stopped to be saved.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Its state.
+    pub state: GuestState,
+    /// When it began to stop.
+    pub since: Instant,
+    /// How long stopping and reading took.
+    pub times: FreezeTimes,
+    /// Whether it ran before.
+    pub ran: bool,
+    /// Resets of the guest so far.
+    pub resets: u64,
+}
+
+/// How long the parts of a freeze took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezeTimes {
+    /// Until all vCPUs stood.
+    pub stop: Duration,
+    /// Until all I/O in flight was finished.
+    pub quiesce: Duration,
+    /// Reading the state of KVM, vCPUs and devices.
+    pub state: Duration,
 }
 
 /// Why a command was not carried out.
@@ -209,8 +283,55 @@ impl Handle {
     pub fn stats(&self) -> Result<MachineStats, ControlError> {
         match self.request(Command::Stats)? {
             Answer::Stats(stats) => Ok(*stats),
-            Answer::Done => Err(ControlError::Failed("the VMM gave no figures".into())),
+            _ => Err(ControlError::Failed("the VMM gave no figures".into())),
         }
+    }
+
+    /// Makes ready to save the guest: its writes to memory are followed from now on, until
+    /// [`Handle::end_save`]. One save at a time.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn begin_save(&self) -> Result<Saving, ControlError> {
+        match self.request(Command::BeginSave)? {
+            Answer::Saving(saving) => Ok(saving),
+            _ => Err(ControlError::Failed("the VMM does not save".into())),
+        }
+    }
+
+    /// Stops the guest and reads its state. It stays as it is until [`Handle::thaw`].
+    ///
+    /// # Errors
+    /// As [`Handle::request`]; the guest goes on then.
+    pub fn freeze(&self) -> Result<Frozen, ControlError> {
+        match self.request(Command::Freeze)? {
+            Answer::Frozen(frozen) => Ok(*frozen),
+            _ => Err(ControlError::Failed("the VMM gave no state".into())),
+        }
+    }
+
+    /// Lets a frozen guest go on, if it ran before.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn thaw(&self) -> Result<(), ControlError> {
+        self.request(Command::Thaw).map(drop)
+    }
+
+    /// Ends a save: writes are followed no longer.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn end_save(&self) -> Result<(), ControlError> {
+        self.request(Command::EndSave).map(drop)
+    }
+
+    /// Ends a frozen guest that goes on elsewhere.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn leave(&self) -> Result<(), ControlError> {
+        self.request(Command::Leave).map(drop)
     }
 
     /// Adds a client to the serial console.

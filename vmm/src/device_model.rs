@@ -14,6 +14,10 @@ use tandem_devices::legacy::cmos::Cmos;
 use tandem_devices::legacy::i8042::I8042;
 use tandem_devices::legacy::pm::PowerManagement;
 use tandem_devices::legacy::serial::SerialPort;
+use tandem_devices::state::{
+    CmosState, DeviceState, PmState, RestoreError, SaveError, SerialState, TransportState,
+};
+use tandem_devices::virtio::DeviceKind;
 use tandem_devices::virtio::transport::VirtioMmio;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
@@ -144,6 +148,19 @@ pub struct LegacyDevices {
     pub i8042: I8042,
     /// Power button and power-off.
     pub pm: PowerManagement,
+}
+
+/// State of all devices of a guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DevicesState {
+    /// Serial port.
+    pub serial: SerialState,
+    /// ACPI power management.
+    pub power: PmState,
+    /// CMOS clock.
+    pub cmos: CmosState,
+    /// Virtio devices behind their transports, in the order of their slots.
+    pub virtio: Vec<(TransportState, DeviceState)>,
 }
 
 /// All devices of a guest.
@@ -299,6 +316,56 @@ impl DeviceModel {
         self.legacy.serial.reset();
         self.legacy.i8042 = I8042::default();
         self.legacy.pm = PowerManagement::default();
+    }
+
+    /// The state of all devices. vCPUs have to be stopped and I/O quiesced.
+    ///
+    /// # Errors
+    /// When a device has requests in flight nevertheless.
+    pub fn save(&mut self) -> Result<DevicesState, SaveError> {
+        let virtio = self
+            .virtio
+            .iter_mut()
+            .map(|device| device.transport.save())
+            .collect::<Result<_, _>>()?;
+        Ok(DevicesState {
+            serial: self.legacy.serial.save(),
+            power: self.legacy.pm.save(),
+            cmos: self.legacy.cmos.save(),
+            virtio,
+        })
+    }
+
+    /// Goes on where devices of the same shape were saved; see [`VirtioMmio::restore`] for when.
+    ///
+    /// # Errors
+    /// When a device refuses its state: its name, and why.
+    pub fn restore(&mut self, state: &DevicesState) -> Result<(), (String, RestoreError)> {
+        let named = |id: &str| {
+            let id = id.to_owned();
+            move |error| (id, error)
+        };
+        let legacy = &mut self.legacy;
+        legacy.pm.restore(&state.power).map_err(named("power"))?;
+        legacy.cmos.restore(&state.cmos).map_err(named("cmos"))?;
+        for (slot, (transport, device)) in state.virtio.iter().enumerate() {
+            let mut restored = Ok(());
+            self.with(slot, |mmio, poller| {
+                restored = mmio.restore(transport, device, poller);
+            });
+            restored.map_err(|error| (self.virtio[slot].id.clone(), error))?;
+        }
+        let serial = self.legacy.serial.restore(&state.serial);
+        serial.map_err(named("serial"))?;
+        self.update_sci();
+        Ok(())
+    }
+
+    /// The virtio devices in the order of their slots: names and kinds.
+    pub fn shape(&self) -> impl Iterator<Item = (&str, DeviceKind)> {
+        self.virtio
+            .iter()
+            .map(|device| (device.id.as_str(), device.transport.device().kind()))
     }
 
     /// Presses the power button; false if the guest does not listen for it.

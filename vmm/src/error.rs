@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::boot::BootError;
+use crate::snapshot::SnapshotError;
 
 /// Groups of errors, by whose fault they are. The command's exit codes follow them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +17,8 @@ pub enum ErrorKind {
     Resource,
     /// KVM is missing or refuses.
     Kvm,
+    /// A saved guest is damaged, of another version, or does not fit to this host.
+    Snapshot,
     /// The guest died by a triple fault.
     TripleFault,
     /// KVM could not carry on with the guest.
@@ -116,6 +119,9 @@ pub enum Error {
         /// What KVM said.
         reason: String,
     },
+    /// A guest cannot be saved, or not go on where it was saved.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// A thread of the VMM broke down.
     #[error("internal error: {0}")]
     Internal(&'static str),
@@ -142,6 +148,7 @@ impl Error {
             Self::NoKvm { .. } | Self::Kvm { .. } => ErrorKind::Kvm,
             Self::TripleFault { .. } => ErrorKind::TripleFault,
             Self::GuestInternal { .. } => ErrorKind::GuestInternal,
+            Self::Snapshot(_) => ErrorKind::Snapshot,
             Self::Internal(_) => ErrorKind::Internal,
         }
     }

@@ -3,10 +3,15 @@
 //! The thread that calls [`Machine::run`] is the device loop: it owns the machine, waits for
 //! events of devices, commands and vCPUs, and decides. Each vCPU has a thread of its own.
 //!
+//! A guest begins by booting ([`Machine::open`]) or goes on where it was saved
+//! ([`Machine::restore`]).
+//!
 //! Devices, guest memory and all descriptors live as long as the machine; only KVM's side is built
 //! anew when the guest resets, so that no host resource is ever let go in between.
 
 mod boot;
+mod restore;
+mod saving;
 mod serve;
 
 use std::sync::mpsc::Receiver;
@@ -26,13 +31,18 @@ use crate::console::ConsoleHub;
 use crate::console_port::ConsolePort;
 use crate::control::{Handle, MachineState, Outcome, Request};
 use crate::device_model::{DeviceModel, Source, watch};
+use crate::dirty::DirtyTracker;
 use crate::error::Error;
 use crate::kvm::acks::AckRing;
 use crate::kvm::exits::ExitCounters;
 use crate::kvm::vcpu::{ExitHandler, VcpuEnd, VcpuThread, install_kick_handler};
 use crate::kvm::vm::{Vm, open_kvm};
 use crate::memory;
+use crate::memory_image::Loader;
 use crate::resources::{Images, Resources};
+use crate::snapshot::SnapshotError;
+pub use restore::{SavedMemory, StartLoader};
+use saving::{Probe, SavePhase};
 
 /// Longest wait at the end of a run for the console's reader to take the last output.
 const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
@@ -41,8 +51,9 @@ const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
 pub struct Machine {
     config: MachineConfig,
     started: Instant,
-    kvm: Kvm,
-    images: Images,
+    kvm: Arc<Kvm>,
+    /// Opened at the first boot.
+    images: Option<Images>,
     memory: Arc<GuestMemory>,
     registers: RegisterBank,
     acks: Arc<AckRing>,
@@ -56,6 +67,9 @@ pub struct Machine {
     counters: Vec<Arc<ExitCounters>>,
     running: Option<Running>,
     state: MachineState,
+    saving: SavePhase,
+    /// Loads the rest of the guest's memory.
+    loader: Option<Loader>,
     resets: u64,
     /// Events that came while the machine was paused.
     deferred: Vec<Source>,
@@ -65,6 +79,8 @@ pub struct Machine {
 /// KVM's side of a guest. Dropped in this order: no thread outlives its virtual machine.
 struct Running {
     vcpus: Vec<VcpuThread>,
+    probes: Vec<Probe>,
+    tracker: Arc<DirtyTracker>,
     vm: Arc<Vm>,
 }
 
@@ -84,10 +100,24 @@ impl Machine {
     /// When something is missing or refused; what was opened is let go then.
     pub fn open(config: MachineConfig, started: Instant) -> Result<Self, Error> {
         config.check()?;
-        let mut resources = Resources::open(&config)?;
-        let kvm = open_kvm()?;
-        install_kick_handler()?;
+        let images = Images::open(&config.boot)?;
+        let resources = Resources::open(&config)?;
         let memory = memory::allocate(config.memory, config.hugepages)?;
+        let mut machine = Self::assemble(config, resources, memory, started)?;
+        machine.images = Some(images);
+        machine.boot()?;
+        Ok(machine)
+    }
+
+    /// Builds devices and the loop, without KVM's side.
+    fn assemble(
+        config: MachineConfig,
+        mut resources: Resources,
+        memory: Arc<GuestMemory>,
+        started: Instant,
+    ) -> Result<Self, Error> {
+        let kvm = Arc::new(open_kvm()?);
+        install_kick_handler()?;
         let epoll = Arc::new(Epoll::new().map_err(Error::host("create an event loop"))?);
         let wake = Arc::new(build::eventfd()?);
         watch(&epoll, build::borrow(&wake), Source::Wake)
@@ -103,7 +133,7 @@ impl Machine {
             epoll: &epoll,
             console: &console,
         };
-        let (images, model, connections, port) = build::devices(&config, resources, &host)?;
+        let (model, connections, port) = build::devices(&config, resources, &host)?;
         let shared = Arc::new(Shared {
             model: Mutex::new(model),
             ends: Mutex::new(Vec::new()),
@@ -112,11 +142,11 @@ impl Machine {
         });
         let (handle, requests) = Handle::new(wake);
         let counters = (0..config.cpus).map(|_| Arc::default()).collect();
-        let mut machine = Self {
+        Ok(Self {
             config,
             started,
             kvm,
-            images,
+            images: None,
             memory,
             registers,
             acks,
@@ -130,12 +160,12 @@ impl Machine {
             counters,
             running: None,
             state: MachineState::Running,
+            saving: SavePhase::None,
+            loader: None,
             resets: 0,
             deferred: Vec::new(),
             unpollable_input: false,
-        };
-        machine.boot()?;
-        Ok(machine)
+        })
     }
 
     /// A way to command the machine from other threads.
@@ -153,7 +183,9 @@ impl Machine {
             realtime: self.config.realtime,
         });
         self.watch_console();
-        self.resume_vcpus();
+        if self.state == MachineState::Running {
+            self.go_on();
+        }
         let result = loop {
             match self.serve() {
                 Ok(Some(outcome)) => break Ok(outcome),
@@ -165,14 +197,26 @@ impl Machine {
                 Err(error) => break Err(error),
             }
         };
-        self.take_down();
+        match &result {
+            Err(Error::Snapshot(SnapshotError::Memory(_))) => self.abandon(),
+            _ => self.take_down(),
+        }
         result
+    }
+
+    /// Leaves everything as it is, for the process to end: vCPUs and devices may wait for memory that
+    /// cannot be loaded, and must never go on with anything else.
+    fn abandon(&mut self) {
+        self.state = MachineState::Stopping;
+        std::mem::forget(self.running.take());
+        std::mem::forget(self.loader.take());
     }
 
     /// Stops the vCPUs and finishes what devices have in flight.
     fn take_down(&mut self) {
         self.state = MachineState::Stopping;
         self.end_vcpus();
+        self.stop_loading();
         self.shared.model().quiesce();
         self.console.drain(LAST_OUTPUT_PATIENCE);
     }

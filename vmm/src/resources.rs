@@ -38,7 +38,6 @@ pub struct Images {
 
 /// Everything that a guest needs from the host.
 pub struct Resources {
-    images: Images,
     disks: Vec<Box<dyn BlockBackend>>,
     nets: Vec<Box<dyn NetBackend>>,
     vsock: Option<(GuestCid, VsockListener)>,
@@ -48,8 +47,6 @@ pub struct Resources {
 
 /// The devices of a guest, and what the machine keeps of them.
 pub struct Devices {
-    /// Images, for this boot and later ones.
-    pub images: Images,
     /// Virtio devices with their names, in the order of their slots.
     pub virtio: Vec<(String, Box<dyn VirtioDevice>)>,
     /// The machine's end of the virtio console.
@@ -57,6 +54,18 @@ pub struct Devices {
 }
 
 impl Images {
+    /// Opens what is to be booted.
+    ///
+    /// # Errors
+    /// When a file is missing or refused.
+    pub fn open(config: &BootConfig) -> Result<Self, Error> {
+        let initrd = config.initrd.as_deref();
+        Ok(Self {
+            kernel: open("kernel", &config.kernel)?,
+            initrd: initrd.map(|path| open("initrd", path)).transpose()?,
+        })
+    }
+
     /// The whole command line: what the user gave, and the devices for kernels without ACPI.
     pub fn cmdline(&self, boot: &BootConfig, slots: &[VirtioSlot]) -> String {
         let told_by_acpi = boot.acpi && !boot.cmdline.split(' ').any(|word| word == "acpi=off");
@@ -75,13 +84,6 @@ impl Resources {
     /// When something is missing, refused or in use.
     pub fn open(config: &MachineConfig) -> Result<Self, Error> {
         raise_descriptor_limit();
-        let kernel = open("kernel", &config.boot.kernel)?;
-        let initrd = config
-            .boot
-            .initrd
-            .as_deref()
-            .map(|p| open("initrd", p))
-            .transpose()?;
         let disks = config
             .disks
             .iter()
@@ -105,7 +107,6 @@ impl Resources {
             None => SeededStream::from_host().map_err(Error::host("read the host's entropy"))?,
         };
         Ok(Self {
-            images: Images { kernel, initrd },
             disks,
             nets,
             vsock,
@@ -152,11 +153,7 @@ impl Resources {
             let backend = PortBackend::new(end, host.console.clone());
             virtio.push(("console".into(), Box::new(Console::new(Box::new(backend)))));
         }
-        Ok(Devices {
-            images: self.images,
-            virtio,
-            port,
-        })
+        Ok(Devices { virtio, port })
     }
 }
 

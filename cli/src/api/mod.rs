@@ -25,7 +25,8 @@ use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState, StopMode};
 
 use crate::control::Control;
-use types::{ErrorBody, ErrorCode, GuestInfo, StateBody, StopBody};
+use crate::settings::describe;
+use types::{ErrorBody, ErrorCode, GuestInfo, SnapshotBody, StateBody, StopBody};
 
 /// Longest request body, in bytes.
 pub const BODY_LEN_MAX: usize = 4096;
@@ -63,6 +64,8 @@ pub enum Endpoint {
     Pause,
     /// Run on.
     Resume,
+    /// Save the guest to a directory.
+    Snapshot,
     /// End the guest.
     Stop,
     /// Counters for Prometheus.
@@ -91,12 +94,13 @@ const fn route(method: Method, path: &'static str, endpoint: Endpoint) -> Route 
 }
 
 /// Every route that the server has.
-pub static ROUTES: [Route; 8] = [
+pub static ROUTES: [Route; 9] = [
     route(Method::GET, "/api/v1/guest", Endpoint::Info),
     route(Method::GET, "/api/v1/stats", Endpoint::Stats),
     route(Method::GET, "/api/v1/logs", Endpoint::Logs),
     route(Method::POST, "/api/v1/pause", Endpoint::Pause),
     route(Method::POST, "/api/v1/resume", Endpoint::Resume),
+    route(Method::POST, "/api/v1/snapshot", Endpoint::Snapshot),
     route(Method::POST, "/api/v1/stop", Endpoint::Stop),
     route(Method::GET, "/api/v1/openapi.json", Endpoint::OpenApi),
     route(Method::GET, "/metrics", Endpoint::Metrics),
@@ -202,8 +206,23 @@ impl Guest {
                 self.control.resume()?;
                 json(StatusCode::OK, &StateBody::new(MachineState::Running))
             }
+            Endpoint::Snapshot => self.snapshot(body),
             Endpoint::Stop => self.stop(body),
         }
+    }
+
+    fn snapshot(&self, body: &[u8]) -> Result<Response, ErrorBody> {
+        let bad = |reason: String| {
+            let message = format!("the body must be {{\"directory\": \"/PATH\"}}: {reason}");
+            ErrorBody::new(ErrorCode::BadBody, message)
+        };
+        let body: SnapshotBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
+        if !body.directory.is_absolute() {
+            return Err(bad("the path is relative".into()));
+        }
+        let description = describe(&self.facts.config);
+        let report = self.control.snapshot(&body.directory, &description)?;
+        json(StatusCode::OK, &report)
     }
 
     fn info(&self) -> Result<GuestInfo, ErrorBody> {

@@ -23,8 +23,8 @@ use crate::output;
 
 /// Most API connections at a time; more wait in the kernel's queue.
 pub const CONNECTIONS_MAX: usize = 32;
-/// Longest life of a connection.
-pub const CONNECTION_TIME_MAX: Duration = Duration::from_secs(60);
+/// Longest life of a connection: saving a large guest to a slow disk takes its time.
+pub const CONNECTION_TIME_MAX: Duration = Duration::from_secs(3600);
 /// Longest wait for a request's head.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a guest may take to power off after a signal before it is ended by force.

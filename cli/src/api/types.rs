@@ -1,12 +1,15 @@
 //! What the API sends and takes, as JSON.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState};
+use tandem_vmm::snapshot::SnapshotError;
+use tandem_vmm::snapshot::directory::Report;
 
 /// A guest: its state and its configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,6 +55,51 @@ pub struct StopBody {
     /// End it now, instead of pressing its power button.
     #[serde(default)]
     pub force: bool,
+}
+
+/// Where to save a guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotBody {
+    /// Absolute path of a directory that does not exist.
+    pub directory: PathBuf,
+}
+
+/// What saving a guest came to. Times are in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotReport {
+    /// Bytes of memory that were written.
+    pub bytes: u64,
+    /// Times that memory was copied while the guest ran.
+    pub rounds: u32,
+    /// How long copying took while the guest ran.
+    pub running_us: u64,
+    /// Pages that were copied while the guest stood.
+    pub pages: u64,
+    /// How long the guest stood.
+    pub pause_us: u64,
+    /// Of that, until all vCPUs stood.
+    pub stop_us: u64,
+    /// Of that, until all I/O in flight was finished.
+    pub quiesce_us: u64,
+    /// Of that, reading the state of KVM, vCPUs and devices.
+    pub state_us: u64,
+}
+
+impl From<Report> for SnapshotReport {
+    fn from(report: Report) -> Self {
+        let us = |time: Duration| time.as_micros() as u64;
+        Self {
+            bytes: report.bytes,
+            rounds: report.precopy.rounds,
+            running_us: us(report.precopy.time),
+            pages: report.pages,
+            pause_us: us(report.pause),
+            stop_us: us(report.freeze.stop),
+            quiesce_us: us(report.freeze.quiesce),
+            state_us: us(report.freeze.state),
+        }
+    }
 }
 
 /// What kind of error a request met.
@@ -118,6 +166,27 @@ impl From<ControlError> for ErrorBody {
         };
         Self::new(code, error.to_string())
     }
+}
+
+impl From<SnapshotError> for ErrorBody {
+    fn from(error: SnapshotError) -> Self {
+        match error {
+            SnapshotError::Control(error) => error.into(),
+            error => Self::new(ErrorCode::Failed, causes(&error)),
+        }
+    }
+}
+
+/// An error and its causes in one sentence.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
 }
 
 impl IntoResponse for ErrorBody {

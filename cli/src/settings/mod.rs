@@ -13,7 +13,7 @@ mod write;
 use std::path::{Path, PathBuf};
 
 use tandem_vmm::config::{
-    BootConfig, BootProtocol, ConsoleConfig, DiskConfig, MachineConfig, NetBackendConfig,
+    BootConfig, BootProtocol, ConsoleConfig, DiskConfig, MacAddr, MachineConfig, NetBackendConfig,
     NetConfig, VsockConfig,
 };
 use tracing::level_filters::LevelFilter;
@@ -93,6 +93,36 @@ pub struct Settings {
     pub vsock: Option<Located<VsockConfig>>,
 }
 
+/// What becomes of the kernel and the initial RAM disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Images {
+    /// They are booted now.
+    Booted,
+    /// They are there for a reset, perhaps.
+    Kept,
+}
+
+/// The file that describes a guest so that it can go on elsewhere: all paths absolute, all
+/// addresses given.
+pub fn describe(config: &MachineConfig) -> String {
+    let mut machine = config.clone();
+    for (index, net) in machine.nets.iter_mut().enumerate() {
+        net.mac
+            .get_or_insert_with(|| MacAddr::derived(&config.name, index));
+    }
+    let launch = Launch {
+        machine,
+        api: None,
+        log_level: LOG_LEVEL_DEFAULT,
+    };
+    let mut settings = Settings::from(launch);
+    // Without a working directory paths stay as they are.
+    if let Ok(directory) = std::env::current_dir() {
+        settings.rebase(&directory);
+    }
+    settings.to_string()
+}
+
 /// A guest that can be started: all values known, none of them wrong in itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Launch {
@@ -162,12 +192,38 @@ impl Settings {
         }
     }
 
+    /// Lays `over` on top as [`Settings::merge`] does, but for disks and interfaces: if `over` has
+    /// any, they take the place of these.
+    #[must_use]
+    pub fn replace(mut self, over: Self) -> Self {
+        if !over.disks.is_empty() {
+            self.disks.clear();
+        }
+        if !over.nets.is_empty() {
+            self.nets.clear();
+        }
+        self.merge(over)
+    }
+
     /// Makes the machine's description; the guest is called `default_name` if it has no name.
     ///
     /// # Errors
     /// Everything that does not fit, sorted by place.
     pub fn launch(self, default_name: String) -> Result<Launch, Vec<Problem>> {
-        let problems = verify::verify(&self);
+        self.launch_with(default_name, Images::Booted)
+    }
+
+    /// As [`Settings::launch`], for a guest that goes on where it was saved: its images need not
+    /// be there before it resets.
+    ///
+    /// # Errors
+    /// Everything that does not fit, sorted by place.
+    pub fn launch_restored(self, default_name: String) -> Result<Launch, Vec<Problem>> {
+        self.launch_with(default_name, Images::Kept)
+    }
+
+    fn launch_with(self, default_name: String, images: Images) -> Result<Launch, Vec<Problem>> {
+        let problems = verify::verify(&self, images);
         let Some(kernel) = self.kernel.filter(|_| problems.is_empty()) else {
             return Err(problems);
         };

@@ -9,14 +9,18 @@ use std::path::Path;
 use rustix::thread::{CpuSet, sched_getaffinity};
 use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
 
-use super::{MEMORY_DEFAULT, Origin, Problem, Settings, value};
+use super::{Images, MEMORY_DEFAULT, Origin, Problem, Settings, value};
 
 /// Looks for everything that does not fit; an empty list means that nothing was found.
 ///
 /// Taps and the sockets that interfaces are plugged into may appear later and are not looked at.
-pub(super) fn verify(settings: &Settings) -> Vec<Problem> {
+pub(super) fn verify(settings: &Settings, use_of_images: Images) -> Vec<Problem> {
     let mut problems = Problems(Vec::new());
-    images(settings, &mut problems);
+    if use_of_images == Images::Booted {
+        images(settings, &mut problems);
+    } else if settings.kernel.is_none() {
+        problems.add(Origin::Absent, "kernel", "missing");
+    }
     memory(settings, &mut problems);
     huge_pages(settings, &mut problems);
     pinning(settings, &mut problems);

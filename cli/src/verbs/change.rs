@@ -37,7 +37,7 @@ fn tell(guest: &Guest, state: &str, style: Style) -> Result<(), Failure> {
     printed.map_err(Failure::host("print the result"))
 }
 
-fn tell_plan(guest: &Guest, action: &str, style: Style) -> Result<(), Failure> {
+pub(super) fn tell_plan(guest: &Guest, action: &str, style: Style) -> Result<(), Failure> {
     let pid = guest.pid();
     let printed = if style.json() {
         output::print_json(&json!({ "name": guest.name(), "pid": pid, "would": action }))

@@ -2,9 +2,11 @@
 
 mod attach;
 mod change;
+mod saved;
 mod show;
 mod writing;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -12,6 +14,7 @@ use crate::args::{Cli, Format, Verb};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
+use crate::restore;
 use crate::run::{self, RunContext};
 use crate::runtime_dir::Root;
 
@@ -44,6 +47,15 @@ pub fn dispatch(cli: Cli, started: Instant) -> ExitCode {
     exit.into()
 }
 
+fn context(started: Instant, runtime_dir: &Option<PathBuf>, style: Style) -> RunContext {
+    RunContext {
+        started,
+        runtime_dir: runtime_dir.clone(),
+        format: style.format,
+        quiet: style.quiet,
+    }
+}
+
 fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
     let style = Style {
         format: cli.format,
@@ -52,12 +64,7 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
     let root = || Root::new(cli.runtime_dir.clone());
     match cli.verb {
         Verb::Run(args) => {
-            let context = RunContext {
-                started,
-                runtime_dir: cli.runtime_dir,
-                format: cli.format,
-                quiet: cli.quiet,
-            };
+            let context = context(started, &cli.runtime_dir, style);
             return run::run(*args, &context);
         }
         Verb::Check { file } => return show::check(&file, style),
@@ -86,6 +93,14 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             let stop = change::Stop { force, timeout };
             change::stop(&root()?.find(&change.name)?, &change, stop, style)?;
         }
+        Verb::Snapshot { change, directory } => {
+            saved::snapshot(&root()?.find(&change.name)?, &change, &directory, style)?;
+        }
+        Verb::Restore(args) => {
+            let context = context(started, &cli.runtime_dir, style);
+            return restore::restore(&args, &context);
+        }
+        Verb::Inspect { directory, verify } => saved::inspect(&directory, verify, style)?,
         Verb::Man { directory } => writing::man(&directory)?,
         Verb::Completions { shell } => writing::completions(shell)?,
     }

@@ -45,6 +45,19 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
+    /// The kind of this name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [
+            Self::Net,
+            Self::Block,
+            Self::Console,
+            Self::Rng,
+            Self::Vsock,
+        ]
+        .into_iter()
+        .find(|kind| kind.name() == name)
+    }
+
     /// The name in figures and messages.
     pub fn name(self) -> &'static str {
         match self {

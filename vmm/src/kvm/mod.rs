@@ -1,6 +1,7 @@
 //! KVM as Tandem uses it: the virtual machine, its vCPUs, acknowledgements without an exit.
 
 pub mod acks;
+mod alarm;
 pub mod exits;
 pub mod line;
 pub mod state;

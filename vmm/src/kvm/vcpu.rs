@@ -7,6 +7,10 @@
 //!      +------- kick + Exit ------+----> ended
 //! ```
 //!
+//! A parked vCPU is whole: KVM took the answer of its last exit, and no trap is on its way. While
+//! it is parked its thread does jobs with it, such as reading its state, so that the vCPUs of a
+//! guest are saved side by side.
+//!
 //! A kick stores the wish, sets `immediate_exit` and sends a signal, so that it cannot be lost:
 //! not before KVM_RUN (the flag makes it return at once), not inside (the signal does), not after
 //! (the wish is read before each run).
@@ -17,15 +21,20 @@
 use std::io;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use kvm_bindings::KVM_EXIT_DIRTY_RING_FULL;
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use tandem_devices::GuestMemory;
 use tandem_devices::legacy::MachineRequest;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::alarm::Alarm;
 use super::exits::{ExitCounters, ExitKind};
+use super::state::trap_may_be_on_its_way;
 use crate::config::CPUS_MAX;
 use crate::dirty::DirtyTracker;
 use crate::error::Error;
@@ -34,6 +43,11 @@ use crate::error::Error;
 const KICK_SIGNAL: i32 = 0;
 /// Stack of a vCPU thread in bytes; it calls into devices, nothing deep.
 const STACK_SIZE: usize = 256 << 10;
+/// Exits at most until a vCPU that was stopped in the middle of an instruction has completed it.
+const COMPLETION_EXITS_MAX: u32 = 4096;
+/// How long a vCPU may run on to get past a trap, at a time, and how often.
+const TRAP_TIME: Duration = Duration::from_micros(50);
+const TRAP_TRIES_MAX: u32 = 20;
 
 /// What the machine does for a vCPU that left the guest.
 pub trait ExitHandler: Send + Sync + 'static {
@@ -73,12 +87,22 @@ enum Wish {
     Exit = 2,
 }
 
+/// What is done with a parked vCPU.
+type Job = Box<dyn FnOnce(&mut VcpuFd) + Send>;
+
 /// Shared by a vCPU's thread and those who kick it.
 struct Control {
     wish: AtomicU8,
-    parked: Mutex<bool>,
+    parking: Mutex<Parking>,
     changed: Condvar,
     ended: AtomicBool,
+}
+
+/// Where a vCPU's thread is while it does not run the guest.
+#[derive(Default)]
+struct Parking {
+    parked: bool,
+    job: Option<Job>,
 }
 
 impl Control {
@@ -90,23 +114,38 @@ impl Control {
         }
     }
 
+    fn lock(&self) -> MutexGuard<'_, Parking> {
+        self.parking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, parking: MutexGuard<'a, Parking>) -> MutexGuard<'a, Parking> {
+        self.changed
+            .wait(parking)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set_parked(&self, parked: bool) {
-        *self.parked.lock().unwrap_or_else(PoisonError::into_inner) = parked;
+        self.lock().parked = parked;
         self.changed.notify_all();
     }
 
-    /// Sleeps until the wish is not to pause.
-    fn park(&self) {
-        let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
-        *parked = true;
+    /// Sleeps until the wish is not to pause, and does jobs meanwhile.
+    fn park(&self, vcpu: &mut VcpuFd) {
+        let mut parking = self.lock();
+        parking.parked = true;
         self.changed.notify_all();
-        while self.wish() == Wish::Pause {
-            parked = self
-                .changed
-                .wait(parked)
-                .unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(job) = parking.job.take() {
+                drop(parking);
+                job(vcpu);
+                parking = self.lock();
+            } else if self.wish() == Wish::Pause {
+                parking = self.wait(parking);
+            } else {
+                break;
+            }
         }
-        *parked = false;
+        parking.parked = false;
     }
 }
 
@@ -152,24 +191,37 @@ pub struct VcpuThread {
     thread: Option<JoinHandle<VcpuFd>>,
 }
 
+/// What a vCPU's thread is given besides the vCPU.
+pub struct VcpuSetup {
+    /// Carries its exits out.
+    pub handler: Arc<dyn ExitHandler>,
+    /// Empties its ring of dirty pages, if it has one, when that is full.
+    pub dirty: Arc<DirtyTracker>,
+    /// Guest memory, where a stopped vCPU may have a trap on its way that KVM tells nobody of.
+    pub traps: Option<Arc<GuestMemory>>,
+    /// How it is scheduled.
+    pub scheduling: Scheduling,
+    /// Counts its exits.
+    pub counters: Arc<ExitCounters>,
+}
+
 impl VcpuThread {
-    /// Starts the thread of vCPU `index`, paused. Its ring of dirty pages, if it has one, is emptied
-    /// by `dirty` when it is full.
+    /// Starts the thread of vCPU `index`, paused.
     ///
     /// # Errors
     /// When the host has no thread left.
-    pub fn start(
-        index: u8,
-        mut fd: VcpuFd,
-        handler: Arc<dyn ExitHandler>,
-        dirty: Option<Arc<DirtyTracker>>,
-        scheduling: Scheduling,
-        counters: Arc<ExitCounters>,
-    ) -> Result<Self, Error> {
+    pub fn start(index: u8, mut fd: VcpuFd, setup: VcpuSetup) -> Result<Self, Error> {
         assert!(index < CPUS_MAX, "vCPU numbers are bounded");
+        let VcpuSetup {
+            handler,
+            dirty,
+            traps,
+            scheduling,
+            counters,
+        } = setup;
         let control = Arc::new(Control {
             wish: AtomicU8::new(Wish::Pause as u8),
-            parked: Mutex::new(false),
+            parking: Mutex::default(),
             changed: Condvar::new(),
             ended: AtomicBool::new(false),
         });
@@ -179,6 +231,7 @@ impl VcpuThread {
             fd,
             handler,
             dirty,
+            traps,
             control: Arc::clone(&control),
             immediate_exit,
             counters: Arc::clone(&counters),
@@ -221,18 +274,30 @@ impl VcpuThread {
 
     /// Waits until the vCPU is parked or its thread has ended.
     pub fn wait_parked(&self) {
-        let mut parked = self
-            .control
-            .parked
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        while !*parked && !self.control.ended.load(Ordering::SeqCst) {
-            parked = self
-                .control
-                .changed
-                .wait(parked)
-                .unwrap_or_else(PoisonError::into_inner);
+        let mut parking = self.control.lock();
+        while !parking.parked && !self.control.ended.load(Ordering::SeqCst) {
+            parking = self.control.wait(parking);
         }
+    }
+
+    /// Gives the thread of a parked vCPU something to do with it, one at a time; what it returns
+    /// can be received. Nothing comes if the thread has ended.
+    pub fn with_parked<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut VcpuFd) -> T + Send + 'static,
+    ) -> Receiver<T> {
+        let (result, receiver) = sync_channel(1);
+        let job: Job = Box::new(move |vcpu| {
+            // Whoever asked may have stopped waiting.
+            drop(result.send(act(vcpu)));
+        });
+        let mut parking = self.control.lock();
+        if !self.control.ended.load(Ordering::SeqCst) {
+            parking.job = Some(job);
+        }
+        drop(parking);
+        self.control.changed.notify_all();
+        receiver
     }
 
     /// Waits for the end of the thread and gives the vCPU back; `None` if it panicked.
@@ -247,11 +312,7 @@ impl VcpuThread {
 
     fn set_wish(&self, wish: Wish) {
         // Under the lock, so that a parked thread cannot miss it between its check and its sleep.
-        let _parked = self
-            .control
-            .parked
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let _parking = self.control.lock();
         self.control.wish.store(wish as u8, Ordering::SeqCst);
     }
 
@@ -294,7 +355,8 @@ struct Runner {
     index: u8,
     fd: VcpuFd,
     handler: Arc<dyn ExitHandler>,
-    dirty: Option<Arc<DirtyTracker>>,
+    dirty: Arc<DirtyTracker>,
+    traps: Option<Arc<GuestMemory>>,
     control: Arc<Control>,
     immediate_exit: ImmediateExit,
     counters: Arc<ExitCounters>,
@@ -303,6 +365,8 @@ struct Runner {
 /// What to do after an exit.
 enum Next {
     Run,
+    /// KVM came back without an exit of the guest.
+    Interrupted,
     End(VcpuEnd),
 }
 
@@ -313,8 +377,10 @@ impl Runner {
             match self.control.wish() {
                 Wish::Exit => break VcpuEnd::Asked,
                 Wish::Pause => {
-                    self.complete_pending_io();
-                    self.control.park();
+                    if let Some(end) = self.come_to_rest() {
+                        break end;
+                    }
+                    self.control.park(&mut self.fd);
                     continue;
                 }
                 Wish::Run => {}
@@ -323,21 +389,61 @@ impl Runner {
                 self.handler.first_run();
             }
             match self.run_once() {
-                Next::Run => {}
+                Next::Run | Next::Interrupted => {}
                 Next::End(end) => break end,
             }
         };
         self.control.ended.store(true, Ordering::SeqCst);
+        // A job that came too late is dropped, and so is the channel of whoever waits for it.
+        self.control.lock().job = None;
         self.control.set_parked(true);
         self.handler.vcpu_ended(end);
     }
 
+    /// Brings the vCPU where all of its state can be read.
+    fn come_to_rest(&mut self) -> Option<VcpuEnd> {
+        self.complete_pending_io()
+            .or_else(|| self.traps.clone().and_then(|mem| self.pass_trap(&mem)))
+    }
+
     /// An exit for a read is complete only when KVM took the answer, at the next entry; one with
-    /// `immediate_exit` takes it and returns before the guest runs (KVM API 5, immediate_exit).
-    fn complete_pending_io(&mut self) {
-        self.immediate_exit.set(1);
-        drop(self.fd.run());
-        self.immediate_exit.set(0);
+    /// `immediate_exit` takes it and returns before the guest runs (KVM API 5, immediate_exit). An
+    /// instruction that reads more than once makes an exit for each.
+    fn complete_pending_io(&mut self) -> Option<VcpuEnd> {
+        for _ in 0..COMPLETION_EXITS_MAX {
+            self.immediate_exit.set(1);
+            match self.run_once() {
+                Next::Interrupted => return None,
+                Next::Run => {}
+                Next::End(end) => return Some(end),
+            }
+        }
+        Some(self.broken("an instruction does not come to its end".to_owned()))
+    }
+
+    /// Lets the vCPU run on for a moment while a trap may be on its way to the guest.
+    fn pass_trap(&mut self, mem: &GuestMemory) -> Option<VcpuEnd> {
+        for _ in 0..TRAP_TRIES_MAX {
+            // What cannot be found out is left as it is.
+            if !trap_may_be_on_its_way(&self.fd, mem).unwrap_or(false) {
+                return None;
+            }
+            let alarm = Alarm::start(SIGRTMIN() + KICK_SIGNAL, TRAP_TIME);
+            if let Err(error) = &alarm {
+                tracing::warn!(%error, "a vCPU is stopped where a trap may be on its way");
+                return None;
+            }
+            let next = self.run_once();
+            drop(alarm);
+            let end = match next {
+                Next::End(end) => Some(end),
+                Next::Run | Next::Interrupted => self.complete_pending_io(),
+            };
+            if end.is_some() {
+                return end;
+            }
+        }
+        None
     }
 
     fn run_once(&mut self) -> Next {
@@ -369,23 +475,23 @@ impl Runner {
             }
             Ok(VcpuExit::InternalError) => {
                 let reason = self.internal_error();
-                (ExitKind::InternalError, self.broken(reason))
+                (ExitKind::InternalError, Next::End(self.broken(reason)))
             }
             Ok(VcpuExit::FailEntry(reason, cpu)) => {
                 let reason = format!("entry refused with reason {reason:#x} on host CPU {cpu}");
-                (ExitKind::Other, self.broken(reason))
+                (ExitKind::Other, Next::End(self.broken(reason)))
             }
             Ok(exit) => {
                 let reason = format!("unexpected exit {exit:?}");
-                (ExitKind::Other, self.broken(reason))
+                (ExitKind::Other, Next::End(self.broken(reason)))
             }
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
                 self.immediate_exit.set(0);
-                (ExitKind::Interrupted, Next::Run)
+                (ExitKind::Interrupted, Next::Interrupted)
             }
             Err(e) => {
                 let reason = io::Error::from_raw_os_error(e.errno()).to_string();
-                (ExitKind::Other, self.broken(reason))
+                (ExitKind::Other, Next::End(self.broken(reason)))
             }
         };
         self.counters.count(kind);
@@ -393,19 +499,17 @@ impl Runner {
     }
 
     fn empty_dirty_ring(&self) -> Next {
-        let no_tracker = Err(Error::Internal("a ring of dirty pages has no reader"));
-        let emptied = self.dirty.as_ref().map_or(no_tracker, |d| d.ring_is_full());
-        match emptied {
+        match self.dirty.ring_is_full() {
             Ok(()) => Next::Run,
             Err(error) => Next::End(VcpuEnd::Failed(error)),
         }
     }
 
-    fn broken(&self, reason: String) -> Next {
-        Next::End(VcpuEnd::Failed(Error::GuestInternal {
+    fn broken(&self, reason: String) -> VcpuEnd {
+        VcpuEnd::Failed(Error::GuestInternal {
             vcpu: self.index,
             reason,
-        }))
+        })
     }
 
     /// Says what KVM knows of an internal error (KVM API 5, KVM_EXIT_INTERNAL_ERROR).
@@ -448,7 +552,7 @@ fn port_write(handler: &dyn ExitHandler, control: &Control, port: u16, data: &[u
 }
 
 /// How often a vCPU that waits for room for its output looks again.
-const BLOCKED_OUTPUT_POLL: std::time::Duration = std::time::Duration::from_millis(1);
+const BLOCKED_OUTPUT_POLL: Duration = Duration::from_millis(1);
 
 fn system_event(kind: u32) -> Next {
     let request = match kind {

@@ -2,50 +2,79 @@
 
 use std::sync::Arc;
 
+use kvm_ioctls::VcpuFd;
+
+use super::saving::{Probe, SavePhase};
 use super::{Machine, Running};
 use crate::boot::layout::{self, VirtioSlot};
 use crate::boot::{self, BootSources};
 use crate::build;
-use crate::cpu;
+use crate::cpu::{self, PlatformKind};
+use crate::dirty::{DirtyTracker, Mechanism};
 use crate::error::Error;
-use crate::kvm::vcpu::{ExitHandler, Scheduling, VcpuThread};
+use crate::kvm::vcpu::{ExitHandler, Scheduling, VcpuSetup, VcpuThread};
 use crate::kvm::vm::Vm;
 use crate::memory;
+use crate::resources::Images;
+
+/// A virtual machine whose vCPUs never ran.
+pub(super) struct VmParts {
+    pub(super) vm: Arc<Vm>,
+    pub(super) fds: Vec<VcpuFd>,
+    pub(super) tracker: Arc<DirtyTracker>,
+}
 
 impl Machine {
     /// Builds the virtual machine, loads the images and starts the vCPUs' threads, paused.
     pub(super) fn boot(&mut self) -> Result<(), Error> {
         let slots = VirtioSlot::first(self.config.virtio_device_count())?;
+        let parts = self.build_vm(&slots)?;
+        let entry = self.load(&slots)?.entry;
+        cpu::set_up(&self.kvm, &parts.fds, self.memory.as_ref(), entry)?;
+        self.shared
+            .model()
+            .connect_sci(Some(Box::new(build::Sci::new(&parts.vm))));
+        self.start_vcpus(parts)
+    }
+
+    /// Builds a virtual machine with vCPUs that never ran, connected to the devices.
+    pub(super) fn build_vm(&self, slots: &[VirtioSlot]) -> Result<VmParts, Error> {
         let vm = Arc::new(Vm::new(&self.kvm, &self.memory, &self.registers)?);
-        self.connect(&vm, &slots)?;
+        let enabled = Mechanism::detect(&self.kvm, PlatformKind::detect())?.enable(&vm)?;
+        self.connect(&vm, slots)?;
         let fds = (0..self.config.cpus)
             .map(|i| vm.create_vcpu(i))
             .collect::<Result<Vec<_>, _>>()?;
         vm.attach_acks(&self.acks, &fds[0])?;
-        let loaded = self.load(&slots)?;
-        let memory = self.memory.as_ref();
-        cpu::set_up(&self.kvm, &fds, memory, loaded.entry)?;
-        self.shared
-            .model()
-            .connect_sci(Some(Box::new(build::Sci::new(&vm))));
+        let tracker = Arc::new(DirtyTracker::new(&vm, &self.memory, &enabled, &fds)?);
+        Ok(VmParts { vm, fds, tracker })
+    }
+
+    /// Starts the vCPUs' threads, paused.
+    pub(super) fn start_vcpus(&mut self, parts: VmParts) -> Result<(), Error> {
+        let VmParts { vm, fds, tracker } = parts;
         let handler: Arc<dyn ExitHandler> = self.shared.clone();
+        let traps = (PlatformKind::detect() == PlatformKind::Pvm).then_some(&self.memory);
         let mut vcpus = Vec::new();
         for (index, fd) in (0..).zip(fds) {
-            let scheduling = Scheduling {
-                cpu: self.config.pin.get(usize::from(index)).copied(),
-                realtime: self.config.realtime,
+            let setup = VcpuSetup {
+                handler: Arc::clone(&handler),
+                dirty: Arc::clone(&tracker),
+                traps: traps.cloned(),
+                scheduling: Scheduling {
+                    cpu: self.config.pin.get(usize::from(index)).copied(),
+                    realtime: self.config.realtime,
+                },
+                counters: Arc::clone(&self.counters[usize::from(index)]),
             };
-            let counters = Arc::clone(&self.counters[usize::from(index)]);
-            vcpus.push(VcpuThread::start(
-                index,
-                fd,
-                Arc::clone(&handler),
-                None,
-                scheduling,
-                counters,
-            )?);
+            vcpus.push(VcpuThread::start(index, fd, setup)?);
         }
-        self.running = Some(Running { vcpus, vm });
+        self.running = Some(Running {
+            probes: vcpus.iter().map(|_| Probe::default()).collect(),
+            vcpus,
+            tracker,
+            vm,
+        });
         Ok(())
     }
 
@@ -60,15 +89,19 @@ impl Machine {
     }
 
     fn load(&mut self, slots: &[VirtioSlot]) -> Result<boot::Loaded, Error> {
-        let cmdline = self.images.cmdline(&self.config.boot, slots);
+        let images = match &mut self.images {
+            Some(images) => images,
+            none => none.insert(Images::open(&self.config.boot)?),
+        };
+        let cmdline = images.cmdline(&self.config.boot, slots);
         if self.config.boot.acpi {
             boot::write_tables(self.memory.as_ref(), self.config.cpus, slots)?;
         } else {
             boot::write_mp_table(self.memory.as_ref(), self.config.cpus)?;
         }
         let sources = BootSources {
-            kernel: &mut self.images.kernel,
-            initrd: self.images.initrd.as_mut(),
+            kernel: &mut images.kernel,
+            initrd: images.initrd.as_mut(),
             cmdline: &cmdline,
             protocol: self.config.boot.protocol,
         };
@@ -82,9 +115,12 @@ impl Machine {
     pub(super) fn restart(&mut self) -> Result<(), Error> {
         tracing::info!("the guest was reset");
         self.end_vcpus();
+        self.stop_loading();
         self.shared.model().reset();
         memory::clear(&self.memory).map_err(Error::host("clear guest memory"))?;
         self.resets += 1;
+        // Whoever saves the guest finds out that it began anew.
+        self.saving = SavePhase::None;
         self.boot()?;
         self.resume_vcpus();
         Ok(())
@@ -98,7 +134,7 @@ impl Machine {
 
     /// Ends all vCPUs' threads and lets KVM's side go.
     pub(super) fn end_vcpus(&mut self) {
-        let Some(Running { vcpus, vm }) = self.running.take() else {
+        let Some(Running { vcpus, vm, .. }) = self.running.take() else {
             return;
         };
         vcpus.iter().for_each(VcpuThread::ask_exit);

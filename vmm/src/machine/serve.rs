@@ -9,9 +9,11 @@ use tandem_devices::legacy::MachineRequest;
 use vmm_sys_util::epoll::EpollEvent;
 
 use super::Machine;
+use super::saving::SavePhase;
 use crate::console::ConsoleHub;
 use crate::control::{
-    Answer, Command, ControlError, MachineState, MachineStats, Outcome, StopMode, VcpuStats,
+    Answer, Command, ControlError, FreezeTimes, MachineState, MachineStats, Outcome, StopMode,
+    VcpuStats,
 };
 use crate::device_model::{self, Source};
 use crate::error::Error;
@@ -50,11 +52,11 @@ struct Pending {
 
 impl Pending {
     /// Longest time to wait for events, in milliseconds rounded up; -1 is for ever.
-    fn timeout_ms(&self) -> i32 {
-        if self.again {
+    fn timeout_ms(&self, running: bool) -> i32 {
+        if self.again && running {
             return 0;
         }
-        let input = self.input.then_some(CONSOLE_WAIT);
+        let input = (self.input && running).then_some(CONSOLE_WAIT);
         let flush = self
             .flush_at
             .map(|at| at.saturating_duration_since(Instant::now()));
@@ -91,7 +93,8 @@ impl Machine {
             flushed: None,
         };
         loop {
-            let count = match self.epoll.wait(pending.timeout_ms(), &mut events) {
+            let running = self.state == MachineState::Running;
+            let count = match self.epoll.wait(pending.timeout_ms(running), &mut events) {
                 Ok(count) => count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 Err(source) => {
@@ -103,7 +106,8 @@ impl Machine {
             };
             let sources = events[..count].iter().map(|e| Source::decode(e.data()));
             let woken = self.handle_sources(sources, &mut pending);
-            if pending.input {
+            // The state of a guest that stands does not change.
+            if pending.input && self.state == MachineState::Running {
                 pending.input = self.take_console_input();
             }
             pending.serve_output(&self.console);
@@ -209,6 +213,11 @@ impl Machine {
             Command::Stats => Ok(Answer::Stats(Box::new(self.stats()))),
             Command::AttachConsole(client) => self.attach_console(client),
             Command::Stop(StopMode::PowerButton) => self.press_power_button(),
+            Command::BeginSave => self.begin_save(),
+            Command::Freeze => self.freeze(),
+            Command::Thaw => self.thaw(),
+            Command::EndSave => self.end_save(),
+            Command::Leave => return self.leave(),
             Command::Stop(StopMode::Force) => {
                 return (Ok(Answer::Done), Some(End::Outcome(Outcome::Stopped)));
             }
@@ -234,17 +243,22 @@ impl Machine {
 
     fn pause(&mut self) -> Result<Answer, ControlError> {
         self.expect_state("pause", MachineState::Running, "running")?;
-        if let Some(running) = &self.running {
-            running.vcpus.iter().for_each(|v| v.ask_pause());
-            running.vcpus.iter().for_each(|v| v.wait_parked());
-        }
-        self.shared.model().quiesce();
-        self.state = MachineState::Paused;
+        self.stop_guest(&mut FreezeTimes::default());
         Ok(Answer::Done)
     }
 
     fn resume(&mut self) -> Result<Answer, ControlError> {
         self.expect_state("resume", MachineState::Paused, "paused")?;
+        if matches!(self.saving, SavePhase::Frozen { .. }) {
+            let reason = "the guest is being saved: it goes on by itself";
+            return Err(ControlError::Failed(reason.into()));
+        }
+        self.go_on();
+        Ok(Answer::Done)
+    }
+
+    /// Lets devices work on what came meanwhile, and the vCPUs run.
+    pub(super) fn go_on(&mut self) {
         self.state = MachineState::Running;
         let mut model = self.shared.model();
         for source in self.deferred.drain(..) {
@@ -255,7 +269,16 @@ impl Machine {
         self.resume_vcpus();
         // Devices may have asked to be called again.
         self.shared.wake();
-        Ok(Answer::Done)
+    }
+
+    fn leave(&mut self) -> (Result<Answer, ControlError>, Option<End>) {
+        match self.saving {
+            SavePhase::Frozen { .. } => (Ok(Answer::Done), Some(End::Outcome(Outcome::Left))),
+            _ => {
+                let reason = "the guest is not frozen: it cannot go on elsewhere".to_owned();
+                (Err(ControlError::Failed(reason)), None)
+            }
+        }
     }
 
     fn press_power_button(&mut self) -> Result<Answer, ControlError> {

@@ -1,8 +1,14 @@
 //! Why state cannot be written or read.
 
 use std::io;
+use std::path::PathBuf;
+
+use tandem_devices::state::{RestoreError, SaveError};
 
 use super::{FORMAT_VERSION, SECTION_LENGTH_MAX, SECTIONS_MAX, STATE_LENGTH_MAX, SectionId};
+use crate::control::ControlError;
+use crate::kvm::state::StateError;
+use crate::memory_image::MemoryImageError;
 
 /// Why state cannot be written or read.
 #[derive(Debug, thiserror::Error)]
@@ -113,4 +119,68 @@ pub enum SnapshotError {
         /// Why not.
         reason: String,
     },
+    /// The guest is not of the shape that was saved.
+    #[error("the guest was saved with {what} {saved}, but has {here}: they must be equal")]
+    Shape {
+        /// What differs.
+        what: &'static str,
+        /// As it was saved.
+        saved: String,
+        /// As it is here.
+        here: String,
+    },
+    /// A saved value cannot be.
+    #[error("{what} of section {section} is {value}: allowed is {allowed}")]
+    Value {
+        /// The section.
+        section: SectionId,
+        /// Name of the value.
+        what: &'static str,
+        /// The value.
+        value: String,
+        /// What it may be.
+        allowed: String,
+    },
+    /// A device refuses its state.
+    #[error("device `{id}` cannot be restored")]
+    Device {
+        /// Name of the device.
+        id: String,
+        /// Why not.
+        source: RestoreError,
+    },
+    /// A device cannot be saved.
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    /// KVM refuses a state.
+    #[error(transparent)]
+    Kvm(#[from] StateError),
+    /// Guest memory cannot be written or loaded.
+    #[error(transparent)]
+    Memory(#[from] MemoryImageError),
+    /// A file of a snapshot cannot be used.
+    #[error("cannot {action} `{}`", path.display())]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The snapshot's directory exists.
+    #[error("`{}` exists: a snapshot is written to a directory that does not", path.display())]
+    Exists {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The running guest did not do what saving it takes.
+    #[error("the guest cannot be saved")]
+    Control(#[from] ControlError),
+    /// KVM does not tell which pages were written.
+    #[error("the guest's writes cannot be followed: {0}")]
+    Tracking(String),
+    /// The guest was reset while it was saved.
+    #[error("the guest was reset while it was saved; try again")]
+    Reset,
 }

@@ -33,8 +33,11 @@
 //! version; a reader refuses versions that it does not know.
 
 mod codec;
+pub mod directory;
 mod error;
+mod guest;
 mod reader;
+pub mod save;
 mod section;
 mod state;
 #[cfg(test)]
@@ -43,6 +46,7 @@ mod writer;
 
 pub use codec::Saved;
 pub use error::SnapshotError;
+pub use guest::{GuestState, HardwareDevice, HardwareState, MemoryState};
 pub use reader::Sections;
 pub use section::{SectionId, SectionKind};
 pub use writer::Writer;

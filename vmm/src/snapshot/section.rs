@@ -8,6 +8,10 @@ pub(super) const KIND_SIZE: usize = 16;
 /// What a section is the state of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SectionKind {
+    /// What the guest is made of.
+    Hardware,
+    /// Where guest memory is, and its checksum.
+    Memory,
     /// A vCPU, by its number.
     Vcpu,
     /// PIC and IOAPIC.
@@ -39,7 +43,9 @@ pub enum SectionKind {
 /// The name that ends a stream of sections.
 pub(super) const END: &str = "end";
 
-const NAMES: [(SectionKind, &str); 13] = [
+const NAMES: [(SectionKind, &str); 15] = [
+    (SectionKind::Hardware, "hardware"),
+    (SectionKind::Memory, "memory"),
     (SectionKind::Vcpu, "vcpu"),
     (SectionKind::Irqchip, "irqchip"),
     (SectionKind::Pit, "pit"),

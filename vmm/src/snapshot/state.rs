@@ -8,6 +8,7 @@ use tandem_devices::state::{
 };
 use tandem_devices::virtio::DeviceKind;
 
+use super::guest::{HardwareState, MemoryState};
 use super::{Saved, SectionKind, Sections, SnapshotError, Writer};
 use crate::kvm::state::{ClockState, IrqchipState, KvmState, PitState, VcpuState};
 
@@ -21,6 +22,8 @@ macro_rules! saved {
 }
 
 saved! {
+    HardwareState => Hardware,
+    MemoryState => Memory,
     VcpuState => Vcpu,
     IrqchipState => Irqchip,
     PitState => Pit,

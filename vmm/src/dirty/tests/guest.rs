@@ -17,7 +17,9 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::dirty::{DirtyTracker, Mechanism};
 use crate::kvm::exits::ExitCounters;
-use crate::kvm::vcpu::{ExitHandler, Scheduling, VcpuEnd, VcpuThread, install_kick_handler};
+use crate::kvm::vcpu::{
+    ExitHandler, Scheduling, VcpuEnd, VcpuSetup, VcpuThread, install_kick_handler,
+};
 use crate::kvm::vm::Vm;
 
 const MIB: u64 = 1 << 20;
@@ -96,15 +98,14 @@ impl Guest {
             .zip(&counters)
             .map(|((index, fd), counters)| {
                 set_registers(kvm, &fd, program, index);
-                VcpuThread::start(
-                    index,
-                    fd,
-                    Arc::new(NoDevices),
-                    Some(Arc::clone(&tracker)),
-                    Scheduling::default(),
-                    Arc::clone(counters),
-                )
-                .unwrap()
+                let setup = VcpuSetup {
+                    handler: Arc::new(NoDevices),
+                    dirty: Arc::clone(&tracker),
+                    traps: None,
+                    scheduling: Scheduling::default(),
+                    counters: Arc::clone(counters),
+                };
+                VcpuThread::start(index, fd, setup).unwrap()
             });
         Self {
             vcpus: vcpus.collect(),

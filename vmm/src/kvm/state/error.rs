@@ -76,6 +76,9 @@ pub enum StateError {
     /// The vCPU was not stopped as it must be.
     #[error("the vCPU has I/O pending: it must be complete before its state is saved")]
     Pending,
+    /// The vCPU's thread has ended.
+    #[error("a vCPU of the guest has ended")]
+    Ended,
 }
 
 impl StateError {

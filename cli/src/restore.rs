@@ -1,0 +1,66 @@
+//! `tandem restore`: a guest goes on where it was saved.
+
+use tandem_vmm::error::Error;
+use tandem_vmm::machine::{Machine, SavedMemory};
+use tandem_vmm::memory;
+use tandem_vmm::memory_image::{self, Loader};
+use tandem_vmm::snapshot::SnapshotError;
+use tandem_vmm::snapshot::directory::{self, DESCRIPTION, Snapshot};
+
+use crate::args::RestoreArgs;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::run::{RunContext, run_machine};
+use crate::settings::{Launch, file};
+
+/// Runs a guest on from a snapshot until it ends.
+///
+/// # Errors
+/// When the snapshot cannot be used, or the guest not be started or does not end well. Nothing is
+/// left behind.
+pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure> {
+    let snapshot = directory::open_snapshot(&args.directory)?;
+    let launch = plan(args, &snapshot)?;
+    let (paused, eager) = (args.paused, args.eager);
+    run_machine(launch, context, |config| -> Result<Machine, Error> {
+        let Snapshot {
+            state,
+            memory,
+            checksums,
+        } = snapshot;
+        let guest_memory = memory::allocate(config.memory, config.hugepages)?;
+        // The kernel copies what is missing in pages of its own size only.
+        let saved = if eager || config.hugepages {
+            memory_image::load_all(&memory, &checksums, &guest_memory)
+                .map_err(SnapshotError::from)?;
+            SavedMemory::Loaded(guest_memory)
+        } else {
+            let to = guest_memory.clone();
+            let start =
+                Box::new(move |on_failure| Loader::start(memory, checksums, to, on_failure));
+            SavedMemory::OnDemand(guest_memory, start)
+        };
+        let mut machine = Machine::restore(config, &state, saved, context.started)?;
+        if paused {
+            machine.start_paused();
+        }
+        Ok(machine)
+    })
+}
+
+/// Lays the flags over the snapshot's description.
+fn plan(args: &RestoreArgs, snapshot: &Snapshot) -> Result<Launch, Failure> {
+    let path = args.directory.join(DESCRIPTION);
+    let (described, problems) = file::read(&path)?;
+    let refuse = |problems| Failure::Settings {
+        file: Some(path.clone()),
+        problems,
+    };
+    let name = snapshot.state.hardware.name.clone();
+    let launch = described.replace(args.settings()).launch_restored(name);
+    match launch {
+        Ok(launch) if problems.is_empty() => Ok(launch),
+        Ok(_) => Err(refuse(problems)),
+        Err(more) => Err(refuse(problems.into_iter().chain(more).collect())),
+    }
+}

@@ -1,0 +1,127 @@
+//! Verbs about saved guests: `snapshot`, `inspect`.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::json;
+use tandem_vmm::snapshot::directory::{self, Snapshot};
+
+use super::{Style, change};
+use crate::api::types::{SnapshotBody, SnapshotReport};
+use crate::args::ChangeArgs;
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::output::{self, Table};
+use crate::runtime_dir::Guest;
+use crate::settings::value;
+
+/// Longest wait until a guest is saved: a large one to a slow disk.
+const SAVE_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Saves a guest to a directory.
+pub(super) fn snapshot(
+    guest: &Guest,
+    change: &ChangeArgs,
+    directory: &Path,
+    style: Style,
+) -> Result<(), Failure> {
+    if change.dry_run {
+        let action = format!("save to `{}`", directory.display());
+        return change::tell_plan(guest, &action, style);
+    }
+    // The guest's VMM has another working directory.
+    let directory =
+        std::path::absolute(directory).map_err(Failure::host("find the working directory"))?;
+    let body = SnapshotBody {
+        directory: directory.clone(),
+    };
+    let progress = output::spinner(&format!("{} is being saved", guest.name()), style.quiet);
+    let answer = Client::new(guest)?
+        .with_timeout(SAVE_TIMEOUT)
+        .post_json("/api/v1/snapshot", &body);
+    progress.finish_and_clear();
+    let report: SnapshotReport = answer?;
+    let printed = match (style.json(), style.quiet) {
+        (true, _) => output::print_json(&json!({
+            "name": guest.name(),
+            "directory": directory,
+            "report": report,
+        })),
+        (false, true) => Ok(()),
+        (false, false) => output::print(told(&guest.name(), &directory, &report)),
+    };
+    printed.map_err(Failure::host("print the result"))
+}
+
+fn told(name: &str, directory: &Path, report: &SnapshotReport) -> String {
+    let ms = |us: u64| us as f64 / 1000.0;
+    format!(
+        "{name}: saved to `{}`: {:.0} MiB in {} rounds; stood {:.1} ms (stop {:.1}, I/O {:.1}, state {:.1}, {} pages)\n",
+        directory.display(),
+        report.bytes as f64 / f64::from(1 << 20),
+        report.rounds,
+        ms(report.pause_us),
+        ms(report.stop_us),
+        ms(report.quiesce_us),
+        ms(report.state_us),
+        report.pages,
+    )
+}
+
+/// Shows what a snapshot holds.
+pub(super) fn inspect(directory: &Path, verify: bool, style: Style) -> Result<(), Failure> {
+    let sections: Vec<_> = directory::sections(directory)?.iter().collect();
+    let snapshot = directory::open_snapshot(directory)?;
+    if verify {
+        let progress = output::spinner("memory is being checked", style.quiet);
+        let whole = verify_memory(&snapshot);
+        progress.finish_and_clear();
+        whole?;
+    }
+    let hardware = &snapshot.state.hardware;
+    if style.json() {
+        let sections: Vec<_> = sections
+            .iter()
+            .map(|(id, version, bytes)| {
+                json!({
+                    "kind": id.kind.name(),
+                    "instance": id.instance,
+                    "version": version,
+                    "bytes": bytes,
+                })
+            })
+            .collect();
+        return output::print_json(&json!({
+            "hardware": hardware,
+            "sections": sections,
+            "memory_checked": verify,
+        }))
+        .map_err(Failure::host("print the result"));
+    }
+    let checked = if verify {
+        "checked"
+    } else {
+        "checked when it is loaded"
+    };
+    let mut text = format!(
+        "guest     {}\ntandem    {}\nvCPUs     {}\nmemory    {}, {checked}\ndevices   {}\n\n",
+        hardware.name,
+        hardware.tandem,
+        hardware.cpus,
+        value::size(hardware.memory),
+        hardware.device_list(),
+    );
+    let mut table = Table::new(&["SECTION", "VERSION", "BYTES"]);
+    for (id, version, bytes) in &sections {
+        table.row(vec![id.to_string(), version.to_string(), bytes.to_string()]);
+    }
+    text.push_str(&table.text());
+    output::print(text).map_err(Failure::host("print the result"))
+}
+
+fn verify_memory(snapshot: &Snapshot) -> Result<(), Failure> {
+    let memory = tandem_vmm::memory::allocate(snapshot.state.hardware.memory, false)?;
+    tandem_vmm::memory_image::load_all(&snapshot.memory, &snapshot.checksums, &memory)
+        .map_err(tandem_vmm::snapshot::SnapshotError::from)?;
+    Ok(())
+}
