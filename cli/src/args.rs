@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, VsockConfig};
+use tandem_vmm::migration::Address;
 use tracing::level_filters::LevelFilter;
 
 use crate::exit;
@@ -29,6 +30,16 @@ Description: the snapshot's machine.toml says where the guest's disks, interface
 flags win over it. --disk and --net, if given, take the place of all disks or interfaces there, in \
 their order. The guest's hardware must be the saved one. Disks are not in a snapshot: they must \
 hold what they held when it was taken.";
+
+const RECEIVE: &str = "\
+Description: the source says where the guest's disks, interfaces and sockets are; flags win over \
+it. --disk and --net, if given, take the place of all disks or interfaces there, in their order. \
+Disks must be the same storage on both sides.";
+
+const MIGRATION: &str = "\
+Safety: the guest runs on one side, whatever fails. If nothing is heard of a target that was given \
+the guest, the guest stands at the source: `tandem resume` lets it go on there if it does not run at \
+the target, `tandem stop --force` ends it. The connection is neither encrypted nor authenticated.";
 
 const RUNTIME: &str = "\
 Runtime directory: each running guest has a directory of its name in $TANDEM_RUNTIME_DIR, or else \
@@ -137,6 +148,22 @@ pub enum Verb {
     /// Run a guest on from where it was saved, until it ends
     #[command(after_help = format!("{RESTORE}\n\n{CONSOLE}\n\n{}", exit::table()))]
     Restore(Box<RestoreArgs>),
+    /// Move a running guest to another process or host, where `tandem receive` waits for it
+    #[command(after_help = MIGRATION)]
+    Migrate {
+        /// Guest and dry run.
+        #[command(flatten)]
+        change: ChangeArgs,
+        /// Where the target waits: HOST:PORT or the path of a unix socket
+        #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
+        to: Address,
+        /// How long the last pages may take, for which the guest stands
+        #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = value::duration)]
+        downtime: Duration,
+    },
+    /// Wait for a guest that is migrated here, and run it until it ends
+    #[command(after_help = format!("{RECEIVE}\n\n{MIGRATION}\n\n{CONSOLE}\n\n{}", exit::table()))]
+    Receive(Box<ReceiveArgs>),
     /// Show what a snapshot holds, and whether it is whole
     Inspect {
         /// The snapshot's directory
@@ -258,12 +285,36 @@ pub struct RunArgs {
 
 /// The flags of `tandem restore`.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "Guest")]
 pub struct RestoreArgs {
     /// The snapshot's directory
-    #[arg(help_heading = None)]
     pub directory: PathBuf,
-    /// Name of the guest, unique on this host [default: the saved one]
+    /// Do not let the guest run before `tandem resume`
+    #[arg(long)]
+    pub paused: bool,
+    /// Load all memory before the guest runs, instead of when it is touched
+    #[arg(long)]
+    pub eager: bool,
+    /// Where the guest goes on.
+    #[command(flatten)]
+    pub place: PlaceArgs,
+}
+
+/// The flags of `tandem receive`.
+#[derive(Debug, Args)]
+pub struct ReceiveArgs {
+    /// Where to wait for the source: HOST:PORT or the path of a unix socket
+    #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
+    pub listen: Address,
+    /// Where the guest goes on.
+    #[command(flatten)]
+    pub place: PlaceArgs,
+}
+
+/// The flags that say where a guest goes on.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Guest")]
+pub struct PlaceArgs {
+    /// Name of the guest, unique on this host [default: the one it had]
     #[arg(long, value_parser = value::name)]
     pub name: Option<String>,
     /// Disk: path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads]; repeatable
@@ -282,12 +333,6 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "BOOL", value_parser = value::boolean)]
     #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]
     pub no_reboot: Option<bool>,
-    /// Do not let the guest run before `tandem resume`
-    #[arg(long)]
-    pub paused: bool,
-    /// Load all memory before the guest runs, instead of when it is touched
-    #[arg(long, help_heading = "Host")]
-    pub eager: bool,
     /// Host CPU for each vCPU, such as 0,1 [default: any]
     #[arg(long, value_name = "CPUS", value_parser = value::host_cpu, help_heading = "Host")]
     #[arg(value_delimiter = ',', num_args = 1)]
@@ -303,7 +348,7 @@ pub struct RestoreArgs {
     pub log_level: Option<LevelFilter>,
 }
 
-impl RestoreArgs {
+impl PlaceArgs {
     /// The settings that these flags give.
     pub fn settings(&self) -> Settings {
         Settings {

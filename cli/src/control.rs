@@ -2,11 +2,13 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::time::Duration;
 
 use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
+use tandem_vmm::migration::{Address, MigrationError, source};
 use tandem_vmm::snapshot::{SnapshotError, directory};
 
-use crate::api::types::SnapshotReport;
+use crate::api::types::{MigrationReport, SnapshotReport};
 
 /// The calls of a running machine that the API and the signals need. All of them wait for the
 /// machine's answer, at most [`ANSWER_TIMEOUT`](tandem_vmm::control::ANSWER_TIMEOUT).
@@ -32,6 +34,13 @@ pub trait Control: Send + Sync + 'static {
         directory: &Path,
         description: &str,
     ) -> Result<SnapshotReport, SnapshotError>;
+    /// Gives the guest to the target that waits at `to`. Waits until that is done.
+    fn migrate(
+        &self,
+        to: &Address,
+        description: &str,
+        budget: Duration,
+    ) -> Result<MigrationReport, MigrationError>;
 }
 
 impl Control for Handle {
@@ -61,5 +70,14 @@ impl Control for Handle {
         description: &str,
     ) -> Result<SnapshotReport, SnapshotError> {
         Ok(directory::save(self, directory, description)?.into())
+    }
+
+    fn migrate(
+        &self,
+        to: &Address,
+        description: &str,
+        budget: Duration,
+    ) -> Result<MigrationReport, MigrationError> {
+        Ok(source::migrate(self, to, description, budget)?.into())
     }
 }

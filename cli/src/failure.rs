@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use tandem_vmm::error::ErrorKind;
+use tandem_vmm::migration::MigrationError;
 use tandem_vmm::snapshot::SnapshotError;
 
 use crate::client::ClientError;
@@ -37,6 +38,9 @@ pub enum Failure {
     /// A snapshot cannot be used.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// A guest was not migrated.
+    #[error(transparent)]
+    Migration(#[from] MigrationError),
     /// A running guest did not do what was asked.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -72,7 +76,10 @@ impl Failure {
                 Exit::Failed
             }
             Self::Place(_) | Self::Host { .. } => Exit::Resource,
-            Self::Snapshot(_) => Exit::Snapshot,
+            Self::Snapshot(_) | Self::Migration(MigrationError::Snapshot(_)) => Exit::Snapshot,
+            Self::Migration(MigrationError::Address { .. }) => Exit::Usage,
+            Self::Migration(MigrationError::Link { .. }) => Exit::Resource,
+            Self::Migration(_) => Exit::Failed,
             Self::Machine(error) => match error.kind() {
                 ErrorKind::Config => Exit::Usage,
                 ErrorKind::Image => Exit::Image,

@@ -8,6 +8,7 @@ pub mod exit;
 pub mod failure;
 pub mod logging;
 pub mod output;
+pub mod receive;
 pub mod restore;
 pub mod run;
 pub mod runtime_dir;

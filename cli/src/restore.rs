@@ -22,7 +22,7 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
     let snapshot = directory::open_snapshot(&args.directory)?;
     let launch = plan(args, &snapshot)?;
     let (paused, eager) = (args.paused, args.eager);
-    run_machine(launch, context, |config| -> Result<Machine, Error> {
+    run_machine(launch, context, |config| {
         let Snapshot {
             state,
             memory,
@@ -44,7 +44,7 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
         if paused {
             machine.start_paused();
         }
-        Ok(machine)
+        Ok::<_, Error>((machine, || {}))
     })
 }
 
@@ -57,7 +57,9 @@ fn plan(args: &RestoreArgs, snapshot: &Snapshot) -> Result<Launch, Failure> {
         problems,
     };
     let name = snapshot.state.hardware.name.clone();
-    let launch = described.replace(args.settings()).launch_restored(name);
+    let launch = described
+        .replace(args.place.settings())
+        .launch_restored(name);
     match launch {
         Ok(launch) if problems.is_empty() => Ok(launch),
         Ok(_) => Err(refuse(problems)),

@@ -10,6 +10,7 @@ use std::time::Instant;
 use serde_json::json;
 use tandem_vmm::config::{ConsoleConfig, MachineConfig};
 use tandem_vmm::control::Outcome;
+use tandem_vmm::error::Error;
 use tandem_vmm::machine::Machine;
 
 use crate::api::server::{Service, Sources};
@@ -86,18 +87,21 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
 
 fn start(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
     let started = context.started;
-    run_machine(launch, context, |config| Machine::open(config, started))
+    run_machine(launch, context, |config| {
+        Ok::<_, Error>((Machine::open(config, started)?, || {}))
+    })
 }
 
 /// Runs the machine that `open` makes, with everything around it: its place among the running
-/// guests, log, API, signals and terminal.
+/// guests, log, API, signals and terminal. What `open` makes besides is called when nothing but the
+/// guest itself can fail any more.
 ///
 /// # Errors
 /// When the guest cannot be started or does not end well. Nothing is left behind.
-pub fn run_machine<E>(
+pub fn run_machine<E, B: FnOnce()>(
     launch: Launch,
     context: &RunContext,
-    open: impl FnOnce(MachineConfig) -> Result<Machine, E>,
+    open: impl FnOnce(MachineConfig) -> Result<(Machine, B), E>,
 ) -> Result<Exit, Failure>
 where
     Failure: From<E>,
@@ -115,12 +119,13 @@ where
         config: launch.machine.clone(),
         directory: claim.guest().dir().to_owned(),
     };
-    let machine = open(launch.machine)?;
+    let (machine, begins) = open(launch.machine)?;
     let terminal = enter_terminal(&facts, context.quiet)?;
     let guest = Guest::new(Arc::new(machine.handle()), facts);
     let service = Service::start(guest, sources, !context.quiet, move || root.sweep())
         .map_err(Failure::host("start the API's thread"))?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest starts");
+    begins();
     let outcome = machine.run();
     service.finish();
     drop(terminal);

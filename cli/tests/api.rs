@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tandem_cli::api::server::{Service, Sources};
-use tandem_cli::api::types::{GuestInfo, SnapshotReport};
+use tandem_cli::api::types::{GuestInfo, MigrationReport, SnapshotReport};
 use tandem_cli::api::{BODY_LEN_MAX, Facts, Guest, OPENAPI, ROUTES};
 use tandem_cli::client::{Client, ClientError};
 use tandem_cli::control::Control;
@@ -17,6 +17,7 @@ use tandem_cli::settings::file;
 use tandem_vmm::control::{
     ControlError, DeviceStats, MachineState, MachineStats, StopMode, VcpuStats,
 };
+use tandem_vmm::migration::{Address, MigrationError};
 use tandem_vmm::snapshot::SnapshotError;
 
 const HISTORY: &str = "hello from the guest\n";
@@ -111,6 +112,21 @@ impl Control for Fake {
         Ok(SnapshotReport {
             bytes: u64::MAX,
             ..SnapshotReport::default()
+        })
+    }
+
+    fn migrate(
+        &self,
+        to: &Address,
+        description: &str,
+        budget: Duration,
+    ) -> Result<MigrationReport, MigrationError> {
+        assert!(description.contains("name = \"web\""), "{description}");
+        self.ask(&format!("migrate {to} {budget:?}"))
+            .map_err(SnapshotError::from)?;
+        Ok(MigrationReport {
+            bytes: u64::MAX,
+            ..MigrationReport::default()
         })
     }
 }

@@ -122,6 +122,12 @@ pub enum Command {
     Thaw,
     /// Follow writes no longer.
     EndSave,
+    /// Let a frozen guest's disks, taps and sockets go; this is its state.
+    Release(Box<GuestState>),
+    /// Take them again.
+    Reacquire,
+    /// Leave a released guest as it is, for the user to resume or to stop.
+    Doubt,
     /// End a frozen guest that goes on elsewhere.
     Leave,
 }
@@ -324,6 +330,30 @@ impl Handle {
     /// As [`Handle::request`].
     pub fn end_save(&self) -> Result<(), ControlError> {
         self.request(Command::EndSave).map(drop)
+    }
+
+    /// Lets a frozen guest's disks, taps and sockets go.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn release(&self, state: GuestState) -> Result<(), ControlError> {
+        self.request(Command::Release(Box::new(state))).map(drop)
+    }
+
+    /// Takes a released guest's disks, taps and sockets again.
+    ///
+    /// # Errors
+    /// As [`Handle::request`]; the guest ends then.
+    pub fn reacquire(&self) -> Result<(), ControlError> {
+        self.request(Command::Reacquire).map(drop)
+    }
+
+    /// Leaves a released guest as it is, for the user to resume or to stop.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn doubt(&self) -> Result<(), ControlError> {
+        self.request(Command::Doubt).map(drop)
     }
 
     /// Ends a frozen guest that goes on elsewhere.

@@ -361,6 +361,12 @@ impl DeviceModel {
         Ok(())
     }
 
+    /// Drops all virtio devices, and with them disks, taps and sockets. vCPUs have to be stopped.
+    pub fn let_go(&mut self) {
+        self.again.clear();
+        self.virtio.clear();
+    }
+
     /// The virtio devices in the order of their slots: names and kinds.
     pub fn shape(&self) -> impl Iterator<Item = (&str, DeviceKind)> {
         self.virtio

@@ -18,6 +18,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod memory_image;
+pub mod migration;
 pub mod resources;
 pub mod scheduling;
 pub mod snapshot;

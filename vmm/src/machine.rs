@@ -40,7 +40,7 @@ use crate::kvm::vm::{Vm, open_kvm};
 use crate::memory;
 use crate::memory_image::Loader;
 use crate::resources::{Images, Resources};
-use crate::snapshot::SnapshotError;
+use crate::snapshot::{GuestState, SnapshotError};
 pub use restore::{SavedMemory, StartLoader};
 use saving::{Probe, SavePhase};
 
@@ -68,6 +68,8 @@ pub struct Machine {
     running: Option<Running>,
     state: MachineState,
     saving: SavePhase,
+    /// State of the guest while its devices are let go.
+    released: Option<GuestState>,
     /// Loads the rest of the guest's memory.
     loader: Option<Loader>,
     resets: u64,
@@ -161,6 +163,7 @@ impl Machine {
             running: None,
             state: MachineState::Running,
             saving: SavePhase::None,
+            released: None,
             loader: None,
             resets: 0,
             deferred: Vec::new(),

@@ -12,6 +12,7 @@ use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
@@ -23,10 +24,11 @@ use axum::routing::{MethodFilter, on};
 use serde::Serialize;
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState, StopMode};
+use tandem_vmm::migration::MigrationError;
 
 use crate::control::Control;
 use crate::settings::describe;
-use types::{ErrorBody, ErrorCode, GuestInfo, SnapshotBody, StateBody, StopBody};
+use types::{ErrorBody, ErrorCode, GuestInfo, MigrateBody, SnapshotBody, StateBody, StopBody};
 
 /// Longest request body, in bytes.
 pub const BODY_LEN_MAX: usize = 4096;
@@ -66,6 +68,8 @@ pub enum Endpoint {
     Resume,
     /// Save the guest to a directory.
     Snapshot,
+    /// Move the guest to where a target waits for it.
+    Migrate,
     /// End the guest.
     Stop,
     /// Counters for Prometheus.
@@ -94,13 +98,14 @@ const fn route(method: Method, path: &'static str, endpoint: Endpoint) -> Route 
 }
 
 /// Every route that the server has.
-pub static ROUTES: [Route; 9] = [
+pub static ROUTES: [Route; 10] = [
     route(Method::GET, "/api/v1/guest", Endpoint::Info),
     route(Method::GET, "/api/v1/stats", Endpoint::Stats),
     route(Method::GET, "/api/v1/logs", Endpoint::Logs),
     route(Method::POST, "/api/v1/pause", Endpoint::Pause),
     route(Method::POST, "/api/v1/resume", Endpoint::Resume),
     route(Method::POST, "/api/v1/snapshot", Endpoint::Snapshot),
+    route(Method::POST, "/api/v1/migrate", Endpoint::Migrate),
     route(Method::POST, "/api/v1/stop", Endpoint::Stop),
     route(Method::GET, "/api/v1/openapi.json", Endpoint::OpenApi),
     route(Method::GET, "/metrics", Endpoint::Metrics),
@@ -207,8 +212,25 @@ impl Guest {
                 json(StatusCode::OK, &StateBody::new(MachineState::Running))
             }
             Endpoint::Snapshot => self.snapshot(body),
+            Endpoint::Migrate => self.migrate(body),
             Endpoint::Stop => self.stop(body),
         }
+    }
+
+    fn migrate(&self, body: &[u8]) -> Result<Response, ErrorBody> {
+        let bad = |reason: String| {
+            let message = format!("the body must be {{\"to\": \"ADDRESS\"}}: {reason}");
+            ErrorBody::new(ErrorCode::BadBody, message)
+        };
+        let body: MigrateBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
+        let to = body
+            .to
+            .parse()
+            .map_err(|e: MigrationError| bad(e.to_string()))?;
+        let budget = Duration::from_micros(body.downtime_us);
+        let description = describe(&self.facts.config);
+        let report = self.control.migrate(&to, &description, budget)?;
+        json(StatusCode::OK, &report)
     }
 
     fn snapshot(&self, body: &[u8]) -> Result<Response, ErrorBody> {

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState};
+use tandem_vmm::migration::{MigrationError, source};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::directory::Report;
 
@@ -102,6 +103,67 @@ impl From<Report> for SnapshotReport {
     }
 }
 
+/// Where a guest is to go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MigrateBody {
+    /// Where the target waits: `HOST:PORT` or the absolute path of a unix socket.
+    pub to: String,
+    /// How long the last pages may take, in microseconds.
+    #[serde(default = "downtime_default")]
+    pub downtime_us: u64,
+}
+
+fn downtime_default() -> u64 {
+    5_000
+}
+
+/// What migrating a guest came to. Times are in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationReport {
+    /// Bytes of memory that were sent.
+    pub bytes: u64,
+    /// Times that memory was copied while the guest ran.
+    pub rounds: u32,
+    /// How long copying took while the guest ran.
+    pub running_us: u64,
+    /// Pages that were sent while the guest stood.
+    pub pages: u64,
+    /// How long the guest stood, until the source knew that it runs at the target.
+    pub downtime_us: u64,
+    /// Of that, until all vCPUs stood.
+    pub stop_us: u64,
+    /// Of that, until all I/O in flight was finished.
+    pub quiesce_us: u64,
+    /// Of that, reading the state of KVM, vCPUs and devices.
+    pub state_us: u64,
+    /// Of that, sending the last pages and the state.
+    pub send_us: u64,
+    /// Of that, letting go of disks, taps and sockets.
+    pub release_us: u64,
+    /// Of that, until the target had taken over and said so.
+    pub takeover_us: u64,
+}
+
+impl From<source::Report> for MigrationReport {
+    fn from(report: source::Report) -> Self {
+        let us = |time: Duration| time.as_micros() as u64;
+        Self {
+            bytes: report.bytes,
+            rounds: report.precopy.rounds,
+            running_us: us(report.precopy.time),
+            pages: report.pages,
+            downtime_us: us(report.downtime),
+            stop_us: us(report.freeze.stop),
+            quiesce_us: us(report.freeze.quiesce),
+            state_us: us(report.freeze.state),
+            send_us: us(report.send),
+            release_us: us(report.release),
+            takeover_us: us(report.takeover),
+        }
+    }
+}
+
 /// What kind of error a request met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -172,6 +234,15 @@ impl From<SnapshotError> for ErrorBody {
     fn from(error: SnapshotError) -> Self {
         match error {
             SnapshotError::Control(error) => error.into(),
+            error => Self::new(ErrorCode::Failed, causes(&error)),
+        }
+    }
+}
+
+impl From<MigrationError> for ErrorBody {
+    fn from(error: MigrationError) -> Self {
+        match error {
+            MigrationError::Snapshot(error) => error.into(),
             error => Self::new(ErrorCode::Failed, causes(&error)),
         }
     }

@@ -11,6 +11,7 @@ use tandem_vmm::config::{
     BootProtocol, CPUS_MAX, ConsoleConfig, DISK_ID_LEN_MAX, DiskConfig, DiskEngine, MEMORY_ALIGN,
     MEMORY_MIN, MacAddr, NAME_LEN_MAX, NetBackendConfig, NetConfig, VsockConfig,
 };
+use tandem_vmm::migration::{Address, MigrationError};
 use tracing::level_filters::LevelFilter;
 
 /// Longest kernel command line, in bytes.
@@ -307,6 +308,15 @@ pub fn cid(text: &str) -> Result<u32, ValueError> {
             "must be a whole number from {CID_MIN} to {CID_MAX}"
         )),
     }
+}
+
+/// An address for a migration.
+///
+/// # Errors
+/// When it is none.
+pub fn address(text: &str) -> Result<Address, ValueError> {
+    text.parse()
+        .map_err(|error: MigrationError| ValueError(error.to_string()))
 }
 
 /// A time, such as `10s`, `500ms` or `2m`.

@@ -14,6 +14,7 @@ use crate::args::{Cli, Format, Verb};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
+use crate::receive;
 use crate::restore;
 use crate::run::{self, RunContext};
 use crate::runtime_dir::Root;
@@ -99,6 +100,15 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
         Verb::Restore(args) => {
             let context = context(started, &cli.runtime_dir, style);
             return restore::restore(&args, &context);
+        }
+        Verb::Migrate {
+            change,
+            to,
+            downtime,
+        } => saved::migrate(&root()?.find(&change.name)?, &change, &to, downtime, style)?,
+        Verb::Receive(args) => {
+            let context = context(started, &cli.runtime_dir, style);
+            return receive::receive(&args, &context);
         }
         Verb::Inspect { directory, verify } => saved::inspect(&directory, verify, style)?,
         Verb::Man { directory } => writing::man(&directory)?,

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
+use tandem_vmm::migration::Address;
 use tandem_vmm::snapshot::directory::{self, Snapshot};
 
 use super::{Style, change};
-use crate::api::types::{SnapshotBody, SnapshotReport};
+use crate::api::types::{MigrateBody, MigrationReport, SnapshotBody, SnapshotReport};
 use crate::args::ChangeArgs;
 use crate::client::Client;
 use crate::failure::Failure;
@@ -65,6 +66,61 @@ fn told(name: &str, directory: &Path, report: &SnapshotReport) -> String {
         ms(report.quiesce_us),
         ms(report.state_us),
         report.pages,
+    )
+}
+
+/// Moves a guest to where a target waits for it.
+pub(super) fn migrate(
+    guest: &Guest,
+    change: &ChangeArgs,
+    to: &Address,
+    downtime: Duration,
+    style: Style,
+) -> Result<(), Failure> {
+    if change.dry_run {
+        return change::tell_plan(guest, &format!("migrate to `{to}`"), style);
+    }
+    // The guest's VMM has another working directory.
+    let to = match to {
+        Address::Unix(path) => {
+            std::path::absolute(path).map_err(Failure::host("find the working directory"))?
+        }
+        Address::Tcp(address) => address.into(),
+    };
+    let body = MigrateBody {
+        to: to.to_string_lossy().into_owned(),
+        downtime_us: downtime.as_micros() as u64,
+    };
+    let name = guest.name();
+    let progress = output::spinner(&format!("{name} is being migrated"), style.quiet);
+    let answer = Client::new(guest)?
+        .with_timeout(SAVE_TIMEOUT)
+        .post_json("/api/v1/migrate", &body);
+    progress.finish_and_clear();
+    let report: MigrationReport = answer?;
+    let printed = match (style.json(), style.quiet) {
+        (true, _) => output::print_json(&json!({ "name": name, "to": body.to, "report": report })),
+        (false, true) => Ok(()),
+        (false, false) => output::print(migrated(&name, &body.to, &report)),
+    };
+    printed.map_err(Failure::host("print the result"))
+}
+
+fn migrated(name: &str, to: &str, report: &MigrationReport) -> String {
+    let ms = |us: u64| us as f64 / 1000.0;
+    format!(
+        "{name}: runs at `{to}`: {:.0} MiB in {} rounds, {:.0} ms; stood {:.1} ms (stop {:.1}, I/O {:.1}, state {:.1}, send {:.1} with {} pages, release {:.1}, takeover {:.1})\n",
+        report.bytes as f64 / f64::from(1 << 20),
+        report.rounds,
+        ms(report.running_us),
+        ms(report.downtime_us),
+        ms(report.stop_us),
+        ms(report.quiesce_us),
+        ms(report.state_us),
+        ms(report.send_us),
+        report.pages,
+        ms(report.release_us),
+        ms(report.takeover_us),
     )
 }
 

@@ -71,6 +71,26 @@ impl Machine {
         Ok(machine)
     }
 
+    /// Builds devices and KVM's side anew, from `state` and the memory that is there.
+    pub(super) fn rebuild(&mut self, state: &GuestState) -> Result<(), Error> {
+        self.end_vcpus();
+        let mut resources = Resources::open(&self.config)?;
+        // The console was never let go.
+        drop(resources.take_console());
+        let host = build::Host {
+            memory: &self.memory,
+            registers: &self.registers,
+            acks: &self.acks,
+            epoll: &self.epoll,
+            console: &self.console,
+        };
+        let (model, connections, port) = build::devices(&self.config, resources, &host)?;
+        *self.shared.model() = model;
+        self.connections = connections;
+        self.port = port;
+        self.continue_from(state)
+    }
+
     /// Starts paused instead of running.
     pub fn start_paused(&mut self) {
         self.state = MachineState::Paused;

@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!   BeginSave > (memory is copied while the guest runs) > Freeze > (the rest is copied) > Thaw > EndSave
-//!                                                                                      > Leave
+//!                                                         Freeze > Release > Leave
+//!                                                                          > Reacquire > Thaw > EndSave
+//!                                                                          > Doubt
 //! ```
 //!
 //! A freeze costs the time until the slowest vCPU stands and devices have finished what is in
@@ -15,6 +17,7 @@ use std::time::Instant;
 use super::{Machine, Running};
 use crate::control::{Answer, ControlError, FreezeTimes, Frozen, MachineState, Saving};
 use crate::kvm::state::{KvmState, StateError, VcpuProbe, VcpuState};
+use crate::kvm::vcpu::VcpuEnd;
 use crate::snapshot::{GuestState, HardwareDevice, HardwareState, SnapshotError};
 
 /// How a save of the guest stands.
@@ -27,6 +30,8 @@ pub(super) enum SavePhase {
     Following,
     /// It stands until it is thawed; `ran` says whether it ran before.
     Frozen { ran: bool },
+    /// As that, without disks, taps and sockets. In doubt the user decides whether it goes on here.
+    Released { ran: bool, doubt: bool },
 }
 
 /// What there is to save of a vCPU, once it is known.
@@ -182,6 +187,50 @@ impl Machine {
         if ran {
             self.go_on();
         }
+        Ok(Answer::Done)
+    }
+
+    pub(super) fn release(&mut self, state: GuestState) -> Result<Answer, ControlError> {
+        let SavePhase::Frozen { ran } = self.saving else {
+            return Err(ControlError::Failed("the guest is not frozen".into()));
+        };
+        self.shared.model().let_go();
+        self.deferred.clear();
+        self.released = Some(state);
+        self.saving = SavePhase::Released { ran, doubt: false };
+        Ok(Answer::Done)
+    }
+
+    /// Opens disks, taps and sockets again and builds the guest anew, from its state and the memory
+    /// that is still there. Without them it cannot go on anywhere.
+    pub(super) fn reacquire(&mut self) -> Result<Answer, ControlError> {
+        let (SavePhase::Released { ran, .. }, Some(state)) = (self.saving, self.released.take())
+        else {
+            return Err(ControlError::Failed(
+                "the guest has all that it needs".into(),
+            ));
+        };
+        match self.rebuild(&state) {
+            Ok(()) => {
+                self.saving = SavePhase::Frozen { ran };
+                Ok(Answer::Done)
+            }
+            Err(error) => {
+                let answer = ControlError::Failed(error.to_string());
+                self.shared.ends().push(VcpuEnd::Failed(error));
+                self.shared.wake();
+                Err(answer)
+            }
+        }
+    }
+
+    pub(super) fn doubt(&mut self) -> Result<Answer, ControlError> {
+        let SavePhase::Released { doubt, .. } = &mut self.saving else {
+            return Err(ControlError::Failed(
+                "the guest has all that it needs".into(),
+            ));
+        };
+        *doubt = true;
         Ok(Answer::Done)
     }
 

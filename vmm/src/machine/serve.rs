@@ -217,6 +217,9 @@ impl Machine {
             Command::Freeze => self.freeze(),
             Command::Thaw => self.thaw(),
             Command::EndSave => self.end_save(),
+            Command::Release(state) => self.release(*state),
+            Command::Reacquire => self.reacquire(),
+            Command::Doubt => self.doubt(),
             Command::Leave => return self.leave(),
             Command::Stop(StopMode::Force) => {
                 return (Ok(Answer::Done), Some(End::Outcome(Outcome::Stopped)));
@@ -249,9 +252,16 @@ impl Machine {
 
     fn resume(&mut self) -> Result<Answer, ControlError> {
         self.expect_state("resume", MachineState::Paused, "paused")?;
-        if matches!(self.saving, SavePhase::Frozen { .. }) {
-            let reason = "the guest is being saved: it goes on by itself";
-            return Err(ControlError::Failed(reason.into()));
+        match self.saving {
+            SavePhase::None | SavePhase::Following => {}
+            SavePhase::Released { doubt: true, .. } => {
+                self.reacquire()?;
+                self.saving = SavePhase::None;
+            }
+            SavePhase::Frozen { .. } | SavePhase::Released { .. } => {
+                let reason = "the guest is being saved or migrated: it goes on by itself";
+                return Err(ControlError::Failed(reason.into()));
+            }
         }
         self.go_on();
         Ok(Answer::Done)
@@ -273,7 +283,9 @@ impl Machine {
 
     fn leave(&mut self) -> (Result<Answer, ControlError>, Option<End>) {
         match self.saving {
-            SavePhase::Frozen { .. } => (Ok(Answer::Done), Some(End::Outcome(Outcome::Left))),
+            SavePhase::Frozen { .. } | SavePhase::Released { .. } => {
+                (Ok(Answer::Done), Some(End::Outcome(Outcome::Left)))
+            }
             _ => {
                 let reason = "the guest is not frozen: it cannot go on elsewhere".to_owned();
                 (Err(ControlError::Failed(reason)), None)

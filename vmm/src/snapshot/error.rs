@@ -177,6 +177,9 @@ pub enum SnapshotError {
     /// The running guest did not do what saving it takes.
     #[error("the guest cannot be saved")]
     Control(#[from] ControlError),
+    /// Guest memory cannot be copied to where it should go.
+    #[error("guest memory cannot be copied")]
+    Copy(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// KVM does not tell which pages were written.
     #[error("the guest's writes cannot be followed: {0}")]
     Tracking(String),

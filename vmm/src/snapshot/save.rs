@@ -10,7 +10,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::SnapshotError;
+use super::{GuestState, SnapshotError};
 use crate::control::{ControlError, Frozen, Handle, Saving};
 use crate::dirty::PageSet;
 
@@ -56,6 +56,7 @@ pub struct Session<'a> {
     saving: Saving,
     left: PageSet,
     frozen: bool,
+    released: bool,
     over: bool,
 }
 
@@ -72,6 +73,7 @@ impl<'a> Session<'a> {
             saving,
             left,
             frozen: false,
+            released: false,
             over: false,
         })
     }
@@ -156,6 +158,26 @@ impl<'a> Session<'a> {
         Ok(self.end()?)
     }
 
+    /// Lets go of the frozen guest's disks, taps and sockets, so that another process can take them.
+    /// `state` is the guest's, by which it goes on if it has to.
+    ///
+    /// # Errors
+    /// When it is not frozen, or has ended.
+    pub fn release(&mut self, state: GuestState) -> Result<(), SnapshotError> {
+        self.guest.release(state)?;
+        self.released = true;
+        Ok(())
+    }
+
+    /// Leaves the released guest as it is, for the user to decide.
+    ///
+    /// # Errors
+    /// When it is not released, or has ended.
+    pub fn leave_in_doubt(mut self) -> Result<(), SnapshotError> {
+        self.over = true;
+        Ok(self.guest.doubt()?)
+    }
+
     /// Ends the frozen guest: it goes on elsewhere.
     ///
     /// # Errors
@@ -181,6 +203,9 @@ impl<'a> Session<'a> {
 
     fn end(&mut self) -> Result<(), ControlError> {
         self.over = true;
+        if self.released {
+            self.guest.reacquire()?;
+        }
         if self.frozen {
             self.guest.thaw()?;
         }

@@ -1,0 +1,94 @@
+//! `tandem receive`: a guest that is migrated here goes on.
+
+use std::time::Instant;
+
+use tandem_vmm::machine::{Machine, SavedMemory};
+use tandem_vmm::memory;
+use tandem_vmm::migration::target::{Offer, Received};
+use tandem_vmm::migration::{Hello, MigrationError};
+
+use crate::args::ReceiveArgs;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output;
+use crate::run::{RunContext, run_machine};
+use crate::settings::{Launch, file};
+
+/// Waits for a guest and runs it until it ends.
+///
+/// # Errors
+/// When no guest comes, it cannot run here, or does not end well.
+pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure> {
+    let offer = wait_for_source(args, context.quiet)?;
+    let launch = match plan(args, &offer.hello) {
+        Ok(launch) => launch,
+        Err(failure) => {
+            offer.refuse(&failure.report());
+            return Err(failure);
+        }
+    };
+    let mut offer = Some(offer);
+    let ran = run_machine(launch, context, |config| {
+        let memory = memory::allocate(config.memory, config.hugepages)?;
+        let received = match offer.take() {
+            Some(offer) => offer.accept(&memory)?,
+            None => return Err(MigrationError::Closed.into()),
+        };
+        let started = Instant::now();
+        let memory = SavedMemory::Loaded(memory);
+        match Machine::restore(config, &received.state, memory, started) {
+            Ok(machine) => Ok::<_, Failure>((machine, || announce(received))),
+            Err(error) => {
+                let failure = Failure::from(error);
+                received.refuse(&failure.report());
+                Err(failure)
+            }
+        }
+    });
+    if let (Some(offer), Err(failure)) = (offer, &ran) {
+        offer.refuse(&failure.report());
+    }
+    ran
+}
+
+fn announce(received: Received) {
+    received.announce();
+}
+
+/// Whoever connects and is no source is told so, and does not keep others from coming.
+fn wait_for_source(args: &ReceiveArgs, quiet: bool) -> Result<Offer, Failure> {
+    let listener = args.listen.listen()?;
+    if !quiet {
+        output::tell(&format!(
+            "tandem: waiting for a guest on {}",
+            listener.address()
+        ));
+    }
+    loop {
+        let link = listener
+            .accept()
+            .map_err(Failure::host("wait for a connection"))?;
+        match Offer::hear(link) {
+            Ok(offer) => return Ok(offer),
+            Err(error) => output::tell(&format!("tandem: a source was refused: {error}")),
+        }
+    }
+}
+
+/// Lays the flags over what the source says.
+fn plan(args: &ReceiveArgs, hello: &Hello) -> Result<Launch, Failure> {
+    let (described, problems) = file::parse(&hello.description);
+    let refuse = |problems| Failure::Settings {
+        file: None,
+        problems,
+    };
+    let name = hello.hardware.name.clone();
+    let launch = described
+        .replace(args.place.settings())
+        .launch_restored(name);
+    match launch {
+        Ok(launch) if problems.is_empty() => Ok(launch),
+        Ok(_) => Err(refuse(problems)),
+        Err(more) => Err(refuse(problems.into_iter().chain(more).collect())),
+    }
+}

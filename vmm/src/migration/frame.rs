@@ -1,0 +1,194 @@
+//! What goes over the link: a preface from the source, then frames, each with kind, length and
+//! checksum.
+//!
+//! ```text
+//!   preface: magic, 8 bytes | version, 4
+//!   frame:   kind, 4 | length, 4 | checksum, 8 | payload
+//! ```
+//!
+//! Integers are little-endian. The checksum is XXH3 (64 bits) of kind, length and payload.
+
+use std::io::{self, Read, Write};
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::{MigrationError, VERSION};
+use crate::snapshot::HardwareState;
+
+const MAGIC: [u8; 8] = *b"TANDEM\x1a\x02";
+/// Largest payload in bytes: the state of a guest, or a batch of pages.
+pub(super) const PAYLOAD_MAX: usize = 20 << 20;
+/// Largest Hello in bytes.
+const HELLO_MAX: usize = 256 << 10;
+/// Longest reason that is told, in bytes.
+const REASON_MAX: usize = 4096;
+const HEADER_SIZE: usize = 16;
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Kind {
+    Hello = 1,
+    Accept = 2,
+    Pages = 3,
+    State = 4,
+    Complete = 5,
+    Running = 6,
+    /// Either side will not, and says why.
+    Refuse = 7,
+}
+
+impl Kind {
+    const ALL: [Self; 7] = [
+        Self::Hello,
+        Self::Accept,
+        Self::Pages,
+        Self::State,
+        Self::Complete,
+        Self::Running,
+        Self::Refuse,
+    ];
+
+    fn length_max(self) -> usize {
+        match self {
+            Self::Accept | Self::Complete | Self::Running => 0,
+            Self::Refuse => REASON_MAX,
+            Self::Hello => HELLO_MAX,
+            Self::Pages | Self::State => PAYLOAD_MAX,
+        }
+    }
+}
+
+/// What a source says of its guest first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hello {
+    /// The guest's file, as `tandem run` takes it.
+    pub description: String,
+    /// What the guest is made of.
+    pub hardware: HardwareState,
+}
+
+impl Hello {
+    pub(super) fn encode(&self) -> Result<Vec<u8>, MigrationError> {
+        rmp_serde::to_vec_named(self).map_err(|e| MigrationError::Garbled {
+            what: format!("no guest that can be told of: {e}"),
+        })
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, MigrationError> {
+        rmp_serde::from_slice(bytes).map_err(|e| MigrationError::Garbled {
+            what: format!("a guest that cannot be understood: {e}"),
+        })
+    }
+}
+
+pub(super) fn send_preface(link: &mut impl Write) -> Result<(), MigrationError> {
+    let preface = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
+    link.write_all(&preface).map_err(broken)
+}
+
+pub(super) fn receive_preface(link: &mut impl Read) -> Result<(), MigrationError> {
+    let mut preface = [0; 12];
+    link.read_exact(&mut preface).map_err(broken)?;
+    if preface[..8] != MAGIC {
+        return Err(MigrationError::Garbled {
+            what: "something that is no migration".into(),
+        });
+    }
+    let mut version = [0; 4];
+    version.copy_from_slice(&preface[8..]);
+    match u32::from_le_bytes(version) {
+        VERSION => Ok(()),
+        found => Err(MigrationError::Version { found }),
+    }
+}
+
+fn checksum(head: &[u8], payload: &[u8]) -> [u8; 8] {
+    let mut sum = Xxh3::new();
+    sum.update(head);
+    sum.update(payload);
+    sum.digest().to_le_bytes()
+}
+
+/// Sends one frame.
+pub(super) fn send(
+    link: &mut impl Write,
+    kind: Kind,
+    payload: &[u8],
+) -> Result<(), MigrationError> {
+    debug_assert!(payload.len() <= kind.length_max(), "frames are bounded");
+    let mut header = [0; HEADER_SIZE];
+    header[..4].copy_from_slice(&(kind as u32).to_le_bytes());
+    header[4..8].copy_from_slice(&(payload.len() as u32).to_le_bytes());
+    let sum = checksum(&header[..8], payload);
+    header[8..].copy_from_slice(&sum);
+    // One write, and so one segment, where that is small.
+    if payload.len() <= REASON_MAX {
+        return link
+            .write_all(&[&header[..], payload].concat())
+            .map_err(broken);
+    }
+    link.write_all(&header)
+        .and_then(|()| link.write_all(payload))
+        .map_err(broken)
+}
+
+/// Tells the other side that this one will not.
+pub(super) fn refuse(link: &mut impl Write, reason: &str) {
+    let mut end = reason.len().min(REASON_MAX);
+    while !reason.is_char_boundary(end) {
+        end -= 1;
+    }
+    // The other side may be gone; it then knows as much.
+    drop(send(link, Kind::Refuse, &reason.as_bytes()[..end]));
+}
+
+/// Receives one frame into `payload`. A refusal is an error.
+pub(super) fn receive(link: &mut impl Read, payload: &mut Vec<u8>) -> Result<Kind, MigrationError> {
+    let mut header = [0; HEADER_SIZE];
+    link.read_exact(&mut header).map_err(broken)?;
+    let word = |at: usize| {
+        let mut bytes = [0; 4];
+        bytes.copy_from_slice(&header[at..at + 4]);
+        u32::from_le_bytes(bytes)
+    };
+    let (number, length) = (word(0), word(4) as usize);
+    let kind = Kind::ALL.into_iter().find(|kind| *kind as u32 == number);
+    let Some(kind) = kind.filter(|kind| length <= kind.length_max()) else {
+        return Err(MigrationError::Garbled {
+            what: format!("a frame of kind {number} with {length} bytes"),
+        });
+    };
+    payload.clear();
+    // Memory grows as bytes come, whatever was promised.
+    let read = link
+        .take(length as u64)
+        .read_to_end(payload)
+        .map_err(broken)?;
+    if read < length {
+        // In the middle of a frame: it did not come to say what it wanted.
+        return Err(broken(io::ErrorKind::ConnectionAborted.into()));
+    }
+    if checksum(&header[..8], payload) != header[8..] {
+        return Err(MigrationError::Garbled {
+            what: "a frame whose checksum is another".into(),
+        });
+    }
+    match kind {
+        Kind::Refuse => Err(MigrationError::Refused(
+            String::from_utf8_lossy(payload).escape_debug().to_string(),
+        )),
+        kind => Ok(kind),
+    }
+}
+
+/// An error of the link.
+pub(super) fn broken(error: io::Error) -> MigrationError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => MigrationError::Closed,
+        io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => MigrationError::Reset,
+        _ => MigrationError::Broken(error),
+    }
+}

@@ -1,0 +1,47 @@
+//! Live migration: a running guest goes on in another process or on another host.
+//!
+//! ```text
+//!   source                                     target
+//!   Hello: description, hardware  ---------->  is there room for it?
+//!                                 <----------  Accept, or Refuse and why
+//!   Pages, while the guest runs   ---------->  into memory
+//!   the guest is frozen
+//!   Pages, the last; State        ---------->  checked
+//!   disks, taps, sockets let go
+//!   Complete                      ---------->  opens them, restores, and then
+//!                                 <----------  Running: from here on the guest is the target's
+//!   ends                                       lets the guest run
+//! ```
+//!
+//! # Who runs the guest
+//!
+//! [`protocol`] decides it, whatever breaks: never both sides, and one of them whenever it can be
+//! known. Before Complete the source decides, after it the target. A source that handed the
+//! guest over and hears nothing cannot know: the guest stands, in doubt, until the user resumes or
+//! ends it.
+//!
+//! # What it costs
+//!
+//! The guest stands while vCPUs stop and its state is read (see [`crate::machine`]), the last pages
+//! and about 15 KiB per vCPU of state are sent, and the target opens devices, creates a virtual
+//! machine and sets its state: 2 to 4 ms and two trips over the link, besides the pages.
+//!
+//! Frames are checked against damage. They are neither encrypted nor signed: the network in between
+//! must be trusted, or be tunnelled.
+
+pub mod address;
+mod error;
+mod frame;
+mod pages;
+pub mod protocol;
+pub mod source;
+pub mod target;
+#[cfg(test)]
+mod tests;
+
+pub use address::{Address, Link};
+pub use error::MigrationError;
+pub use frame::Hello;
+
+/// Version of what goes over the link.
+pub const VERSION: u32 = 1;

@@ -1,0 +1,112 @@
+//! Batches of pages of guest memory.
+//!
+//! ```text
+//!   count, 4 | count x frame number, 8, highest bit: the page is zero | contents of the others, 4,096 each
+//! ```
+
+use tandem_devices::GuestMemory;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::MigrationError;
+use crate::dirty::PAGE_SIZE;
+
+/// Pages in a batch at most.
+pub(super) const BATCH_PAGES: usize = 256;
+const PAGE: usize = PAGE_SIZE as usize;
+const ZERO: u64 = 1 << 63;
+
+/// Puts batches together.
+#[derive(Default)]
+pub(super) struct Batch {
+    numbers: Vec<u64>,
+    contents: Vec<u8>,
+}
+
+impl Batch {
+    pub(super) fn is_full(&self) -> bool {
+        self.numbers.len() >= BATCH_PAGES
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.numbers.is_empty()
+    }
+
+    /// Adds page `frame`; a zero page only if `zeros`.
+    pub(super) fn add(
+        &mut self,
+        memory: &GuestMemory,
+        frame: u64,
+        zeros: bool,
+    ) -> Result<(), MigrationError> {
+        let at = self.contents.len();
+        self.contents.resize(at + PAGE, 0);
+        memory
+            .read_slice(&mut self.contents[at..], GuestAddress(frame * PAGE_SIZE))
+            .map_err(|_| outside(frame))?;
+        if is_zero(&self.contents[at..]) {
+            self.contents.truncate(at);
+            if zeros {
+                self.numbers.push(frame | ZERO);
+            }
+        } else {
+            self.numbers.push(frame);
+        }
+        Ok(())
+    }
+
+    /// The bytes of the batch, which is empty afterwards.
+    pub(super) fn take(&mut self, bytes: &mut Vec<u8>) {
+        bytes.clear();
+        bytes.extend((self.numbers.len() as u32).to_le_bytes());
+        for number in self.numbers.drain(..) {
+            bytes.extend(number.to_le_bytes());
+        }
+        bytes.append(&mut self.contents);
+    }
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    page.chunks_exact(16)
+        .all(|part| part.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+fn outside(frame: u64) -> MigrationError {
+    MigrationError::Garbled {
+        what: format!("page {frame:#x}, which the guest does not have"),
+    }
+}
+
+/// Puts a batch into guest memory.
+pub(super) fn apply(bytes: &[u8], memory: &GuestMemory) -> Result<(), MigrationError> {
+    let garbled = || MigrationError::Garbled {
+        what: "pages whose number does not fit their bytes".into(),
+    };
+    let (count, rest) = bytes.split_first_chunk::<4>().ok_or_else(garbled)?;
+    let count = u32::from_le_bytes(*count) as usize;
+    if count > BATCH_PAGES || rest.len() < count * 8 {
+        return Err(garbled());
+    }
+    let (numbers, mut contents) = rest.split_at(count * 8);
+    for number in numbers.chunks_exact(8) {
+        let mut word = [0; 8];
+        word.copy_from_slice(number);
+        let number = u64::from_le_bytes(word);
+        let frame = number & !ZERO;
+        let page = if number & ZERO != 0 {
+            &[0; PAGE]
+        } else {
+            let (page, more) = contents.split_first_chunk::<PAGE>().ok_or_else(garbled)?;
+            contents = more;
+            page
+        };
+        let address = frame.checked_mul(PAGE_SIZE).ok_or_else(|| outside(frame))?;
+        memory
+            .write_slice(page, GuestAddress(address))
+            .map_err(|_| outside(frame))?;
+    }
+    if contents.is_empty() {
+        Ok(())
+    } else {
+        Err(garbled())
+    }
+}

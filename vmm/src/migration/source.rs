@@ -1,0 +1,219 @@
+//! The side that gives a guest away.
+
+use std::time::{Duration, Instant};
+
+use super::frame::{self, Hello, Kind};
+use super::pages::Batch;
+use super::protocol::{End, SourceFate, SourcePhase, source_fate};
+use super::{Address, Link, MigrationError};
+use crate::control::{FreezeTimes, Handle, Saving};
+use crate::dirty::{PAGE_SIZE, PageSet};
+use crate::snapshot::save::{PageSink, Precopy, Session};
+use crate::snapshot::{SnapshotError, Writer};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+/// What a migration came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Report {
+    /// Copying while the guest ran.
+    pub precopy: Precopy,
+    /// Pages sent while the guest stood.
+    pub pages: u64,
+    /// Bytes of memory sent in all.
+    pub bytes: u64,
+    /// How long the guest stood, as the source saw it.
+    pub downtime: Duration,
+    /// Parts of that: stopping the guest and reading its state.
+    pub freeze: FreezeTimes,
+    /// Sending the last pages and the state.
+    pub send: Duration,
+    /// Letting go of disks, taps and sockets.
+    pub release: Duration,
+    /// Until the target said that the guest runs.
+    pub takeover: Duration,
+}
+
+/// Gives the guest of `guest` to who listens at `to`. Copying goes on until the last pages are
+/// expected to take at most `budget`.
+///
+/// # Errors
+/// When it could not be given away: then it goes on here, but for
+/// [`MigrationError::InDoubt`] and [`MigrationError::Lost`].
+pub fn migrate(
+    guest: &Handle,
+    to: &Address,
+    description: &str,
+    budget: Duration,
+) -> Result<Report, MigrationError> {
+    let mut link = to.connect()?;
+    let mut session = Session::begin(guest)?;
+    let hello = Hello {
+        description: description.to_owned(),
+        hardware: session.saving().hardware.clone(),
+    };
+    frame::send_preface(&mut link)?;
+    frame::send(&mut link, Kind::Hello, &hello.encode()?)?;
+    expect(&mut link, Kind::Accept)?;
+    let given = hand_over(&mut session, &mut link, budget);
+    let handed = match given {
+        Ok(handed) => handed,
+        Err(error) => {
+            frame::refuse(&mut link, &error.to_string());
+            return Err(error);
+        }
+    };
+    conclude(session, &mut link, handed)
+}
+
+/// All but the end of a report.
+#[derive(Clone, Copy)]
+struct Handed {
+    report: Report,
+    since: Instant,
+    waiting: Instant,
+}
+
+/// Copies and sends everything, lets devices go, and says that it is complete.
+fn hand_over(
+    session: &mut Session<'_>,
+    link: &mut Link,
+    budget: Duration,
+) -> Result<Handed, MigrationError> {
+    let saving = session.saving().clone();
+    let mut sink = LinkSink::new(link, saving);
+    let precopy = session.precopy(&mut sink, budget)?;
+    let stopped = session.freeze(&mut sink)?;
+    let sending = Instant::now();
+    let mut writer = Writer::new(Vec::new())?;
+    stopped.frozen.state.write(&mut writer)?;
+    frame::send(link, Kind::State, &writer.finish()?)?;
+    let send = stopped.harvest + stopped.copy + sending.elapsed();
+    let releasing = Instant::now();
+    session.release(stopped.frozen.state)?;
+    let report = Report {
+        precopy,
+        pages: stopped.pages,
+        bytes: precopy.bytes + stopped.bytes,
+        downtime: Duration::ZERO,
+        freeze: stopped.frozen.times,
+        send,
+        release: releasing.elapsed(),
+        takeover: Duration::ZERO,
+    };
+    let waiting = Instant::now();
+    match frame::send(link, Kind::Complete, &[]) {
+        // Whether it went out cannot be known: it is over once the target has said so.
+        Ok(()) | Err(_) => Ok(Handed {
+            report,
+            since: stopped.frozen.since,
+            waiting,
+        }),
+    }
+}
+
+/// Waits for the target's word, and does what it means.
+fn conclude(
+    session: Session<'_>,
+    link: &mut Link,
+    handed: Handed,
+) -> Result<Report, MigrationError> {
+    let answer = expect(link, Kind::Running);
+    let end = match &answer {
+        Ok(()) => End::Running,
+        Err(error) => error.end_of_target(),
+    };
+    match (source_fate(SourcePhase::HandedOver, end), answer) {
+        (SourceFate::Leave, _) => {
+            session.leave()?;
+            Ok(Report {
+                downtime: handed.since.elapsed(),
+                takeover: handed.waiting.elapsed(),
+                ..handed.report
+            })
+        }
+        (SourceFate::GoOn, answer) => {
+            session
+                .finish()
+                .map_err(|e| MigrationError::Lost(e.to_string()))?;
+            Err(answer.err().unwrap_or(MigrationError::Closed))
+        }
+        (SourceFate::InDoubt, _) => {
+            session.leave_in_doubt()?;
+            Err(MigrationError::InDoubt)
+        }
+    }
+}
+
+fn expect(link: &mut Link, wanted: Kind) -> Result<(), MigrationError> {
+    match frame::receive(link, &mut Vec::new())? {
+        kind if kind == wanted => Ok(()),
+        kind => Err(MigrationError::Garbled {
+            what: format!("{kind:?} instead of {wanted:?}"),
+        }),
+    }
+}
+
+struct LinkSink<'a> {
+    link: &'a mut Link,
+    saving: Saving,
+    batch: Batch,
+    bytes: Vec<u8>,
+}
+
+impl<'a> LinkSink<'a> {
+    fn new(link: &'a mut Link, saving: Saving) -> Self {
+        Self {
+            link,
+            saving,
+            batch: Batch::default(),
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Sends pages; zero pages only if `zeros`.
+    fn send(
+        &mut self,
+        frames: impl Iterator<Item = u64>,
+        zeros: bool,
+    ) -> Result<u64, SnapshotError> {
+        let mut sent = 0;
+        for frame in frames {
+            self.batch
+                .add(&self.saving.memory, frame, zeros)
+                .map_err(link_error)?;
+            if self.batch.is_full() {
+                sent += self.flush()?;
+            }
+        }
+        Ok(sent + self.flush()?)
+    }
+
+    fn flush(&mut self) -> Result<u64, SnapshotError> {
+        if self.batch.is_empty() {
+            return Ok(0);
+        }
+        self.batch.take(&mut self.bytes);
+        frame::send(self.link, Kind::Pages, &self.bytes).map_err(link_error)?;
+        Ok(self.bytes.len() as u64)
+    }
+}
+
+fn link_error(error: MigrationError) -> SnapshotError {
+    SnapshotError::Copy(Box::new(error))
+}
+
+impl PageSink for LinkSink<'_> {
+    fn all(&mut self) -> Result<u64, SnapshotError> {
+        let memory = self.saving.memory.clone();
+        let frames = memory.iter().flat_map(|region| {
+            let first = region.start_addr().0 / PAGE_SIZE;
+            first..first + region.len() / PAGE_SIZE
+        });
+        // The target's memory is new.
+        self.send(frames, false)
+    }
+
+    fn pages(&mut self, pages: &PageSet) -> Result<u64, SnapshotError> {
+        self.send(pages.iter(), true)
+    }
+}
