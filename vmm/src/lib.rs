@@ -17,6 +17,7 @@ pub mod error;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod memory_image;
 pub mod resources;
 pub mod scheduling;
 pub mod snapshot;
