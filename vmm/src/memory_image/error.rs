@@ -97,6 +97,14 @@ pub enum MemoryImageError {
         /// Why not.
         source: io::Error,
     },
+    /// Guest memory cannot be read.
+    #[error("cannot copy {chunk} of guest memory")]
+    Copy {
+        /// What was to be copied.
+        chunk: ChunkPlace,
+        /// Why not.
+        source: io::Error,
+    },
     /// The file cannot be written.
     #[error("cannot write {chunk} of saved memory")]
     Write {

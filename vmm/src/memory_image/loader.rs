@@ -55,7 +55,7 @@ type OnFailure = Box<dyn FnOnce(MemoryImageError) + Send>;
 /// Why not.
 pub fn on_demand_is_available() -> Result<(), String> {
     let probe = memory::allocate(super::CHUNK_SIZE, false).map_err(|e| e.to_string())?;
-    watch(&probe).map(drop).map_err(|error| match error {
+    watch(probe).map(drop).map_err(|error| match error {
         MemoryImageError::OnDemand { reason } => reason,
         other => other.to_string(),
     })
@@ -104,7 +104,7 @@ impl Loader {
         memory: Arc<GuestMemory>,
         on_failure: OnFailure,
     ) -> Result<Self, MemoryImageError> {
-        let shared = Arc::new(Shared::new(file, sums, &memory)?);
+        let shared = Arc::new(Shared::new(file, sums, memory)?);
         let mut loader = Self {
             shared,
             threads: Vec::new(),
@@ -218,13 +218,13 @@ impl Shared {
     fn new(
         file: File,
         sums: Checksums,
-        memory: &Arc<GuestMemory>,
+        memory: Arc<GuestMemory>,
     ) -> Result<Self, MemoryImageError> {
-        let geometry = Geometry::of(memory)?;
+        let geometry = Geometry::of(&memory)?;
         let image = Image::new(file, sums, &geometry)?;
         let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| unavailable("no event can be made", &e.into()))?;
-        let pending = PendingKey::of(memory).mark();
+        let pending = PendingKey::of(&memory).mark();
         Ok(Self {
             image,
             chunks: (0..geometry.chunks())
@@ -514,8 +514,8 @@ fn groups_of(region: &Region) -> impl Iterator<Item = Range<usize>> + use<> {
 }
 
 /// Empties `memory` and watches all of it for first touches.
-fn watch(memory: &Arc<GuestMemory>) -> Result<Userfaultfd, MemoryImageError> {
-    if load::has_huge_pages(memory) {
+fn watch(memory: Arc<GuestMemory>) -> Result<Userfaultfd, MemoryImageError> {
+    if load::has_huge_pages(&memory) {
         let reason = "it consists of huge pages".into();
         return Err(MemoryImageError::OnDemand { reason });
     }
@@ -523,10 +523,11 @@ fn watch(memory: &Arc<GuestMemory>) -> Result<Userfaultfd, MemoryImageError> {
         let reason = "it is not shared".into();
         return Err(MemoryImageError::OnDemand { reason });
     }
-    memory::clear(memory).map_err(MemoryImageError::Clear)?;
-    let faults = Userfaultfd::new(Arc::clone(memory))
+    memory::clear(&memory).map_err(MemoryImageError::Clear)?;
+    let geometry = Geometry::of(&memory)?;
+    let faults = Userfaultfd::new(memory)
         .map_err(|e| unavailable("the kernel reports no page faults (userfaultfd)", &e))?;
-    for region in Geometry::of(memory)?.regions() {
+    for region in geometry.regions() {
         faults
             .register(region)
             .map_err(|e| unavailable("the kernel does not watch guest memory", &e))?;

@@ -36,6 +36,7 @@ mod load;
 mod loader;
 mod pending;
 mod progress;
+mod source;
 #[cfg(test)]
 mod tests;
 mod userfaultfd;

@@ -8,13 +8,11 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 use tandem_devices::GuestMemory;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::checksums::ZeroSums;
-use super::geometry::{Chunk, Geometry, Region};
-use super::holes::Holes;
-use super::pending::PendingKey;
+use super::geometry::{Chunk, Geometry};
+use super::source::Source;
 use super::{Checksums, MemoryImageError, image};
 use crate::dirty::{PAGE_SIZE, PageSet};
 
@@ -71,16 +69,10 @@ impl MemoryWriter {
     pub fn write_all(&mut self) -> Result<u64, MemoryImageError> {
         self.complete = false;
         let memory = Arc::clone(&self.memory);
+        let mut source = Source::new(&memory);
         let mut written = 0;
-        for region in self.geometry.regions().to_vec() {
-            let mut untouched = Untouched::of(&memory, region);
-            for number in region.chunks() {
-                let chunk = self.geometry.chunk(number);
-                written += match untouched.contains(&chunk) {
-                    true => self.write_zeros(&chunk)?,
-                    false => self.copy(&chunk)?,
-                };
-            }
+        for number in 0..self.geometry.chunks() {
+            written += self.copy(number, &mut source)?;
         }
         self.complete = true;
         Ok(written)
@@ -93,6 +85,8 @@ impl MemoryWriter {
     /// from then on.
     pub fn write_pages(&mut self, pages: &PageSet) -> Result<u64, MemoryImageError> {
         let complete = std::mem::take(&mut self.complete);
+        let memory = Arc::clone(&self.memory);
+        let mut source = Source::new(&memory);
         let mut written = 0;
         let mut last = None;
         for page in pages.iter() {
@@ -102,7 +96,7 @@ impl MemoryWriter {
                 .at_guest(address)
                 .ok_or(MemoryImageError::NoSuchPage { address })?;
             if last.replace(number) != Some(number) {
-                written += self.copy(&self.geometry.chunk(number))?;
+                written += self.copy(number, &mut source)?;
             }
         }
         self.complete = complete;
@@ -123,21 +117,26 @@ impl MemoryWriter {
         Ok(Checksums::new(self.sums))
     }
 
-    /// Writes what `chunk` of guest memory contains.
-    fn copy(&mut self, chunk: &Chunk) -> Result<u64, MemoryImageError> {
+    /// Writes what guest memory contains in chunk `number`.
+    fn copy(&mut self, number: usize, source: &mut Source<'_>) -> Result<u64, MemoryImageError> {
+        let chunk = self.geometry.chunk(number);
         let bytes = &mut self.buffer[..chunk.length];
-        self.memory
-            .read_slice(bytes, GuestAddress(chunk.guest()))
-            .map_err(|e| refuse(chunk, io::Error::other(e)))?;
-        let sum = xxh3_64(bytes);
-        if sum == self.zeros.of(chunk) {
-            return self.write_zeros(chunk);
+        let touched = source
+            .read(&chunk, bytes)
+            .map_err(|source| MemoryImageError::Copy {
+                chunk: chunk.place(),
+                source,
+            })?;
+        let zero = self.zeros.of(&chunk);
+        let sum = if touched { xxh3_64(bytes) } else { zero };
+        if sum == zero {
+            return self.write_zeros(&chunk);
         }
-        self.stored[chunk.number] = true;
+        self.stored[number] = true;
         self.file
             .write_all_at(bytes, chunk.offset)
-            .map_err(|source| refuse(chunk, source))?;
-        self.sums[chunk.number] = sum;
+            .map_err(|source| refuse(&chunk, source))?;
+        self.sums[number] = sum;
         Ok(chunk.length as u64)
     }
 
@@ -163,34 +162,4 @@ impl MemoryWriter {
 fn refuse(chunk: &Chunk, source: io::Error) -> MemoryImageError {
     let chunk = chunk.place();
     MemoryImageError::Write { chunk, source }
-}
-
-/// Memory of a region that nobody touched since it was emptied: holes of its memfd. Reading it through
-/// the mapping would make the host provide pages for it.
-///
-/// While memory is loaded on demand, a hole is what was not loaded yet; then only the mapping tells.
-struct Untouched<'a> {
-    pending: PendingKey,
-    /// Holes, and where the region begins in that file.
-    holes: Option<(Holes<'a>, u64)>,
-}
-
-impl<'a> Untouched<'a> {
-    fn of(memory: &'a GuestMemory, region: Region) -> Self {
-        let backing = memory.iter().nth(region.index);
-        let file = backing.and_then(GuestMemoryRegion::file_offset);
-        Self {
-            pending: PendingKey::of(memory),
-            holes: file.map(|f| (Holes::new(f.file()), f.start())),
-        }
-    }
-
-    fn contains(&mut self, chunk: &Chunk) -> bool {
-        // In this order: what is a hole when nothing is pending any more, was never touched.
-        !self.pending.is_pending()
-            && self.holes.as_mut().is_some_and(|(holes, start)| {
-                let from = *start + chunk.in_region();
-                !holes.has_data(&(from..from + chunk.length as u64))
-            })
-    }
 }

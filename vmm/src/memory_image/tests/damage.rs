@@ -190,6 +190,6 @@ fn checksums_of_another_guest_are_refused() {
     let error = refused(&file, &fewer);
     assert_eq!(
         error.to_string(),
-        "the checksums of saved memory have 8 bytes; 536576 bytes of memory need 64"
+        "the checksums of saved memory have 8 bytes; 471040 bytes of memory need 64"
     );
 }

@@ -115,7 +115,7 @@ pub(super) fn patchwork(regions: [(u64, u64); 2], seed: u64) -> Arc<GuestMemory>
         if !has_data(chunk as usize) {
             continue;
         }
-        let some = chunk % 3 == 0 || n % 5 == 0;
+        let some = chunk.is_multiple_of(3) || n.is_multiple_of(5);
         if some {
             fill_page(&memory, frame, seed);
         }
