@@ -2,22 +2,21 @@
 //! users' has, and runs a whole kernel.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use tandem_tests::emulated::{EmulatedHost, HostBuilder};
+use tandem_tests::emulated::{EmulatedHost, GuestConsole, HostBuilder};
 
 /// The guest's root image as a disk of the emulated host.
 const ROOT: &str = "/dev/vdb";
 /// Bytes read back from the disk and compared.
 const COMPARED: usize = 8 << 20;
 
-fn host() -> Option<EmulatedHost> {
-    let host = HostBuilder::new()?
+fn builder() -> Option<HostBuilder> {
+    HostBuilder::new()?
         .program("redis-cli")?
         .program("redis-benchmark")?
         .file("bzImage")?
         .file("vmlinux")?
         .file("initramfs")?
-        .disk("rootfs.ext4")?;
-    Some(host.start())
+        .disk("rootfs.ext4")
 }
 
 /// The words of `tandem run` that all guests share.
@@ -31,14 +30,23 @@ fn words(kernel: &str, cpus: u32, cmdline: &str) -> String {
 /// One host serves for all, since booting it is most of the time.
 #[test]
 fn stock_linux_works_on_an_emulated_host() {
-    let Some(mut host) = host() else { return };
+    let Some(builder) = builder() else { return };
+    let mut host = builder.start();
     serves_a_network(&mut host);
     uses_every_cpu_and_powers_off(&mut host);
     keeps_its_disk_when_it_reboots(&mut host);
 }
 
+/// Makes the tap of the guest's network, the same on each host.
+fn make_tap(host: &mut EmulatedHost) {
+    host.succeed(
+        "tunctl -t tap0 && ip link set tap0 address 02:00:00:00:99:01 && \
+         ip addr add 10.99.0.1/24 dev tap0 && ip link set tap0 up",
+    );
+}
+
 fn serves_a_network(host: &mut EmulatedHost) {
-    host.succeed("tunctl -t tap0 && ip addr add 10.99.0.1/24 dev tap0 && ip link set tap0 up");
+    make_tap(host);
     let words = words("bzImage", 2, "ip=10.99.0.2/24");
     let guest = host.start_guest("server", &format!("{words} --net tap=tap0"));
     guest.wait_for("READY", 1);
@@ -116,4 +124,61 @@ fn keeps_its_disk_when_it_reboots(host: &mut EmulatedHost) {
     assert!(text.contains("found"), "{text}");
     let written = host.succeed("head -c 8 /tmp/scratch");
     assert_eq!(written, "written\n");
+}
+
+/// A guest is saved, goes on in another process, and then on another host.
+#[test]
+fn stock_linux_moves_between_processes_and_hosts() {
+    let (Some(one), Some(other)) = (builder(), builder()) else {
+        return;
+    };
+    let wires = tempfile::tempdir().unwrap();
+    let ends = ["one", "other"].map(|end| wires.path().join(end));
+    let mut one = one.wire(&ends[0], &ends[1]).start();
+    let mut other = other.wire(&ends[1], &ends[0]).start();
+    for (host, address) in [(&mut one, "10.55.0.1/24"), (&mut other, "10.55.0.2/24")] {
+        host.succeed(&format!(
+            "ip addr add {address} dev eth0 && ip link set eth0 up"
+        ));
+        make_tap(host);
+    }
+    let words = words("bzImage", 2, "ip=10.99.0.2/24");
+    let guest = one.start_guest("server", &format!("{words} --net tap=tap0"));
+    guest.wait_for("READY", 1);
+    let redis = "redis-cli --raw -h 10.99.0.2";
+    let load = "redis-benchmark -h 10.99.0.2 -t set -n 300 -c 10 -P 4 -q";
+    one.succeed(&format!("{redis} SET key value; {load}"));
+    goes_on_in_another_process(&mut one, &guest, redis);
+    goes_on_on_another_host(&mut one, &mut other, redis);
+}
+
+fn goes_on_in_another_process(host: &mut EmulatedHost, guest: &GuestConsole, redis: &str) {
+    let said = host.succeed("tandem snapshot server /tmp/saved && tandem stop --force server");
+    assert!(said.contains("saved to `/tmp/saved`"), "{said}");
+    assert_eq!(guest.wait(), 0, "{}", guest.text());
+    host.start_tandem("server", "restore /tmp/saved --console off");
+    let got = host.succeed(&format!(
+        "until {redis} GET key; do sleep 1; done; {redis} SET other one; {redis} GET other"
+    ));
+    assert!(got.ends_with("value\nOK\none\n"), "{got}");
+}
+
+fn goes_on_on_another_host(one: &mut EmulatedHost, other: &mut EmulatedHost, redis: &str) {
+    let there = other.start_tandem("server", "receive --listen 10.55.0.2:7000 --console stdio");
+    there.wait_for("waiting for a guest", 1);
+    let said = one.succeed("tandem migrate server --to 10.55.0.2:7000");
+    assert!(said.contains("runs at `10.55.0.2:7000`"), "{said}");
+    let list = one.succeed("tandem list -q");
+    assert_eq!(list, "", "the source is gone");
+    let got = other.succeed(&format!(
+        "{redis} GET key; {redis} GET other; {redis} INCR n"
+    ));
+    assert_eq!(got, "value\none\n1\n");
+    other.succeed("tandem stop server");
+    assert_eq!(there.wait(), 0, "{}", there.text());
+    assert!(
+        there.text().contains("reboot: Power down"),
+        "{}",
+        there.text()
+    );
 }

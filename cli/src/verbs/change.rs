@@ -109,10 +109,10 @@ fn ask_to_stop(guest: &Guest, force: bool) -> Result<(), ClientError> {
 }
 
 /// The process of a guest, named in a way that no later process can take.
-struct Process(OwnedFd);
+pub(super) struct Process(OwnedFd);
 
 impl Process {
-    fn of(guest: &Guest) -> Result<Self, Failure> {
+    pub(super) fn of(guest: &Guest) -> Result<Self, Failure> {
         let fail = Failure::host("find the guest's process");
         let pid = guest.pid().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         let Some(pid) = pid else {
@@ -124,7 +124,7 @@ impl Process {
     }
 
     /// Waits for the process to end; false if it has not after `timeout`.
-    fn ends_within(&self, timeout: Duration) -> Result<bool, Failure> {
+    pub(super) fn ends_within(&self, timeout: Duration) -> Result<bool, Failure> {
         let deadline = Instant::now() + timeout;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());

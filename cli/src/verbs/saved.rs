@@ -19,6 +19,9 @@ use crate::settings::value;
 /// Longest wait until a guest is saved: a large one to a slow disk.
 const SAVE_TIMEOUT: Duration = Duration::from_secs(3600);
 
+/// How long the source's process may take to end after its guest runs elsewhere.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Saves a guest to a directory.
 pub(super) fn snapshot(
     guest: &Guest,
@@ -92,6 +95,7 @@ pub(super) fn migrate(
         downtime_us: downtime.as_micros() as u64,
     };
     let name = guest.name();
+    let process = change::Process::of(guest)?;
     let progress = output::spinner(&format!("{name} is being migrated"), style.quiet);
     let answer = Client::new(guest)?
         .with_timeout(SAVE_TIMEOUT)

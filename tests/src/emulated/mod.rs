@@ -53,6 +53,7 @@ pub struct HostBuilder {
     initramfs: PathBuf,
     tools: Tools,
     disks: Vec<PathBuf>,
+    wire: Option<(PathBuf, PathBuf)>,
 }
 
 impl HostBuilder {
@@ -72,7 +73,15 @@ impl HostBuilder {
             initramfs: images::optional("initramfs")?,
             tools,
             disks: Vec::new(),
+            wire: None,
         })
+    }
+
+    /// Gives the host a network card, `eth0`, on a wire to another host: the sockets of this end and
+    /// of the other.
+    pub fn wire(mut self, here: &Path, there: &Path) -> Self {
+        self.wire = Some((here.to_owned(), there.to_owned()));
+        self
     }
 
     /// Adds a program of this machine with its libraries; `None`, said aloud, if it has none.
@@ -140,6 +149,13 @@ impl HostBuilder {
         for disk in std::iter::once(tools).chain(self.disks.iter().map(PathBuf::as_path)) {
             let drive = prefixed("if=virtio,format=raw,readonly=on,file=", disk);
             qemu.arg("-drive").arg(drive);
+        }
+        if let Some((here, there)) = &self.wire {
+            let (here, there) = (here.display(), there.display());
+            qemu.arg("-netdev").arg(format!(
+                "dgram,id=wire,local.type=unix,local.path={here},remote.type=unix,remote.path={there}"
+            ));
+            qemu.args(["-device", "virtio-net-pci,netdev=wire,romfile="]);
         }
         qemu.stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -212,8 +228,13 @@ impl EmulatedHost {
     /// Starts `tandem run` with these shell words; the guest's console and what the command says
     /// go to the consoles' port.
     pub fn start_guest(&mut self, name: &str, words: &str) -> GuestConsole {
+        self.start_tandem(name, &format!("run --name {name} {words}"))
+    }
+
+    /// Starts `tandem` with these shell words, by which guest `name` begins or goes on.
+    pub fn start_tandem(&mut self, name: &str, words: &str) -> GuestConsole {
         let from = self.console_text().len();
-        let command = format!("( tandem run --name {name} {words}; echo \"{name}: ended $?\" )");
+        let command = format!("( tandem {words}; echo \"{name}: ended $?\" )");
         self.send(&format!("{command} </dev/null >/dev/ttyS1 2>&1 &"));
         GuestConsole {
             path: self.consoles.clone(),

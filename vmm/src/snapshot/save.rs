@@ -150,6 +150,16 @@ impl<'a> Session<'a> {
         })
     }
 
+    /// Lets a frozen guest go on, if it ran before. Its writes are still followed: it can be frozen
+    /// again, and then only what it wrote meanwhile is copied.
+    ///
+    /// # Errors
+    /// When the guest is not frozen, or has ended.
+    pub fn thaw(&mut self) -> Result<(), SnapshotError> {
+        self.frozen = false;
+        Ok(self.guest.thaw()?)
+    }
+
     /// Lets the guest go on, if it ran before, and ends the save.
     ///
     /// # Errors

@@ -44,12 +44,14 @@ const REGISTERS: [&str; 4] = ["EAX", "EBX", "ECX", "EDX"];
 
 /// Leaf 1 ECX: TSC deadline mode, which KVM tells by a capability.
 const TSC_DEADLINE: u32 = 1 << 24;
-/// Bits that follow from the guest's own settings, or that any hypervisor shows: leaf, register,
-/// bits. OSXSAVE and hypervisor, APIC enabled, OSPKE.
-const BY_ITSELF: [(u32, usize, u32); 3] = [
+/// Bits that follow from the guest's own settings or number of vCPUs, or that any hypervisor shows:
+/// leaf, register, bits. OSXSAVE and hypervisor; APIC enabled and more than one logical processor;
+/// OSPKE.
+const BY_ITSELF: [(u32, usize, u32); 4] = [
     (0x1, 2, 1 << 27 | 1 << 31),
-    (0x1, 3, 1 << 9),
+    (0x1, 3, 1 << 9 | 1 << 28),
     (0x7, 2, 1 << 4),
+    (0x8000_0001, 2, 1 << 1),
 ];
 
 /// Reads the table of `vcpu`.
@@ -180,7 +182,7 @@ mod tests {
 
     #[test]
     fn bits_that_the_guest_sets_itself_do_not_count() {
-        let shown = [intel(), entry(1, [0, 0, 1 << 27 | 1 << 31, 1 << 9])];
+        let shown = [intel(), entry(1, [0, 0, 1 << 27 | 1 << 31, 1 << 9 | 1 << 28])];
         assert!(compare(&shown, &[intel()]).is_ok());
     }
 
