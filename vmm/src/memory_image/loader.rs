@@ -71,12 +71,13 @@ pub fn on_demand_is_available() -> Result<(), String> {
 ///
 /// `on_failure` is called once. Whoever touches that chunk goes on waiting, in the kernel, until
 /// [`Loader::stop`]; chunks that are sound are still loaded. A kick takes a vCPU out of KVM_RUN
-/// unless KVM emulates the instruction that waits, or the host's kernel is older than 6.2; a thread
-/// of a device waits in any case. So, in this order:
+/// where hardware runs the guest (kernels before 6.2 excepted), but not out of an instruction that
+/// KVM emulates; nor does a signal help a thread of a device. So, in this order:
 ///
 /// 1. ask the vCPUs to exit, with kicks ([`crate::kvm::vcpu::VcpuThread::ask_exit`]), and see that
 ///    no device starts a request;
-/// 2. [`Loader::stop`]: who still waits goes on with zeros, and a vCPU leaves KVM_RUN;
+/// 2. [`Loader::stop`]: who still waits goes on with zeros. A vCPU ends the instruction that waited
+///    and leaves KVM_RUN;
 /// 3. join the threads.
 ///
 /// A device that waits is in the middle of a request, and after 2. carries it out with zeros: to

@@ -41,9 +41,7 @@ impl MemoryWriter {
     pub fn new(file: File, memory: Arc<GuestMemory>) -> Result<Self, MemoryImageError> {
         let geometry = Geometry::of(&memory)?;
         let length = geometry.length();
-        file.set_len(0)
-            .and_then(|()| file.set_len(length))
-            .map_err(|source| MemoryImageError::Resize { length, source })?;
+        resize(&file, length).map_err(|source| MemoryImageError::Resize { length, source })?;
         let zeros = ZeroSums::new(length);
         Ok(Self {
             sums: (0..geometry.chunks())
@@ -157,6 +155,15 @@ impl MemoryWriter {
             result => Ok(result?),
         }
     }
+}
+
+/// Makes `file` one hole of `length` bytes.
+fn resize(file: &File, length: u64) -> io::Result<()> {
+    // Cutting off even an empty file makes ext4 write all of it to the disk when it is closed.
+    if file.metadata()?.len() > 0 {
+        file.set_len(0)?;
+    }
+    file.set_len(length)
 }
 
 fn refuse(chunk: &Chunk, source: io::Error) -> MemoryImageError {

@@ -3,4 +3,5 @@
 mod damage;
 mod loading;
 mod sources;
+mod waiting_vcpu;
 mod writing;
