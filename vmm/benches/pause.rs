@@ -34,7 +34,9 @@ struct Copy {
 
 impl PageSink for Copy {
     fn all(&mut self) -> Result<u64, SnapshotError> {
-        self.memory.read_slice(&mut self.bytes, GuestAddress(0)).unwrap();
+        self.memory
+            .read_slice(&mut self.bytes, GuestAddress(0))
+            .unwrap();
         Ok(MEMORY)
     }
 
@@ -114,7 +116,10 @@ fn measure(kernel: PathBuf, pages: u64, count: usize) {
     });
     machine.run().unwrap();
     let captures = loader.join().unwrap();
-    let mut us: Vec<f64> = captures.iter().map(|(_, t)| t.as_secs_f64() * 1e6).collect();
+    let mut us: Vec<f64> = captures
+        .iter()
+        .map(|(_, t)| t.as_secs_f64() * 1e6)
+        .collect();
     us.sort_by(f64::total_cmp);
     // What the target allows for the pages of each capture, and how much of it was taken.
     let mut share: Vec<f64> = captures

@@ -182,7 +182,10 @@ mod tests {
 
     #[test]
     fn bits_that_the_guest_sets_itself_do_not_count() {
-        let shown = [intel(), entry(1, [0, 0, 1 << 27 | 1 << 31, 1 << 9 | 1 << 28])];
+        let shown = [
+            intel(),
+            entry(1, [0, 0, 1 << 27 | 1 << 31, 1 << 9 | 1 << 28]),
+        ];
         assert!(compare(&shown, &[intel()]).is_ok());
     }
 
