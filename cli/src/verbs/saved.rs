@@ -102,6 +102,8 @@ pub(super) fn migrate(
         .post_json("/api/v1/migrate", &body);
     progress.finish_and_clear();
     let report: MigrationReport = answer?;
+    // The guest's name is free here when its process has ended.
+    process.ends_within(END_TIMEOUT)?;
     let printed = match (style.json(), style.quiet) {
         (true, _) => output::print_json(&json!({ "name": name, "to": body.to, "report": report })),
         (false, true) => Ok(()),
