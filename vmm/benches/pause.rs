@@ -82,8 +82,17 @@ fn config(kernel: PathBuf, pages: u64) -> MachineConfig {
     }
 }
 
-/// Pages copied and time stood, of each capture.
-fn captures(handle: &Handle, count: usize) -> Vec<(u64, Duration)> {
+/// One capture.
+struct Capture {
+    /// Pages that were copied.
+    pages: u64,
+    /// How long the guest stood.
+    stood: Duration,
+    /// Parts of that: stopping, I/O, state, finding the pages, copying them.
+    parts: [Duration; 5],
+}
+
+fn captures(handle: &Handle, count: usize) -> Vec<Capture> {
     let mut session = Session::begin(handle).unwrap();
     let mut copy = Copy {
         memory: session.saving().memory.clone(),
@@ -95,47 +104,63 @@ fn captures(handle: &Handle, count: usize) -> Vec<(u64, Duration)> {
         std::thread::sleep(INTERVAL);
         let stopped = session.freeze(&mut copy).unwrap();
         session.thaw().unwrap();
-        all.push((stopped.pages, stopped.frozen.since.elapsed()));
+        let times = stopped.frozen.times;
+        all.push(Capture {
+            pages: stopped.pages,
+            stood: stopped.frozen.since.elapsed(),
+            parts: [
+                times.stop,
+                times.quiesce,
+                times.state,
+                stopped.harvest,
+                stopped.copy,
+            ],
+        });
     }
     session.finish().unwrap();
     all
 }
 
-fn percentile(sorted: &[f64], percent: usize) -> f64 {
+fn percentile(values: impl Iterator<Item = f64>, percent: usize) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
     sorted[(sorted.len() - 1) * percent / 100]
+}
+
+fn us(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e6
 }
 
 fn measure(kernel: PathBuf, pages: u64, count: usize) {
     let machine = Machine::open(config(kernel, pages), Instant::now()).unwrap();
     let handle = machine.handle();
-    let loader = std::thread::spawn(move || {
+    let saver = std::thread::spawn(move || {
         std::thread::sleep(START);
         let captures = captures(&handle, count);
         handle.stop(StopMode::Force).unwrap();
         captures
     });
     machine.run().unwrap();
-    let captures = loader.join().unwrap();
-    let mut us: Vec<f64> = captures
-        .iter()
-        .map(|(_, t)| t.as_secs_f64() * 1e6)
-        .collect();
-    us.sort_by(f64::total_cmp);
+    let captures = saver.join().unwrap();
+    let stood = |percent| percentile(captures.iter().map(|c| us(c.stood)), percent);
+    let part = |at: usize| percentile(captures.iter().map(|c| us(c.parts[at])), 50);
     // What the target allows for the pages of each capture, and how much of it was taken.
-    let mut share: Vec<f64> = captures
+    let share = captures
         .iter()
-        .map(|(pages, time)| time.as_secs_f64() * 1e6 / (500.0 + 0.9 * *pages as f64))
-        .collect();
-    share.sort_by(f64::total_cmp);
-    let mut copied: Vec<u64> = captures.iter().map(|(pages, _)| *pages).collect();
-    copied.sort_unstable();
+        .map(|c| us(c.stood) / (500.0 + 0.9 * c.pages as f64));
     println!(
-        "{{\"wanted\":{pages},\"captures\":{count},\"pages\":{},\"median_us\":{:.1},\"p99_us\":{:.1},\"max_us\":{:.1},\"share\":{:.3}}}",
-        copied[copied.len() / 2],
-        percentile(&us, 50),
-        percentile(&us, 99),
-        percentile(&us, 100),
-        percentile(&share, 50),
+        "{{\"wanted\":{pages},\"captures\":{count},\"pages\":{},\"median_us\":{:.1},\"p99_us\":{:.1},\"max_us\":{:.1},\"share\":{:.3},\
+         \"stop_us\":{:.1},\"io_us\":{:.1},\"state_us\":{:.1},\"harvest_us\":{:.1},\"copy_us\":{:.1}}}",
+        percentile(captures.iter().map(|c| c.pages as f64), 50),
+        stood(50),
+        stood(99),
+        stood(100),
+        percentile(share, 50),
+        part(0),
+        part(1),
+        part(2),
+        part(3),
+        part(4),
     );
 }
 

@@ -9,6 +9,7 @@ mod engine;
 mod figures;
 mod loads;
 mod memory;
+mod moves;
 mod rows;
 mod state;
 

@@ -8,9 +8,11 @@ use std::os::unix::fs::FileExt;
 use tandem_devices::GuestMemory;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::geometry::Chunk;
+use super::MemoryImageError;
+use super::geometry::{Chunk, Geometry};
 use super::holes::Holes;
 use super::pending::PendingKey;
+use crate::dirty::PAGE_SIZE;
 
 /// Reads guest memory from its memfd: there, what nobody touched reads as zero and stays untouched.
 ///
@@ -20,6 +22,29 @@ pub(super) struct Source<'a> {
     memory: &'a GuestMemory,
     pending: PendingKey,
     regions: Vec<Option<Backing<'a>>>,
+}
+
+/// The page frames of `memory` that may hold something; all others read as zero, and stay untouched
+/// by this.
+///
+/// # Errors
+/// When the memory cannot be cut into chunks.
+pub fn touched_frames(memory: &GuestMemory) -> Result<Vec<Range<u64>>, MemoryImageError> {
+    let geometry = Geometry::of(memory)?;
+    let mut source = Source::new(memory);
+    let mut touched: Vec<Range<u64>> = Vec::new();
+    for chunk in (0..geometry.chunks()).map(|number| geometry.chunk(number)) {
+        if !source.is_touched(&chunk) {
+            continue;
+        }
+        let first = chunk.guest() / PAGE_SIZE;
+        let end = first + chunk.length as u64 / PAGE_SIZE;
+        match touched.last_mut() {
+            Some(last) if last.end == first => last.end = end,
+            _ => touched.push(first..end),
+        }
+    }
+    Ok(touched)
 }
 
 /// The file of a region.
@@ -38,6 +63,15 @@ impl<'a> Source<'a> {
             memory,
             pending: PendingKey::of(memory),
             regions: files.map(|file| file.map(Backing::new)).collect(),
+        }
+    }
+
+    /// Whether somebody may have touched `chunk`.
+    fn is_touched(&mut self, chunk: &Chunk) -> bool {
+        let pending = self.pending.is_pending();
+        match &mut self.regions[chunk.region.index] {
+            Some(backing) if !pending => backing.is_touched(chunk),
+            _ => true,
         }
     }
 
@@ -72,6 +106,11 @@ impl<'a> Backing<'a> {
             self.file.read_exact_at(bytes, range.start)?;
         }
         Ok(touched)
+    }
+
+    fn is_touched(&mut self, chunk: &Chunk) -> bool {
+        let range = self.range_of(chunk);
+        self.holes.has_data(&range)
     }
 
     fn range_of(&self, chunk: &Chunk) -> Range<u64> {

@@ -7,10 +7,10 @@ use super::pages::Batch;
 use super::protocol::{End, SourceFate, SourcePhase, source_fate};
 use super::{Address, Link, MigrationError};
 use crate::control::{FreezeTimes, Handle, Saving};
-use crate::dirty::{PAGE_SIZE, PageSet};
+use crate::dirty::PageSet;
+use crate::memory_image::touched_frames;
 use crate::snapshot::save::{PageSink, Precopy, Session};
 use crate::snapshot::{SnapshotError, Writer};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 /// What a migration came to.
 #[derive(Clone, Copy, Debug)]
@@ -118,6 +118,7 @@ fn conclude(
     handed: Handed,
 ) -> Result<Report, MigrationError> {
     let answer = expect(link, Kind::Running);
+    let (downtime, takeover) = (handed.since.elapsed(), handed.waiting.elapsed());
     let end = match &answer {
         Ok(()) => End::Running,
         Err(error) => error.end_of_target(),
@@ -126,8 +127,8 @@ fn conclude(
         (SourceFate::Leave, _) => {
             session.leave()?;
             Ok(Report {
-                downtime: handed.since.elapsed(),
-                takeover: handed.waiting.elapsed(),
+                downtime,
+                takeover,
                 ..handed.report
             })
         }
@@ -204,13 +205,9 @@ fn link_error(error: MigrationError) -> SnapshotError {
 
 impl PageSink for LinkSink<'_> {
     fn all(&mut self) -> Result<u64, SnapshotError> {
-        let memory = self.saving.memory.clone();
-        let frames = memory.iter().flat_map(|region| {
-            let first = region.start_addr().0 / PAGE_SIZE;
-            first..first + region.len() / PAGE_SIZE
-        });
+        let frames = touched_frames(&self.saving.memory)?;
         // The target's memory is new.
-        self.send(frames, false)
+        self.send(frames.into_iter().flatten(), false)
     }
 
     fn pages(&mut self, pages: &PageSet) -> Result<u64, SnapshotError> {

@@ -141,9 +141,31 @@ impl Bench {
         command
     }
 
+    /// A `tandem` that has the monitor's CPU to itself.
+    pub(super) fn tandem_on_monitor(&self, arguments: &[&str]) -> Command {
+        let mut command = self.tandem_on(MONITOR_CPU, "runtime");
+        command.args(arguments);
+        command
+    }
+
+    /// A `tandem` on a CPU of its own, with another runtime directory.
+    pub(super) fn tandem_on(&self, cpu: &str, runtime: &str) -> Command {
+        let mut command = process::command("taskset", ["-c", cpu]);
+        command
+            .arg(&self.tandem)
+            .arg("--runtime-dir")
+            .arg(self.scratch(runtime));
+        command
+    }
+
     /// The command that starts `machine`, on the monitor's CPU, with its console on standard output.
     pub(super) fn command(&self, engine: Engine, machine: &Machine) -> Command {
-        let mut command = process::command("taskset", ["-c", MONITOR_CPU]);
+        self.command_on(MONITOR_CPU, engine, machine)
+    }
+
+    /// As [`Bench::command`], on another CPU.
+    pub(super) fn command_on(&self, cpu: &str, engine: Engine, machine: &Machine) -> Command {
+        let mut command = process::command("taskset", ["-c", cpu]);
         match engine {
             Engine::Tandem => self.tandem_arguments(&mut command, machine),
             Engine::Qemu => qemu_arguments(&mut command, machine),

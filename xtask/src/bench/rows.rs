@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::engine::{Bench, Engine};
 use super::figures::Sample;
-use super::loads;
+use super::{loads, moves};
 use crate::process;
 
 /// A row: one guest under one load, which may give several figures.
@@ -68,6 +68,24 @@ pub(super) const ROWS: &[Row] = &[
         programs: &[],
         images: &[],
         measure: loads::disk,
+    },
+    Row {
+        name: "pause",
+        programs: &[],
+        images: &[],
+        measure: moves::pause,
+    },
+    Row {
+        name: "restore",
+        programs: &[],
+        images: &[],
+        measure: moves::restore,
+    },
+    Row {
+        name: "migrate",
+        programs: &[],
+        images: &[],
+        measure: moves::migrate,
     },
     Row {
         name: "linux-start",
