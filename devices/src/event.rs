@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 /// The device loop as one device sees it. Tokens are the device's own numbers.
 ///
@@ -29,12 +30,17 @@ pub trait Poller {
 
     /// Calls the device with `token` once more, after other devices had their turn.
     fn again(&mut self, token: u32);
+
+    /// Calls the device with `token` once more after `delay`, or a little later. Asked for again
+    /// meanwhile, the sooner counts.
+    fn after(&mut self, token: u32, delay: Duration);
 }
 
-/// A poller that watches nothing, for devices that are driven by hand.
+/// A poller that watches nothing, for devices that are driven by hand. It has no clock: what is asked
+/// for later is asked for as soon as whoever drives the device gets to it.
 #[derive(Debug, Default)]
 pub struct NoPoller {
-    /// Tokens passed to [`Poller::again`] so far.
+    /// Tokens passed to [`Poller::again`] and [`Poller::after`] so far.
     pub again: Vec<u32>,
 }
 
@@ -46,6 +52,10 @@ impl Poller for NoPoller {
     fn unwatch(&mut self, _fd: BorrowedFd<'_>) {}
 
     fn again(&mut self, token: u32) {
+        self.again.push(token);
+    }
+
+    fn after(&mut self, token: u32, _delay: Duration) {
         self.again.push(token);
     }
 }

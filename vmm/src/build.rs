@@ -116,7 +116,8 @@ pub fn devices(
         i8042: I8042::default(),
         pm: PowerManagement::default(),
     };
-    let model = DeviceModel::new(virtio, legacy, Arc::clone(host.epoll));
+    let model = DeviceModel::new(virtio, legacy, Arc::clone(host.epoll))
+        .map_err(Error::host("create a timer"))?;
     Ok((
         model,
         Connections {

@@ -5,8 +5,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tandem_devices::event::Poller;
 use tandem_devices::legacy::MachineRequest;
@@ -23,6 +24,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::boot::layout;
 use crate::control::DeviceStats;
+use crate::timers::Timers;
 
 /// What an event of the device loop is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +33,8 @@ pub enum Source {
     Device(usize, u32),
     /// A kick of a virtio queue, by slot and queue.
     Kick(usize, usize),
+    /// What devices asked for later is due.
+    Timer,
     /// Commands, vCPUs or output wait.
     Wake,
     /// Console input.
@@ -40,6 +44,7 @@ pub enum Source {
 const KICK: u32 = 1 << 31;
 const WAKE: u64 = u64::MAX;
 const CONSOLE: u64 = u64::MAX - 1;
+const TIMER: u64 = u64::MAX - 2;
 
 impl Source {
     /// The number under which the source is registered with epoll.
@@ -49,6 +54,7 @@ impl Source {
             Self::Kick(slot, queue) => (slot as u64) << 32 | u64::from(queue as u32 | KICK),
             Self::Wake => WAKE,
             Self::Console => CONSOLE,
+            Self::Timer => TIMER,
         }
     }
 
@@ -57,6 +63,7 @@ impl Source {
         match data {
             WAKE => Self::Wake,
             CONSOLE => Self::Console,
+            TIMER => Self::Timer,
             _ if data as u32 & KICK != 0 => {
                 Self::Kick((data >> 32) as usize, (data as u32 & !KICK) as usize)
             }
@@ -92,6 +99,7 @@ struct SlotPoller<'a> {
     epoll: &'a Epoll,
     slot: usize,
     again: &'a mut Vec<(usize, u32)>,
+    timers: &'a mut Timers,
 }
 
 impl Poller for SlotPoller<'_> {
@@ -120,6 +128,13 @@ impl Poller for SlotPoller<'_> {
     fn again(&mut self, token: u32) {
         if !self.again.contains(&(self.slot, token)) {
             self.again.push((self.slot, token));
+        }
+    }
+
+    fn after(&mut self, token: u32, delay: Duration) {
+        if let Err(error) = self.timers.add((self.slot, token), delay) {
+            tracing::warn!(%error, "cannot set a timer; a device is called at once instead");
+            self.again(token);
         }
     }
 }
@@ -170,18 +185,29 @@ pub struct DeviceModel {
     sci: Option<Box<dyn LevelLine>>,
     epoll: Arc<Epoll>,
     again: Vec<(usize, u32)>,
+    timers: Timers,
 }
 
 impl DeviceModel {
     /// Devices whose events go to `epoll`, in the order of their slots.
-    pub fn new(virtio: Vec<NamedDevice>, legacy: LegacyDevices, epoll: Arc<Epoll>) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// When the host has no timer left.
+    pub fn new(
+        virtio: Vec<NamedDevice>,
+        legacy: LegacyDevices,
+        epoll: Arc<Epoll>,
+    ) -> io::Result<Self> {
+        let timers = Timers::new()?;
+        watch_for(&epoll, timers.as_fd(), Source::Timer, EventSet::IN)?;
+        Ok(Self {
             virtio,
             legacy,
             sci: None,
             epoll,
             again: Vec::new(),
-        }
+            timers,
+        })
     }
 
     /// Connects the ACPI interrupt.
@@ -270,7 +296,14 @@ impl DeviceModel {
         match source {
             Source::Kick(slot, queue) => self.with(slot, |t, poller| t.kick(queue, poller)),
             Source::Device(slot, token) => self.with(slot, |t, poller| t.ready(token, poller)),
+            Source::Timer => self.handle_due(),
             Source::Wake | Source::Console => {}
+        }
+    }
+
+    fn handle_due(&mut self) {
+        for (slot, token) in self.timers.take_due() {
+            self.handle(Source::Device(slot, token));
         }
     }
 
@@ -313,6 +346,7 @@ impl DeviceModel {
             self.with(slot, VirtioMmio::reset);
         }
         self.again.clear();
+        self.timers.clear();
         self.legacy.serial.reset();
         self.legacy.i8042 = I8042::default();
         self.legacy.pm = PowerManagement::default();
@@ -364,6 +398,7 @@ impl DeviceModel {
     /// Drops all virtio devices, and with them disks, taps and sockets. vCPUs have to be stopped.
     pub fn let_go(&mut self) {
         self.again.clear();
+        self.timers.clear();
         self.virtio.clear();
     }
 
@@ -416,6 +451,7 @@ impl DeviceModel {
             epoll: &self.epoll,
             slot,
             again: &mut self.again,
+            timers: &mut self.timers,
         };
         act(&mut device.transport, &mut poller);
     }
@@ -463,6 +499,7 @@ mod tests {
             Source::Device(15, 0x7fff_fffe),
             Source::Kick(0, 0),
             Source::Kick(15, 2),
+            Source::Timer,
             Source::Wake,
             Source::Console,
         ];

@@ -22,3 +22,4 @@ pub mod migration;
 pub mod resources;
 pub mod scheduling;
 pub mod snapshot;
+pub mod timers;

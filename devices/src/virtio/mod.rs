@@ -165,6 +165,16 @@ impl Context<'_> {
             .want_kicks(self.mem)
             .map_err(|reason| DeviceFault::Queue { queue, reason })
     }
+
+    /// Whether the driver was interrupted and has not looked at the used ring since.
+    ///
+    /// # Errors
+    /// When the ring cannot be read.
+    pub fn driver_is_behind(&self, queue: usize) -> Result<bool, DeviceFault> {
+        self.queues[queue]
+            .driver_is_behind(self.mem)
+            .map_err(|reason| DeviceFault::Queue { queue, reason })
+    }
 }
 
 /// Refuses a state that is not of the kind of `device`.

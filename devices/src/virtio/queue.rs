@@ -77,6 +77,9 @@ pub struct VirtQueue {
     completed: bool,
     /// Used index when the driver was last considered for an interrupt.
     announced: u16,
+    /// The `used_event` that the last interrupt answered. Not saved: without it the driver counts as
+    /// one that keeps up.
+    answered: Option<u16>,
 }
 
 impl VirtQueue {
@@ -88,6 +91,7 @@ impl VirtQueue {
             refused: 0,
             completed: false,
             announced: 0,
+            answered: None,
         }
     }
 
@@ -128,6 +132,7 @@ impl VirtQueue {
         self.refused = 0;
         self.completed = false;
         self.announced = 0;
+        self.answered = None;
     }
 
     /// Takes the next request.
@@ -270,7 +275,25 @@ impl VirtQueue {
             return Ok(!self.interrupts_unwanted(mem)?);
         }
         let event = self.used_event(mem)?;
-        Ok(used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(announced))
+        let wanted = used.wrapping_sub(event).wrapping_sub(1) < used.wrapping_sub(announced);
+        if wanted {
+            self.answered = Some(event);
+        }
+        Ok(wanted)
+    }
+
+    /// Whether the driver was interrupted and has not looked at the used ring since: it is busy,
+    /// and completing more would tell it nothing yet. A driver that looks moves `used_event`, and
+    /// one that was given a whole ring must have looked. Without event index nobody can say.
+    ///
+    /// # Errors
+    /// When the ring cannot be read.
+    pub fn driver_is_behind(&self, mem: &GuestMemory) -> Result<bool, QueueError> {
+        let Some(answered) = self.answered.filter(|_| self.queue.event_idx_enabled()) else {
+            return Ok(false);
+        };
+        let unseen = self.queue.next_used().wrapping_sub(answered);
+        Ok(unseen <= self.queue.size() && self.used_event(mem)? == answered)
     }
 
     /// The used index after which the driver wants an interrupt, `used_event` (2.7.10).
@@ -341,6 +364,7 @@ impl VirtQueue {
         self.refused = state.refused;
         self.completed = state.unannounced;
         self.announced = state.announced;
+        self.answered = None;
         Ok(())
     }
 }
@@ -398,6 +422,31 @@ mod tests {
         want_interrupt_after(&mem, 5);
         queue.complete_together(&mem, &[]).unwrap();
         assert!(!queue.take_interrupt(&mem).unwrap());
+    }
+
+    #[test]
+    fn a_driver_is_behind_from_its_interrupt_until_it_looks() {
+        let (mem, mut queue) = queue_at(5);
+        want_interrupt_after(&mem, 6);
+        for interrupted in [false, true, true] {
+            queue.complete(&mem, 0, 0).unwrap();
+            queue.take_interrupt(&mem).unwrap();
+            assert_eq!(queue.driver_is_behind(&mem), Ok(interrupted));
+        }
+        want_interrupt_after(&mem, 8);
+        assert_eq!(queue.driver_is_behind(&mem), Ok(false));
+    }
+
+    #[test]
+    fn a_driver_that_was_given_a_whole_ring_must_have_looked() {
+        let (mem, mut queue) = queue_at(0);
+        want_interrupt_after(&mem, 0);
+        for given in 1..=SIZE + 1 {
+            queue.complete(&mem, 0, 0).unwrap();
+            queue.take_interrupt(&mem).unwrap();
+            let behind = queue.driver_is_behind(&mem);
+            assert_eq!(behind, Ok(given <= SIZE), "{given}");
+        }
     }
 
     proptest! {

@@ -22,7 +22,11 @@ use crate::kvm::vcpu::VcpuEnd;
 /// Events taken from the kernel at a time.
 const EVENTS_MAX: usize = 64;
 /// First wait before looking for acknowledgements that came without an exit; doubles each time.
-const ACKS_WAIT_MIN: Duration = Duration::from_millis(1);
+/// Only a driver that reads its interrupt status without an interrupt can see one that was not taken,
+/// since each interrupt takes those before it. So this is not urgent, and it must be longer than the
+/// tick of the host's scheduler: a timer that is the next to come has the host set up its clock
+/// for each wait and again after it, which costs more than to handle a frame or a request.
+const ACKS_WAIT_MIN: Duration = Duration::from_millis(16);
 /// Longest such wait.
 const ACKS_WAIT_MAX: Duration = Duration::from_millis(128);
 /// How often a console that cannot keep up, in either direction, is looked at.

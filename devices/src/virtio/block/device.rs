@@ -11,7 +11,9 @@ use virtio_bindings::virtio_blk::{
 
 use super::backend::{BlockBackend, BlockIo, Operation};
 use super::request::{Refusal, Request, Wish};
-use super::{ID_SIZE, QUEUE_SIZE, REQUEST_QUEUE, REQUESTS_PER_CALL, SECTOR, ZERO_SECTORS_MAX};
+use super::{
+    GATHER_TIME, ID_SIZE, QUEUE_SIZE, REQUEST_QUEUE, REQUESTS_PER_CALL, SECTOR, ZERO_SECTORS_MAX,
+};
 use crate::event::Poller;
 use crate::state::{BlockState, DeviceState, RestoreError, SaveError, expect_equal};
 use crate::virtio::buffers::Buffers;
@@ -27,6 +29,8 @@ const PAYLOAD_MAX: usize = 32 << 20;
 const BACKEND_EVENT: u32 = 0;
 /// Token of a call that continues after other devices had their turn.
 const CONTINUE: u32 = 1;
+/// Token of a look at requests that gathered without kicks.
+const GATHERED: u32 = 2;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Counters {
@@ -99,6 +103,7 @@ impl Block {
 
     fn take_requests(&mut self, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
         let mut budget = REQUESTS_PER_CALL;
+        let behind = ctx.driver_is_behind(REQUEST_QUEUE)?;
         loop {
             ctx.stop_kicks(REQUEST_QUEUE)?;
             while self.can_submit() {
@@ -114,6 +119,10 @@ impl Block {
                 self.begin(ctx, chain.head, request)?;
             }
             self.finish_batch(ctx)?;
+            if behind && budget < REQUESTS_PER_CALL {
+                ctx.poller.after(GATHERED, GATHER_TIME);
+                return Ok(());
+            }
             // Without room the next completion continues.
             if !self.can_submit() || !ctx.want_kicks(REQUEST_QUEUE)? {
                 return Ok(());

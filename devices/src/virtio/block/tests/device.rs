@@ -156,6 +156,97 @@ fn a_batch_is_handed_over_at_once_and_answered_by_one_interrupt() {
     assert_eq!(backend.contents().log.len(), 32);
 }
 
+const EVENT_IDX_FEATURE: u64 = 1 << 29;
+
+/// The driver has looked at the first `used` completions and waits for the next (2.7.10).
+fn look(disk: &Disk, used: u16) {
+    let at = disk.driver.avail_ring(0) + 4 + u64::from(disk.driver.size(0)) * 2;
+    disk.driver.put(at, &used.to_le_bytes());
+}
+
+/// Whether the device wants a kick for the next request, when `offered` were offered so far.
+fn wants_kick(disk: &Disk, offered: u16) -> bool {
+    let at = disk.driver.used_ring(0) + 4 + u64::from(disk.driver.size(0)) * 8;
+    disk.driver.bytes(at, 2) == offered.to_le_bytes()
+}
+
+fn offer_read_without_kick(disk: &mut Disk) {
+    let (header, status) = disk.prepare(0, IN, 0);
+    let chain = [header, (DATA, 512, true), status];
+    disk.driver.write_chain(0, 0, &chain);
+    disk.driver.offer(0, 0);
+}
+
+fn takes_used(disk: &mut Disk) -> usize {
+    std::iter::from_fn(|| disk.driver.take_used(0)).count()
+}
+
+#[test]
+fn requests_of_a_driver_that_is_behind_gather_until_there_are_no_more() {
+    let (mut disk, backend) = started();
+    offer_reads(&mut disk, 1);
+    assert!(disk.driver.poller.again.is_empty(), "nobody was behind");
+    assert!(wants_kick(&disk, 1));
+    // Without having looked at the first.
+    offer_reads(&mut disk, 1);
+    assert_eq!(
+        takes_used(&mut disk),
+        2,
+        "what came with a kick is not late"
+    );
+    for _ in 0..5 {
+        let later = std::mem::take(&mut disk.driver.poller.again);
+        assert_eq!(later.len(), 1, "a look at what gathers");
+        assert!(!wants_kick(&disk, 2));
+        (0..3).for_each(|_| offer_read_without_kick(&mut disk));
+        let batches = backend.contents().batches;
+        disk.driver.ready(later[0]);
+        assert_eq!(takes_used(&mut disk), 3);
+        assert_eq!(backend.contents().batches, batches + 1);
+    }
+    let later = std::mem::take(&mut disk.driver.poller.again);
+    disk.driver.ready(later[0]);
+    assert!(disk.driver.poller.again.is_empty(), "nothing gathered");
+    assert!(wants_kick(&disk, 17));
+    assert_eq!(disk.driver.interrupts(), 1, "until the driver looks");
+}
+
+#[test]
+fn a_driver_that_keeps_up_kicks_for_each_request() {
+    for without in [0, EVENT_IDX_FEATURE] {
+        let backend = MemoryBackend::new(SECTORS);
+        let mut disk = Disk::without(Box::new(backend), without);
+        for number in 1..10 {
+            offer_reads(&mut disk, 1);
+            assert_eq!(takes_used(&mut disk), 1);
+            look(&disk, number);
+            assert_eq!(disk.driver.interrupts(), u64::from(number));
+            assert!(disk.driver.poller.again.is_empty());
+            assert!(without != 0 || wants_kick(&disk, number));
+        }
+    }
+}
+
+#[test]
+fn requests_that_gather_survive_a_pause_and_go_with_a_reset() {
+    let (mut disk, _) = started();
+    (0..2).for_each(|_| offer_reads(&mut disk, 1));
+    offer_read_without_kick(&mut disk);
+    let Driver {
+        transport, poller, ..
+    } = &mut disk.driver;
+    transport.quiesce(poller);
+    transport.save().unwrap();
+    transport.kick_all(poller);
+    assert_eq!(takes_used(&mut disk), 3);
+    let later = std::mem::take(&mut disk.driver.poller.again);
+    let features = disk.driver.offered();
+    disk.driver.start(features);
+    later.iter().for_each(|token| disk.driver.ready(*token));
+    assert_eq!(disk.request(IN, 1, &[(DATA, 512, true)]).0, OK);
+    assert!(disk.driver.poller.again.is_empty(), "the driver is new");
+}
+
 #[test]
 fn requests_wait_in_the_queue_while_the_backend_is_full() {
     let (mut disk, backend) = started();
