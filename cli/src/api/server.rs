@@ -247,6 +247,12 @@ async fn refused(what: &str, error: &io::Error) {
     tokio::time::sleep(ACCEPT_RETRY).await;
 }
 
+/// Serves one client of `guest`, for callers that have a runtime of their own.
+pub async fn serve_client(guest: Guest, stream: UnixStream) {
+    let (_going_on, finishing) = watch::channel(false);
+    connection(stream, router(guest), finishing).await;
+}
+
 /// Serves one connection until its client has enough, its time is up, or the guest has ended.
 async fn connection(stream: UnixStream, router: Router, mut finishing: watch::Receiver<bool>) {
     let service = TowerToHyperService::new(router);

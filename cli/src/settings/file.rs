@@ -14,8 +14,9 @@ use toml::de::{DeTable, DeValue};
 use super::value::{self, ValueError};
 use super::{DiskSetting, Located, NetSetting, Origin, Problem, Settings};
 
-/// Longest file that is read, in bytes.
-pub const FILE_LEN_MAX: u64 = 1 << 20;
+/// Longest file that is read, in bytes. Finding the place of each value takes time that grows with
+/// the square of it.
+pub const FILE_LEN_MAX: u64 = 64 << 10;
 /// Least likeness (0 to 1) of an unknown key to a known one for it to be suggested.
 const LIKENESS_MIN: f64 = 0.75;
 

@@ -1,4 +1,5 @@
 use std::fs;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use tandem_vmm::config::{DiskEngine, MacAddr};
@@ -181,6 +182,28 @@ fn a_kernel_is_needed_and_devices_are_limited() {
     );
     assert!(found.iter().any(|f| f.starts_with("--kernel: missing")));
     assert!(found.iter().any(|f| f.contains("17 virtio devices")));
+}
+
+/// A file that is as long as may be, of the shortest values that there are.
+#[test]
+fn the_longest_files_are_looked_at_in_bounded_time() {
+    let start = Instant::now();
+    let tables: fn(usize) -> String = |number| format!("[[disk]]\npath='{number}'\n");
+    let keys: fn(usize) -> String = |number| format!("k{number}=1\n");
+    let items: fn(usize) -> String = |number| if number == 0 { "pin=[0" } else { ",0" }.to_owned();
+    for part in [tables, keys, items] {
+        let mut text = String::new();
+        for number in 0.. {
+            let next = part(number);
+            if (text.len() + next.len()) as u64 > file::FILE_LEN_MAX {
+                break;
+            }
+            text += &next;
+        }
+        let (settings, _) = file::parse(&text);
+        assert!(settings.launch("x".into()).is_err());
+    }
+    assert!(start.elapsed() < Duration::from_secs(5), "hangs");
 }
 
 #[test]

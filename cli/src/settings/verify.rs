@@ -1,6 +1,7 @@
 //! What single values cannot show: whether settings fit each other and this host.
 
-use std::collections::HashSet;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::hash::Hash;
 use std::os::unix::fs::FileTypeExt;
@@ -197,11 +198,13 @@ fn disks(settings: &Settings, problems: &mut Problems) {
 /// Reports images that are given twice and written at least once.
 fn shared_disks(settings: &Settings, problems: &mut Problems) {
     let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    for (index, disk) in settings.disks.iter().enumerate() {
-        let twin = settings.disks[..index].iter().any(|other| {
-            real(&other.config.path) == real(&disk.config.path)
-                && !(other.config.readonly && disk.config.readonly)
-        });
+    // Whether any disk before with this image writes to it.
+    let mut written = HashMap::new();
+    for disk in &settings.disks {
+        let writes = !disk.config.readonly;
+        let before = written.entry(real(&disk.config.path));
+        let twin = matches!(&before, Entry::Occupied(other) if writes || *other.get());
+        *before.or_insert(writes) |= writes;
         if twin {
             let path = disk.config.path.display();
             problems.add(

@@ -22,6 +22,9 @@ pub enum QueueError {
     /// The available index runs ahead by more than the queue holds.
     #[error("available index runs ahead of the queue")]
     IndexAhead,
+    /// A request that was available is not any more.
+    #[error("available index went back")]
+    IndexBack,
     /// The chain has more descriptors than the queue.
     #[error("chain {head} is longer than the queue")]
     ChainTooLong {
@@ -74,6 +77,8 @@ pub struct VirtQueue {
     /// [`Setting`]s whose last value is not allowed. The ring kept the value before, which the
     /// driver did not mean: such a queue must not start.
     refused: u8,
+    /// A request was seen to wait when kicks were asked for: there is one until it is taken.
+    waiting: bool,
     completed: bool,
     /// Used index when the driver was last considered for an interrupt.
     announced: u16,
@@ -89,6 +94,7 @@ impl VirtQueue {
         Self {
             queue,
             refused: 0,
+            waiting: false,
             completed: false,
             announced: 0,
             answered: None,
@@ -130,6 +136,7 @@ impl VirtQueue {
     pub fn reset(&mut self) {
         self.queue.reset();
         self.refused = 0;
+        self.waiting = false;
         self.completed = false;
         self.announced = 0;
         self.answered = None;
@@ -138,7 +145,9 @@ impl VirtQueue {
     /// Takes the next request.
     ///
     /// # Errors
-    /// When ring or chain are malformed; nothing is taken then.
+    /// When ring or chain are malformed; nothing is taken then. That includes a request that
+    /// [`VirtQueue::want_kicks`] saw and that is gone: whoever looked again because of it would do
+    /// so without end, if the rings overlap and asking for kicks is what makes the request appear.
     pub fn pop(&mut self, mem: &Arc<GuestMemory>) -> Result<Option<Chain>, QueueError> {
         if !self.queue.ready() {
             return Ok(None);
@@ -152,6 +161,9 @@ impl VirtQueue {
                 _ => QueueError::Invalid,
             })?
             .next();
+        if std::mem::take(&mut self.waiting) && chain.is_none() {
+            return Err(QueueError::IndexBack);
+        }
         chain
             .map(|descriptors| Chain::parse(mem, descriptors, size))
             .transpose()
@@ -253,9 +265,11 @@ impl VirtQueue {
         if !self.queue.ready() {
             return Ok(false);
         }
-        self.queue
+        self.waiting = self
+            .queue
             .enable_notification(mem)
-            .map_err(|_| QueueError::Invalid)
+            .map_err(|_| QueueError::Invalid)?;
+        Ok(self.waiting)
     }
 
     /// Whether the driver wants an interrupt for what was completed since the last call.
@@ -362,6 +376,7 @@ impl VirtQueue {
         ring.set_event_idx(event_idx);
         ring.set_ready(state.ready);
         self.refused = state.refused;
+        self.waiting = false;
         self.completed = state.unannounced;
         self.announced = state.announced;
         self.answered = None;
@@ -414,6 +429,24 @@ mod tests {
         mem.read_obj::<[u32; 2]>(GuestAddress(USED + 4 + slot * 8))
             .unwrap()
             .map(u32::from_le)
+    }
+
+    /// Without event index, asking for kicks is a flag in the used ring. Where that flag lies on
+    /// the available index, the device's own wish takes back the request that it makes appear.
+    #[test]
+    fn a_request_that_goes_when_it_is_looked_for_ends_the_search() {
+        let (mem, mut queue) = queue_at(0);
+        let ring = queue.ring();
+        ring.set_event_idx(false);
+        ring.set_used_ring_address(Some(AVAIL as u32 + 4), None);
+        ring.set_avail_ring_address(Some(AVAIL as u32 + 2), None);
+        ring.set_next_avail(1);
+        assert!(queue.is_valid(&mem));
+        queue.stop_kicks(&mem).unwrap();
+        assert!(queue.pop(&mem).unwrap().is_none());
+        assert!(queue.want_kicks(&mem).unwrap());
+        queue.stop_kicks(&mem).unwrap();
+        assert_eq!(queue.pop(&mem).unwrap_err(), QueueError::IndexBack);
     }
 
     #[test]

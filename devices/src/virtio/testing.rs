@@ -144,11 +144,11 @@ impl Driver {
         self.set(offset::STATUS, 0);
         self.avail.fill(0);
         self.used.fill(0);
-        for queue in 0..self.sizes.len() as u64 {
-            let zeros = vec![0u8; RING_STRIDE as usize];
-            self.mem
-                .write_slice(&zeros, GuestAddress(RINGS + queue * RING_STRIDE))
-                .unwrap();
+        for queue in 0..self.sizes.len() {
+            let size = usize::from(self.sizes[queue]);
+            self.put(self.desc(queue), &vec![0; 16 * size]);
+            self.put(self.avail_ring(queue), &vec![0; 6 + 2 * size]);
+            self.put(self.used_ring(queue), &vec![0; 6 + 8 * size]);
         }
         self.set(offset::STATUS, 1);
         self.set(offset::STATUS, 1 | 2);

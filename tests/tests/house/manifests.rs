@@ -13,7 +13,7 @@ const LAYERS: &[&[&str]] = &[
     &["tandem-ft"],
     &["tandem-cluster"],
     &["tandem"],
-    &["tandem-tests", "xtask"],
+    &["tandem-fuzz", "tandem-tests", "xtask"],
 ];
 
 /// Crates whose types cross crate boundaries, so that two versions would not fit together.

@@ -69,12 +69,16 @@ impl Tree {
             .collect()
     }
 
-    /// Both workspaces' lock files.
+    /// All workspaces' lock files.
     pub(crate) fn lock_files(&self) -> Vec<Table> {
-        ["Cargo.lock", "guest-images/Cargo.lock"]
-            .iter()
-            .map(|path| self.text(path).parse().expect("a lock file is TOML"))
-            .collect()
+        [
+            "Cargo.lock",
+            "fuzz/libfuzzer/Cargo.lock",
+            "guest-images/Cargo.lock",
+        ]
+        .iter()
+        .map(|path| self.text(path).parse().expect("a lock file is TOML"))
+        .collect()
     }
 
     /// The members of the workspace and the directories of modules right below them.

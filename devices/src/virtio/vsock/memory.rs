@@ -41,6 +41,7 @@ struct State {
     streams: BTreeMap<StreamId, HostStream>,
     listening: BTreeSet<u32>,
     slow: BTreeSet<u32>,
+    pending: BTreeSet<StreamId>,
     events: VecDeque<HostEvent>,
     capacity: usize,
     next: u64,
@@ -64,6 +65,7 @@ impl MemoryHost {
             streams: BTreeMap::new(),
             listening: BTreeSet::new(),
             slow: BTreeSet::new(),
+            pending: BTreeSet::new(),
             events: VecDeque::new(),
             capacity,
             next: 1,
@@ -86,7 +88,13 @@ impl MemoryHost {
         self.state().slow.insert(port);
     }
 
+    /// The streams that wait for [`MemoryHost::finish_connect`].
+    pub fn pending(&self) -> Vec<StreamId> {
+        self.state().pending.iter().copied().collect()
+    }
+
     pub fn finish_connect(&self, stream: StreamId, accept: bool) {
+        self.state().pending.remove(&stream);
         let event = match accept {
             true => HostEvent::Connected(stream),
             false => {
@@ -218,7 +226,9 @@ impl VsockBackend for MemoryBackend {
     fn connect(&mut self, port: u32) -> Connect {
         let mut state = self.host.state();
         if state.slow.contains(&port) {
-            Connect::Pending(state.add())
+            let stream = state.add();
+            state.pending.insert(stream);
+            Connect::Pending(stream)
         } else if state.listening.contains(&port) {
             Connect::Connected(state.add())
         } else {
@@ -272,6 +282,7 @@ impl VsockBackend for MemoryBackend {
         let pipe = state.stream(stream);
         assert!(!pipe.closed_by_device, "closed twice");
         pipe.closed_by_device = true;
+        state.pending.remove(&stream);
     }
 
     fn close_all(&mut self) {
@@ -279,6 +290,7 @@ impl VsockBackend for MemoryBackend {
         for pipe in state.streams.values_mut() {
             pipe.closed_by_device = true;
         }
+        state.pending.clear();
         state.events.clear();
     }
 }
