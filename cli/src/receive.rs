@@ -11,7 +11,7 @@ use crate::args::ReceiveArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
-use crate::run::{RunContext, run_machine};
+use crate::run::{RunContext, accept, run_machine};
 use crate::settings::{Launch, file};
 
 /// Waits for a guest and runs it until it ends.
@@ -78,17 +78,7 @@ fn wait_for_source(args: &ReceiveArgs, quiet: bool) -> Result<Offer, Failure> {
 /// Lays the flags over what the source says.
 fn plan(args: &ReceiveArgs, hello: &Hello) -> Result<Launch, Failure> {
     let (described, problems) = file::parse(&hello.description);
-    let refuse = |problems| Failure::Settings {
-        file: None,
-        problems,
-    };
     let name = hello.hardware.name.clone();
-    let launch = described
-        .replace(args.place.settings())
-        .launch_restored(name);
-    match launch {
-        Ok(launch) if problems.is_empty() => Ok(launch),
-        Ok(_) => Err(refuse(problems)),
-        Err(more) => Err(refuse(problems.into_iter().chain(more).collect())),
-    }
+    let settings = described.replace(args.place.settings());
+    accept(settings.launch_restored(name), problems, None)
 }

@@ -10,7 +10,7 @@ use tandem_vmm::snapshot::directory::{self, DESCRIPTION, Snapshot};
 use crate::args::RestoreArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::run::{RunContext, run_machine};
+use crate::run::{RunContext, accept, run_machine};
 use crate::settings::{Launch, file};
 
 /// Runs a guest on from a snapshot until it ends.
@@ -52,17 +52,7 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
 fn plan(args: &RestoreArgs, snapshot: &Snapshot) -> Result<Launch, Failure> {
     let path = args.directory.join(DESCRIPTION);
     let (described, problems) = file::read(&path)?;
-    let refuse = |problems| Failure::Settings {
-        file: Some(path.clone()),
-        problems,
-    };
     let name = snapshot.state.hardware.name.clone();
-    let launch = described
-        .replace(args.place.settings())
-        .launch_restored(name);
-    match launch {
-        Ok(launch) if problems.is_empty() => Ok(launch),
-        Ok(_) => Err(refuse(problems)),
-        Err(more) => Err(refuse(problems.into_iter().chain(more).collect())),
-    }
+    let settings = described.replace(args.place.settings());
+    accept(settings.launch_restored(name), problems, Some(path))
 }

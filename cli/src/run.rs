@@ -19,7 +19,7 @@ use crate::args::{Format, RunArgs};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::runtime_dir::{Claim, Root, VMM_LOG, VMM_LOG_OLD};
-use crate::settings::{Launch, Settings, default_name, file, value};
+use crate::settings::{Launch, Problem, Settings, default_name, file, value};
 use crate::terminal::{Keys, RawTerminal};
 use crate::{logging, output, signals};
 
@@ -59,17 +59,26 @@ fn plan(mut args: RunArgs) -> Result<Launch, Failure> {
         Some(path) => file::read(path)?,
         None => Default::default(),
     };
-    let refuse = |problems| Failure::Settings {
-        file: path.clone(),
-        problems,
-    };
     let settings = from_file.merge(args.settings());
     let launch = settings.launch(default_name(path.as_deref()));
+    accept(launch, problems, path)
+}
+
+/// The launch, if nothing was found to be wrong with it: neither by itself nor in `file`.
+///
+/// # Errors
+/// All that is wrong.
+pub(crate) fn accept(
+    launch: Result<Launch, Vec<Problem>>,
+    mut problems: Vec<Problem>,
+    file: Option<PathBuf>,
+) -> Result<Launch, Failure> {
     match launch {
-        Ok(launch) if problems.is_empty() => Ok(launch),
-        Ok(_) => Err(refuse(problems)),
-        Err(more) => Err(refuse(problems.into_iter().chain(more).collect())),
+        Ok(launch) if problems.is_empty() => return Ok(launch),
+        Ok(_) => {}
+        Err(more) => problems.extend(more),
     }
+    Err(Failure::Settings { file, problems })
 }
 
 fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {

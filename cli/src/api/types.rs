@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState};
+use tandem_vmm::error::causes;
 use tandem_vmm::migration::{MigrationError, source};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::directory::Report;
@@ -246,18 +247,6 @@ impl From<MigrationError> for ErrorBody {
             error => Self::new(ErrorCode::Failed, causes(&error)),
         }
     }
-}
-
-/// An error and its causes in one sentence.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 impl IntoResponse for ErrorBody {

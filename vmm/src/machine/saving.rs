@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use super::{Machine, Running};
 use crate::control::{Answer, ControlError, FreezeTimes, Frozen, MachineState, Saving};
+use crate::error::causes;
 use crate::kvm::state::{KvmState, StateError, VcpuProbe, VcpuState};
 use crate::kvm::vcpu::VcpuEnd;
 use crate::snapshot::{GuestState, HardwareDevice, HardwareState, SnapshotError};
@@ -267,12 +268,5 @@ fn collect<T>(jobs: Vec<Receiver<Result<T, StateError>>>) -> Result<Vec<T>, Stat
 }
 
 fn failed(error: impl std::error::Error) -> ControlError {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    ControlError::Failed(text)
+    ControlError::Failed(causes(&error))
 }
