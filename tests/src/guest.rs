@@ -1,10 +1,14 @@
-//! One guest under `tandem run`, in a runtime directory of its own.
+//! One guest under `tandem run`, in a runtime directory of its own; it may move on to
+//! `tandem restore`.
 
+use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -15,8 +19,38 @@ use crate::network::Network;
 /// Longest wait for anything that a guest should do.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What a guest has been through before a test looks at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// It booted.
+    Booted,
+    /// It was saved and goes on in another process.
+    Restored,
+}
+
+/// Makes two tests of each function that takes a [`Life`]: `NAME::booted` and `NAME::restored`.
+#[macro_export]
+macro_rules! in_each_life {
+    ($($test:ident),+ $(,)?) => { $(
+        mod $test {
+            use $crate::guest::Life;
+
+            #[test]
+            fn booted() {
+                super::$test(Life::Booted);
+            }
+
+            #[test]
+            fn restored() {
+                super::$test(Life::Restored);
+            }
+        }
+    )+ };
+}
+
 /// A guest to be started.
 pub struct GuestBuilder {
+    /// Verb, then its flags.
     arguments: Vec<OsString>,
     namespace: Option<String>,
     runtime: TempDir,
@@ -32,19 +66,27 @@ impl GuestBuilder {
 
     /// Any kernel.
     pub fn kernel(kernel: &Path) -> Self {
-        let runtime = tempfile::Builder::new()
-            .prefix("tandem-test-")
-            .tempdir()
-            .unwrap();
-        let this = Self {
-            arguments: Vec::new(),
-            namespace: None,
-            runtime,
-        };
-        this.arg("--kernel").arg(kernel).arg("--name").arg("guest")
+        Self::verb("run")
+            .arg("--kernel")
+            .arg(kernel)
+            .arg("--name")
+            .arg("guest")
     }
 
-    /// Adds an argument of `tandem run`.
+    /// A guest that was saved to `directory`, under the name that it had.
+    pub fn saved(directory: &Path) -> Self {
+        Self::verb("restore").arg(directory)
+    }
+
+    fn verb(verb: &str) -> Self {
+        Self {
+            arguments: vec![verb.into()],
+            namespace: None,
+            runtime: temporary(),
+        }
+    }
+
+    /// Adds an argument of `tandem run` or `tandem restore`.
     pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
         self.arguments.push(argument.as_ref().to_owned());
         self
@@ -58,7 +100,52 @@ impl GuestBuilder {
 
     /// Starts the guest.
     pub fn start(self) -> Guest {
-        let mut command = match &self.namespace {
+        let namespace = self.namespace.as_deref();
+        let started = Started::new(namespace, self.runtime.path(), &self.arguments, Vec::new());
+        Guest {
+            started,
+            seen: Vec::new(),
+            unread: VecDeque::new(),
+            said: Vec::new(),
+            runtime: self.runtime,
+            namespace: self.namespace,
+            saved: temporary(),
+            moves: 0,
+        }
+    }
+
+    /// Starts the guest, waits until its console says `ready`, and leads it into `life`.
+    pub fn live(self, life: Life, ready: &str) -> Guest {
+        let mut guest = self.start();
+        guest.wait_for(ready);
+        match life {
+            Life::Booted => guest,
+            Life::Restored => guest.moved(),
+        }
+    }
+}
+
+fn temporary() -> TempDir {
+    tempfile::Builder::new()
+        .prefix("tandem-test-")
+        .tempdir()
+        .unwrap()
+}
+
+/// A process that runs a guest, and its ends of pipes.
+struct Started {
+    child: Child,
+    input: Option<ChildStdin>,
+    console: Receiver<String>,
+    /// Ends with what came after the last whole line of the console.
+    reader: Option<JoinHandle<Vec<u8>>>,
+    messages: Receiver<String>,
+}
+
+impl Started {
+    /// Starts the command; `head` is the beginning of the first line of its console.
+    fn new(namespace: Option<&str>, runtime: &Path, arguments: &[OsString], head: Vec<u8>) -> Self {
+        let mut command = match namespace {
             Some(namespace) => {
                 let mut command = Command::new("ip");
                 command
@@ -68,38 +155,37 @@ impl GuestBuilder {
             }
             None => Command::new(images::tandem()),
         };
-        command
-            .arg("--runtime-dir")
-            .arg(self.runtime.path())
-            .arg("run")
-            .args(&self.arguments);
+        command.arg("--runtime-dir").arg(runtime).args(arguments);
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut child = command.spawn().expect("the command starts");
-        let console = lines_of(child.stdout.take().unwrap());
+        let (console, reader) = lines_after(head, child.stdout.take().unwrap());
         let messages = lines_of(child.stderr.take().unwrap());
-        let input = child.stdin.take();
-        Guest {
+        Self {
+            input: child.stdin.take(),
             child,
-            input,
             console,
+            reader: Some(reader),
             messages,
-            seen: Vec::new(),
-            runtime: self.runtime,
         }
     }
 }
 
 /// A running guest; killed when dropped.
 pub struct Guest {
-    child: Child,
-    input: Option<ChildStdin>,
-    console: Receiver<String>,
-    messages: Receiver<String>,
+    started: Started,
+    /// Lines of the console that the test has read.
     seen: Vec<String>,
+    /// Lines of processes that it left, not read yet.
+    unread: VecDeque<String>,
+    /// Messages of processes that it left.
+    said: Vec<String>,
     runtime: TempDir,
+    namespace: Option<String>,
+    saved: TempDir,
+    moves: u32,
 }
 
 /// How a run ended.
@@ -126,15 +212,14 @@ impl Guest {
 
     /// Process identifier of the VMM.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.started.child.id()
     }
 
     /// Waits for a console line that contains `text`, and returns it.
     pub fn wait_for(&mut self, text: &str) -> String {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.console.recv_timeout(left) {
+            match self.next_line(deadline) {
                 Ok(line) => {
                     self.seen.push(line.clone());
                     if line.contains(text) {
@@ -142,7 +227,7 @@ impl Guest {
                     }
                 }
                 Err(e) => {
-                    let messages: Vec<_> = self.messages.try_iter().collect();
+                    let messages: Vec<_> = self.started.messages.try_iter().collect();
                     panic!(
                         "no `{text}` on the console ({e}): {:#?} {messages:#?}",
                         self.seen
@@ -152,16 +237,23 @@ impl Guest {
         }
     }
 
+    fn next_line(&mut self, deadline: Instant) -> Result<String, RecvTimeoutError> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let unread = self.unread.pop_front();
+        unread.map_or_else(|| self.started.console.recv_timeout(left), Ok)
+    }
+
     /// Console lines that wait to be read.
     pub fn console_lines(&mut self) -> Vec<String> {
-        let new: Vec<_> = self.console.try_iter().collect();
+        let mut new = Vec::from(std::mem::take(&mut self.unread));
+        new.extend(self.started.console.try_iter());
         self.seen.extend(new.iter().cloned());
         new
     }
 
     /// Types into the guest's console.
     pub fn type_in(&mut self, text: &str) {
-        let input = self.input.as_mut().expect("the console is open");
+        let input = self.started.input.as_mut().expect("the console is open");
         input
             .write_all(text.as_bytes())
             .expect("the command reads its input");
@@ -181,38 +273,117 @@ impl Guest {
 
     /// Sends a signal to the VMM.
     pub fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_raw(self.child.id() as i32).unwrap();
+        let pid = rustix::process::Pid::from_raw(self.started.child.id() as i32).unwrap();
         rustix::process::kill_process(pid, signal).expect("the VMM runs");
+    }
+
+    /// Runs another `tandem` command, which has to succeed, and returns what it printed.
+    pub fn succeed(&self, arguments: &[&str]) -> String {
+        let output = self.tandem(arguments);
+        assert!(
+            output.status.success(),
+            "tandem {arguments:?}: {output:?}, {:#?}",
+            self.seen
+        );
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Saves the guest, which goes on, to `directory`.
+    pub fn save(&self, directory: &Path) {
+        self.succeed(&["snapshot", "guest", directory.to_str().unwrap()]);
+    }
+
+    /// Saves the guest, ends it, and goes on in a new process, where it left off: name, runtime
+    /// directory, network and console are the same.
+    ///
+    /// It stands from the save to its end, or else the outside (disks, peers, the console) would have
+    /// seen what the restored guest does again.
+    pub fn moved(self) -> Self {
+        self.moved_with(&[])
+    }
+
+    /// As [`Guest::moved`], with further arguments of `tandem restore`.
+    pub fn moved_with(mut self, arguments: &[&str]) -> Self {
+        self.moves += 1;
+        let directory = self.saved.path().join(self.moves.to_string());
+        self.succeed(&["pause", "guest"]);
+        self.save(&directory);
+        self.succeed(&["stop", "guest", "--force"]);
+        let ended = self.end();
+        assert!(ended.success(), "{ended}: {:#?}", self.said);
+        let mut all = vec!["restore".into(), directory.into_os_string()];
+        all.extend(arguments.iter().map(OsString::from));
+        let head = self.cut_line();
+        let namespace = self.namespace.as_deref();
+        self.started = Started::new(namespace, self.runtime.path(), &all, head);
+        self.await_api();
+        self
+    }
+
+    /// The line of the console that the process which ended left unfinished.
+    fn cut_line(&mut self) -> Vec<u8> {
+        let reader = self.started.reader.take().expect("it is read once");
+        let head = reader.join().unwrap();
+        if !head.is_empty() {
+            self.unread.pop_back();
+        }
+        head
+    }
+
+    /// Waits until the guest is there and answers.
+    fn await_api(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while !self.api_answers() {
+            if let Some(status) = self.started.child.try_wait().unwrap() {
+                let messages = rest_of(&self.started.messages);
+                panic!("the guest is not restored, {status}: {messages:#?}");
+            }
+            assert!(Instant::now() < deadline, "the guest is not restored");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn api_answers(&self) -> bool {
+        const ASK: &[u8] = b"GET /metrics HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n";
+        UnixStream::connect(self.file("api.sock")).is_ok_and(|mut api| {
+            api.write_all(ASK).is_ok() && api.read(&mut [0]).is_ok_and(|read| read == 1)
+        })
+    }
+
+    /// Waits for the end of the process and takes all that it printed.
+    fn end(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.started.child.try_wait().unwrap() {
+                break status;
+            }
+            if Instant::now() > deadline {
+                self.console_lines();
+                panic!("the guest runs on: {:#?}", self.seen);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        self.unread.extend(rest_of(&self.started.console));
+        self.said.extend(rest_of(&self.started.messages));
+        status
     }
 
     /// Waits for the end of the run.
     pub fn wait(mut self) -> Ended {
-        let deadline = Instant::now() + PATIENCE;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            assert!(
-                Instant::now() < deadline,
-                "the guest runs on: {:#?}",
-                self.console_lines()
-            );
-            std::thread::sleep(Duration::from_millis(2));
-        };
-        let mut console = std::mem::take(&mut self.seen);
-        console.extend(rest_of(&self.console));
+        let status = self.end();
+        self.console_lines();
         Ended {
             status,
-            console,
-            messages: rest_of(&self.messages),
+            console: std::mem::take(&mut self.seen),
+            messages: std::mem::take(&mut self.said),
         }
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
+        drop(self.started.child.kill());
+        drop(self.started.child.wait());
     }
 }
 
@@ -249,20 +420,36 @@ impl Ended {
 }
 
 /// The lines of a stream, as they come.
-pub(crate) fn lines_of(stream: impl std::io::Read + Send + 'static) -> Receiver<String> {
+pub(crate) fn lines_of(stream: impl Read + Send + 'static) -> Receiver<String> {
+    lines_after(Vec::new(), stream).0
+}
+
+/// The lines of a stream that goes on after `head`, as they come, and what follows the last whole
+/// line, which counts as a line too.
+fn lines_after(
+    head: Vec<u8>,
+    stream: impl Read + Send + 'static,
+) -> (Receiver<String>, JoinHandle<Vec<u8>>) {
     let (sender, lines) = channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(stream).split(b'\n') {
-            let Ok(line) = line else { return };
-            let line = String::from_utf8_lossy(&line)
-                .trim_end_matches('\r')
-                .to_owned();
-            if sender.send(line).is_err() {
-                return;
+    let reader = std::thread::spawn(move || {
+        let mut stream = BufReader::new(stream);
+        let mut line = head;
+        loop {
+            let read = stream.read_until(b'\n', &mut line);
+            let whole = line.ends_with(b"\n");
+            let text = String::from_utf8_lossy(&line);
+            let text = text.trim_end_matches('\n').trim_end_matches('\r');
+            if !line.is_empty() {
+                // Who reads them may have seen enough.
+                drop(sender.send(text.to_owned()));
             }
+            if !whole || read.is_err() {
+                return line;
+            }
+            line.clear();
         }
     });
-    lines
+    (lines, reader)
 }
 
 /// Everything until the stream ends, which it does soon after the process.

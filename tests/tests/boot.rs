@@ -1,13 +1,19 @@
 //! Guests start, end and fail as the command says.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use tandem_tests::guest::GuestBuilder;
+use tandem_tests::guest::{GuestBuilder, Life};
+use tandem_tests::in_each_life;
 use tandem_tests::skip::{Need, must_skip};
 
 /// Exit codes, as `tandem run --help` documents them.
 const USAGE: i32 = 2;
 const IMAGE: i32 = 10;
 const TRIPLE_FAULT: i32 = 20;
+
+in_each_life!(
+    a_reset_restarts_the_guest_and_keeps_its_devices,
+    serial_input_reaches_the_guest_and_comes_back,
+);
 
 fn hello(cmdline: &str) -> GuestBuilder {
     GuestBuilder::image("hello", cmdline)
@@ -37,12 +43,11 @@ fn both_entry_protocols_work() {
     }
 }
 
-#[test]
-fn a_reset_restarts_the_guest_and_keeps_its_devices() {
+fn a_reset_restarts_the_guest_and_keeps_its_devices(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let mut guest = hello("reboot rng").start();
+    let mut guest = hello("reboot rng").live(life, "hello: ready");
     for _ in 0..4 {
         guest.wait_for("hello: start");
         guest.wait_for("hello: random");
@@ -98,13 +103,11 @@ fn memory_from_little_to_beyond_the_hole() {
     }
 }
 
-#[test]
-fn serial_input_reaches_the_guest_and_comes_back() {
+fn serial_input_reaches_the_guest_and_comes_back(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let mut guest = hello("echo").start();
-    guest.wait_for("hello: ready");
+    let mut guest = hello("echo").live(life, "hello: ready");
     let long = "abcdefghijklmnopqrstuvwxyz".repeat(40);
     for text in ["first", "second line", long.as_str()] {
         guest.type_in(&format!("{text}\n"));

@@ -7,15 +7,26 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
-use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::guest::{Guest, GuestBuilder, Life, PATIENCE};
+use tandem_tests::in_each_life;
 use tandem_tests::skip::{Need, must_skip};
 
 const RESOURCE: i32 = 11;
 
-fn staying() -> Guest {
-    let mut guest = GuestBuilder::image("hello", "stay").start();
-    guest.wait_for("hello: ready");
-    guest
+in_each_life!(
+    list_info_and_metrics_tell_of_the_guest,
+    pause_stops_the_guest_and_resume_lets_it_go_on,
+    stop_ends_the_guest_and_leaves_nothing,
+    signals_end_the_guest,
+    two_guests_of_one_name_are_refused,
+    a_killed_guest_leaves_a_name_that_can_be_used_again,
+    a_client_of_the_console_sees_the_past_and_types,
+    the_api_answers_over_its_socket,
+    vcpus_are_pinned_and_given_priority,
+);
+
+fn staying(life: Life) -> Guest {
+    GuestBuilder::image("hello", "stay").live(life, "hello: ready")
 }
 
 fn text(output: &Output) -> String {
@@ -23,12 +34,11 @@ fn text(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-#[test]
-fn list_info_and_metrics_tell_of_the_guest() {
+fn list_info_and_metrics_tell_of_the_guest(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let guest = staying();
+    let guest = staying(life);
     assert!(text(&guest.tandem(&["list"])).contains("guest"));
     let info: serde_json::Value =
         serde_json::from_str(&text(&guest.tandem(&["--format", "json", "info", "guest"]))).unwrap();
@@ -43,13 +53,11 @@ fn list_info_and_metrics_tell_of_the_guest() {
     assert!(!text(&guest.tandem(&["version"])).is_empty());
 }
 
-#[test]
-fn pause_stops_the_guest_and_resume_lets_it_go_on() {
+fn pause_stops_the_guest_and_resume_lets_it_go_on(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let mut guest = GuestBuilder::image("spin", "iters=0 report=1").start();
-    guest.wait_for("spin: ready");
+    let mut guest = GuestBuilder::image("spin", "iters=0 report=1").live(life, "spin: ready");
     for _ in 0..10 {
         assert!(guest.tandem(&["pause", "guest"]).status.success());
         assert!(
@@ -70,13 +78,12 @@ fn pause_stops_the_guest_and_resume_lets_it_go_on() {
     }
 }
 
-#[test]
-fn stop_ends_the_guest_and_leaves_nothing() {
+fn stop_ends_the_guest_and_leaves_nothing(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     for arguments in [&["stop", "guest"][..], &["stop", "guest", "--force"]] {
-        let guest = staying();
+        let guest = staying(life);
         let directory = guest.runtime().to_owned();
         assert!(guest.tandem(arguments).status.success());
         let entry = directory.join("guest");
@@ -86,13 +93,12 @@ fn stop_ends_the_guest_and_leaves_nothing() {
     }
 }
 
-#[test]
-fn signals_end_the_guest() {
+fn signals_end_the_guest(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     for signal in [Signal::TERM, Signal::INT] {
-        let guest = staying();
+        let guest = staying(life);
         guest.signal(signal);
         let start = Instant::now();
         guest.wait().assert_success();
@@ -100,12 +106,11 @@ fn signals_end_the_guest() {
     }
 }
 
-#[test]
-fn two_guests_of_one_name_are_refused() {
+fn two_guests_of_one_name_are_refused(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let guest = staying();
+    let guest = staying(life);
     let kernel = tandem_tests::images::guest("hello");
     let arguments = [
         "run",
@@ -127,12 +132,11 @@ fn two_guests_of_one_name_are_refused() {
     );
 }
 
-#[test]
-fn a_killed_guest_leaves_a_name_that_can_be_used_again() {
+fn a_killed_guest_leaves_a_name_that_can_be_used_again(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let guest = staying();
+    let guest = staying(life);
     guest.signal(Signal::KILL);
     let listed = || !text(&guest.tandem(&["list"])).contains("guest");
     let deadline = Instant::now() + PATIENCE;
@@ -152,17 +156,18 @@ fn a_killed_guest_leaves_a_name_that_can_be_used_again() {
     assert!(output.status.success(), "{output:?}");
 }
 
-#[test]
-fn a_client_of_the_console_sees_the_past_and_types() {
+fn a_client_of_the_console_sees_the_past_and_types(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let mut guest = GuestBuilder::image("hello", "echo").start();
-    guest.wait_for("hello: ready");
+    let mut guest = GuestBuilder::image("hello", "echo").live(life, "hello: ready");
     let stream = UnixStream::connect(guest.file("console.sock")).unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
-    assert!(lines.next().unwrap().unwrap().contains("hello: start"));
+    // The past is that of this process.
+    if life == Life::Booted {
+        assert!(lines.next().unwrap().unwrap().contains("hello: start"));
+    }
     (&stream).write_all(b"typed\n").unwrap();
     let echoed = lines
         .map_while(Result::ok)
@@ -171,12 +176,11 @@ fn a_client_of_the_console_sees_the_past_and_types() {
     guest.wait_for("TYPED");
 }
 
-#[test]
-fn the_api_answers_over_its_socket() {
+fn the_api_answers_over_its_socket(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let guest = staying();
+    let guest = staying(life);
     let mut stream = UnixStream::connect(guest.file("api.sock")).unwrap();
     stream
         .write_all(b"GET /metrics HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n")
@@ -187,18 +191,16 @@ fn the_api_answers_over_its_socket() {
     assert!(answer.contains("# HELP"), "{answer}");
 }
 
-#[test]
-fn vcpus_are_pinned_and_given_priority() {
+fn vcpus_are_pinned_and_given_priority(life: Life) {
     if must_skip(&[Need::Kvm, Need::Root]) {
         return;
     }
-    let mut guest = GuestBuilder::image("hello", "stay")
+    let guest = GuestBuilder::image("hello", "stay")
         .arg("--pin")
         .arg("0")
         .arg("--realtime")
         .arg("3")
-        .start();
-    guest.wait_for("hello: ready");
+        .live(life, "hello: ready");
     let tasks = format!("/proc/{}/task", guest.pid());
     let vcpu = std::fs::read_dir(tasks)
         .unwrap()

@@ -6,12 +6,20 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use tandem_tests::guest::GuestBuilder;
+use tandem_tests::guest::{GuestBuilder, Life};
+use tandem_tests::in_each_life;
 use tandem_tests::skip::{Need, must_skip};
 use tempfile::TempDir;
 
 const RESOURCE: i32 = 11;
 const IMAGE_SIZE: u64 = 32 << 20;
+
+in_each_life!(
+    every_engine_and_depth_keeps_the_contents,
+    a_killed_guest_finds_everything_that_it_was_promised,
+    a_disk_in_use_is_refused_and_free_again_at_once,
+    a_disk_that_shrinks_under_the_guest_harms_only_its_requests,
+);
 
 struct Image {
     _directory: TempDir,
@@ -36,31 +44,30 @@ fn disk(image: &Image, cmdline: &str, options: &str) -> GuestBuilder {
         .arg(argument)
 }
 
-#[test]
-fn every_engine_and_depth_keeps_the_contents() {
+fn every_engine_and_depth_keeps_the_contents(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     for options in ["", ",engine=uring", ",engine=threads", ",direct"] {
         let image = image();
         for depth in [1, 32] {
-            let cmdline = format!("ops=4000 depth={depth} flush=64 write=60 verify");
-            let ended = disk(&image, &cmdline, options).start().wait();
-            ended.assert_success().assert_console("errors=0");
+            // It stays so that it can be saved, however fast it is done.
+            let cmdline = format!("ops=4000 depth={depth} flush=64 write=60 verify stay");
+            let mut guest = disk(&image, &cmdline, options).live(life, "disk: ready");
+            let done = guest.wait_for("disk: done");
+            assert!(done.contains("errors=0"), "{done}");
         }
     }
 }
 
-#[test]
-fn a_killed_guest_finds_everything_that_it_was_promised() {
+fn a_killed_guest_finds_everything_that_it_was_promised(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let image = image();
     for round in 0..8 {
         let cmdline = "ops=0 depth=16 flush=8 write=80 verify report=500";
-        let mut guest = disk(&image, cmdline, "").start();
-        guest.wait_for("disk: ready");
+        let guest = disk(&image, cmdline, "").live(life, "disk: ready");
         std::thread::sleep(Duration::from_millis(40 + 35 * round));
         guest.signal(Signal::KILL);
         let ended = guest.wait();
@@ -74,14 +81,12 @@ fn a_killed_guest_finds_everything_that_it_was_promised() {
     ended.assert_success().assert_console("errors=0");
 }
 
-#[test]
-fn a_disk_in_use_is_refused_and_free_again_at_once() {
+fn a_disk_in_use_is_refused_and_free_again_at_once(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let image = image();
-    let mut first = disk(&image, "ops=0 depth=32 report=1000", "").start();
-    first.wait_for("disk: ready");
+    let first = disk(&image, "ops=0 depth=32 report=1000", "").live(life, "disk: ready");
     let path = image.path.display().to_string();
     for options in ["", ",readonly"] {
         disk(&image, "", options)
@@ -134,14 +139,12 @@ fn disks_that_cannot_be_used_are_named() {
     }
 }
 
-#[test]
-fn a_disk_that_shrinks_under_the_guest_harms_only_its_requests() {
+fn a_disk_that_shrinks_under_the_guest_harms_only_its_requests(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let image = image();
-    let mut guest = disk(&image, "ops=0 depth=8 write=0 report=200", "").start();
-    guest.wait_for("disk: ready");
+    let mut guest = disk(&image, "ops=0 depth=8 write=0 report=200", "").live(life, "disk: ready");
     File::options()
         .write(true)
         .open(&image.path)

@@ -5,7 +5,8 @@ use std::io::{Read, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::guest::{Guest, GuestBuilder, Life, PATIENCE};
+use tandem_tests::in_each_life;
 use tandem_tests::network::{CMDLINE, GUEST, GUEST6, Network};
 use tandem_tests::skip::{Need, must_skip};
 
@@ -18,21 +19,27 @@ fn cannot_run(programs: &[&'static str]) -> bool {
     must_skip(&needs)
 }
 
-fn serve(image: &str, network: &Network) -> Guest {
-    let mut guest = GuestBuilder::image(image, CMDLINE)
+in_each_life!(
+    redis_clients_work_against_the_key_value_guest,
+    web_clients_get_pages_of_any_size,
+    echo_and_ping_over_both_protocols,
+    a_thousand_connections_one_after_the_other,
+    connections_survive_a_pause,
+    a_guest_without_privileges_is_reached_by_way_of_passt,
+);
+
+fn serve(image: &str, network: &Network, life: Life) -> Guest {
+    GuestBuilder::image(image, CMDLINE)
         .in_network(network)
-        .start();
-    guest.wait_for(&format!("{image}: ready"));
-    guest
+        .live(life, &format!("{image}: ready"))
 }
 
-#[test]
-fn redis_clients_work_against_the_key_value_guest() {
+fn redis_clients_work_against_the_key_value_guest(life: Life) {
     if cannot_run(&["redis-cli", "redis-benchmark"]) {
         return;
     }
     let network = Network::new();
-    let _guest = serve("kv", &network);
+    let _guest = serve("kv", &network, life);
     let redis = |arguments: &[&str]| {
         let all: Vec<_> = ["-h", GUEST].iter().chain(arguments).copied().collect();
         network.run("redis-cli", &all).trim().to_owned()
@@ -59,13 +66,12 @@ fn redis_clients_work_against_the_key_value_guest() {
     assert_eq!(redis(&["DBSIZE"]), "4");
 }
 
-#[test]
-fn web_clients_get_pages_of_any_size() {
+fn web_clients_get_pages_of_any_size(life: Life) {
     if cannot_run(&["curl"]) {
         return;
     }
     let network = Network::new();
-    let _guest = serve("http", &network);
+    let _guest = serve("http", &network, life);
     for size in [0usize, 1, 1000, 65_536, 5_000_000] {
         let url = format!("http://{GUEST}/size/{size}");
         let page = network.run("curl", &["-sS", "--fail", "--max-time", "20", &url]);
@@ -85,13 +91,12 @@ fn web_clients_get_pages_of_any_size() {
     assert_eq!(code, "404");
 }
 
-#[test]
-fn echo_and_ping_over_both_protocols() {
+fn echo_and_ping_over_both_protocols(life: Life) {
     if cannot_run(&["socat", "ping"]) {
         return;
     }
     let network = Network::new();
-    let _guest = serve("net-echo", &network);
+    let _guest = serve("net-echo", &network, life);
     network.run("ping", &["-c", "3", "-i", "0.2", "-W", "2", GUEST]);
     network.run("ping", &["-6", "-c", "3", "-i", "0.2", "-W", "2", GUEST6]);
     for address in [
@@ -129,13 +134,12 @@ fn echo(network: &Network, address: &str, text: &str) -> String {
     back
 }
 
-#[test]
-fn a_thousand_connections_one_after_the_other() {
+fn a_thousand_connections_one_after_the_other(life: Life) {
     if cannot_run(&["redis-benchmark"]) {
         return;
     }
     let network = Network::new();
-    let _guest = serve("kv", &network);
+    let _guest = serve("kv", &network, life);
     // -k 0: a new connection for each request.
     let arguments = [
         "-h", GUEST, "-t", "get", "-n", "1000", "-c", "4", "-k", "0", "--csv",
@@ -143,13 +147,12 @@ fn a_thousand_connections_one_after_the_other() {
     assert!(network.run("redis-benchmark", &arguments).contains("GET"));
 }
 
-#[test]
-fn connections_survive_a_pause() {
+fn connections_survive_a_pause(life: Life) {
     if cannot_run(&["redis-cli"]) {
         return;
     }
     let network = Network::new();
-    let guest = serve("kv", &network);
+    let guest = serve("kv", &network, life);
     let mut client = network
         .command("redis-cli")
         .args(["-h", GUEST])
@@ -185,8 +188,7 @@ impl Drop for Passt {
     }
 }
 
-#[test]
-fn a_guest_without_privileges_is_reached_by_way_of_passt() {
+fn a_guest_without_privileges_is_reached_by_way_of_passt(life: Life) {
     if cannot_run(&["passt", "redis-cli"]) {
         return;
     }
@@ -229,11 +231,10 @@ fn a_guest_without_privileges_is_reached_by_way_of_passt() {
         assert!(Instant::now() < deadline, "passt makes no socket");
         std::thread::sleep(Duration::from_millis(10));
     }
-    let mut guest = GuestBuilder::image("kv", "ip=10.99.0.2/24 gw=10.99.0.1")
+    let _guest = GuestBuilder::image("kv", "ip=10.99.0.2/24 gw=10.99.0.1")
         .arg("--net")
         .arg(format!("socket={}", socket.display()))
-        .start();
-    guest.wait_for("kv: ready");
+        .live(life, "kv: ready");
     let pong = network.run("redis-cli", &["-h", "127.0.0.1", "PING"]);
     assert_eq!(pong.trim(), "PONG");
 }
@@ -244,7 +245,7 @@ fn a_tap_that_cannot_be_used_is_named_and_nothing_is_left() {
         return;
     }
     let network = Network::new();
-    let _user = serve("net-echo", &network);
+    let _user = serve("net-echo", &network, Life::Booted);
     let busy = GuestBuilder::image("hello", "")
         .in_network(&network)
         .start()

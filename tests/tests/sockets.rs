@@ -6,11 +6,19 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::guest::{GuestBuilder, Life, PATIENCE};
+use tandem_tests::in_each_life;
 use tandem_tests::skip::{Need, must_skip};
 use tempfile::TempDir;
 
 const PORT: u32 = 1000;
+
+in_each_life!(
+    host_programs_reach_the_guest,
+    a_port_on_which_the_guest_does_not_listen_is_closed,
+    the_socket_file_goes_with_the_guest_and_a_busy_one_is_refused,
+    the_virtio_console_speaks_and_hears,
+);
 
 struct Sockets {
     _directory: TempDir,
@@ -26,12 +34,11 @@ fn sockets() -> Sockets {
     }
 }
 
-fn guest(sockets: &Sockets, cmdline: &str) -> Guest {
+fn guest(sockets: &Sockets, cmdline: &str) -> GuestBuilder {
     let option = format!("cid=42,path={}", sockets.path.display());
     GuestBuilder::image("hello", cmdline)
         .arg("--vsock")
         .arg(option)
-        .start()
 }
 
 fn connect(path: &Path, port: u32) -> (UnixStream, String) {
@@ -46,14 +53,12 @@ fn connect(path: &Path, port: u32) -> (UnixStream, String) {
     (stream, String::from_utf8(answer).unwrap())
 }
 
-#[test]
-fn host_programs_reach_the_guest() {
+fn host_programs_reach_the_guest(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let sockets = sockets();
-    let mut guest = guest(&sockets, &format!("vsock={PORT}"));
-    guest.wait_for("hello: ready");
+    let _guest = guest(&sockets, &format!("vsock={PORT}")).live(life, "hello: ready");
     let sizes = [1usize, 1000, 300_000];
     std::thread::scope(|scope| {
         for (number, size) in sizes.into_iter().enumerate() {
@@ -80,14 +85,12 @@ fn host_programs_reach_the_guest() {
     });
 }
 
-#[test]
-fn a_port_on_which_the_guest_does_not_listen_is_closed() {
+fn a_port_on_which_the_guest_does_not_listen_is_closed(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let sockets = sockets();
-    let mut guest = guest(&sockets, &format!("vsock={PORT}"));
-    guest.wait_for("hello: ready");
+    let _guest = guest(&sockets, &format!("vsock={PORT}")).live(life, "hello: ready");
     let (_, answer) = connect(&sockets.path, PORT + 1);
     assert_eq!(answer, "");
     let (_, answer) = connect(&sockets.path, PORT);
@@ -103,7 +106,7 @@ fn the_guest_reaches_host_programs() {
     let mut beside = sockets.path.clone().into_os_string();
     beside.push("_5000");
     let listener = UnixListener::bind(beside).unwrap();
-    let _guest = guest(&sockets, "vsock-connect=5000");
+    let _guest = guest(&sockets, "vsock-connect=5000").start();
     let (stream, _) = listener.accept().unwrap();
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut line = String::new();
@@ -111,30 +114,26 @@ fn the_guest_reaches_host_programs() {
     assert!(line.contains("hello"), "{line}");
 }
 
-#[test]
-fn the_socket_file_goes_with_the_guest_and_a_busy_one_is_refused() {
+fn the_socket_file_goes_with_the_guest_and_a_busy_one_is_refused(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let sockets = sockets();
-    let mut first = guest(&sockets, "stay");
-    first.wait_for("hello: ready");
-    let second = guest(&sockets, "").wait();
+    let first = guest(&sockets, "stay").live(life, "hello: ready");
+    let second = guest(&sockets, "").start().wait();
     second.assert_error(11, &[&sockets.path.display().to_string()]);
     assert!(first.tandem(&["stop", "guest", "--force"]).status.success());
     first.wait();
     assert!(!sockets.path.exists());
 }
 
-#[test]
-fn the_virtio_console_speaks_and_hears() {
+fn the_virtio_console_speaks_and_hears(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let mut guest = GuestBuilder::image("hello", "vconsole")
         .arg("--virtio-console")
-        .start();
-    guest.wait_for("hello: virtio console");
+        .live(life, "hello: virtio console");
     let long = "0123456789abcdef".repeat(500);
     for text in ["typed", long.as_str()] {
         guest.type_in(&format!("{text}\n"));
