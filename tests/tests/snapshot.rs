@@ -293,6 +293,35 @@ fn await_guest(guest: &Guest) {
 }
 
 #[test]
+fn pauses_and_second_saves_during_a_save() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let place = Place::new();
+    let mut guest = large();
+    let saving = begin_to_save(&guest, &place);
+    // To another directory and to the same.
+    let other = Place::new();
+    let refused = error(&snapshot(&guest, &other.path()));
+    assert!(refused.contains("being saved already"), "{refused}");
+    assert!(other.names().is_empty());
+    let refused = error(&snapshot(&guest, &place.path()));
+    assert!(
+        refused.contains("being saved already") || refused.contains("exists"),
+        "{refused}"
+    );
+    guest.succeed(&["pause", "guest"]);
+    let saved = saving.wait_with_output().unwrap();
+    assert!(saved.status.success(), "{saved:?}");
+    assert_eq!(state(&guest), "paused", "a save lets a paused guest go");
+    assert_eq!(place.names(), ["saved"]);
+    guest.succeed(&["resume", "guest"]);
+    expect_life(&mut guest);
+    drop(guest);
+    expect_life(&mut GuestBuilder::saved(&place.path()).start());
+}
+
+#[test]
 fn a_save_that_is_killed_leaves_no_snapshot_and_the_next_works() {
     if must_skip(&[Need::Kvm]) {
         return;

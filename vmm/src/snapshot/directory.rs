@@ -59,9 +59,11 @@ pub struct Report {
 /// # Errors
 /// When the guest cannot be saved or the files not be written; nothing is left behind then.
 pub fn save(guest: &Handle, directory: &Path, description: &str) -> Result<Report, SnapshotError> {
+    expect_free(directory)?;
+    // First of all: one save of the guest at a time, so two never write to one place.
+    let mut session = Session::begin(guest)?;
     let partial = Partial::make(directory)?;
     let memory = partial.create(MEMORY)?;
-    let mut session = Session::begin(guest)?;
     let saved_memory = session.saving().memory.clone();
     let bytes = session.saving().hardware.memory;
     let mut sink = FileSink(MemoryWriter::new(memory, saved_memory)?);
@@ -116,10 +118,6 @@ struct Partial {
 
 impl Partial {
     fn make(directory: &Path) -> Result<Self, SnapshotError> {
-        if directory.symlink_metadata().is_ok() {
-            let path = directory.to_owned();
-            return Err(SnapshotError::Exists { path });
-        }
         let name = directory.file_name().ok_or_else(|| SnapshotError::File {
             action: "make",
             path: directory.to_owned(),
@@ -161,10 +159,7 @@ impl Partial {
 
     fn finish(mut self, directory: &Path) -> Result<(), SnapshotError> {
         sync_directory(&self.path)?;
-        if directory.symlink_metadata().is_ok() {
-            let path = directory.to_owned();
-            return Err(SnapshotError::Exists { path });
-        }
+        expect_free(directory)?;
         fs::rename(&self.path, directory).map_err(file_error("make", directory))?;
         self.finished = true;
         let parent = directory.parent().filter(|p| !p.as_os_str().is_empty());
@@ -180,6 +175,15 @@ impl Drop for Partial {
             let path = self.path.display();
             tracing::warn!(%error, %path, "an unfinished snapshot is left behind");
         }
+    }
+}
+
+fn expect_free(directory: &Path) -> Result<(), SnapshotError> {
+    match directory.symlink_metadata() {
+        Ok(_) => Err(SnapshotError::Exists {
+            path: directory.to_owned(),
+        }),
+        Err(_) => Ok(()),
     }
 }
 
