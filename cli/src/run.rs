@@ -12,6 +12,7 @@ use tandem_vmm::config::{ConsoleConfig, MachineConfig};
 use tandem_vmm::control::Outcome;
 use tandem_vmm::error::Error;
 use tandem_vmm::machine::Machine;
+use tandem_vmm::snapshot::directory;
 
 use crate::api::server::{Service, Sources};
 use crate::api::{Facts, Guest};
@@ -137,6 +138,7 @@ where
     begins();
     let outcome = machine.run();
     service.finish();
+    directory::discard_unfinished();
     drop(terminal);
     tracing::info!(?outcome, "the guest ended");
     Ok(exit(outcome?, context.quiet))

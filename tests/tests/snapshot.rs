@@ -321,6 +321,29 @@ fn pauses_and_second_saves_during_a_save() {
     expect_life(&mut GuestBuilder::saved(&place.path()).start());
 }
 
+/// The guest ends at some moment of the save: either it was saved, or nothing is there.
+#[test]
+fn a_guest_that_ends_while_it_is_saved_leaves_nothing_unfinished() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    for delay_ms in [0, 30, 80] {
+        let place = Place::new();
+        let guest = large();
+        let saving = begin_to_save(&guest, &place);
+        std::thread::sleep(Duration::from_millis(delay_ms));
+        guest.succeed(&["stop", "guest", "--force"]);
+        guest.wait().assert_success();
+        let saved = saving.wait_with_output().unwrap();
+        let expected: &[&str] = if saved.status.success() {
+            &["saved"]
+        } else {
+            &[]
+        };
+        assert_eq!(place.names(), expected, "{delay_ms} ms: {saved:?}");
+    }
+}
+
 #[test]
 fn a_save_that_is_killed_leaves_no_snapshot_and_the_next_works() {
     if must_skip(&[Need::Kvm]) {

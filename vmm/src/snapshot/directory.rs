@@ -15,6 +15,7 @@ use std::fs::{self, File};
 use std::io::{self, BufReader, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::save::{PageSink, Precopy, Session};
@@ -110,10 +111,29 @@ impl PageSink for FileSink {
     }
 }
 
+/// Directories of this process that are not finished.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes what was written of snapshots that are not finished; these fail. For a process that ends,
+/// whose threads that save do not come to their own end.
+pub fn discard_unfinished() {
+    unfinished().drain(..).for_each(|path| remove(&path));
+}
+
+fn remove(path: &Path) {
+    if let Err(error) = fs::remove_dir_all(path) {
+        let path = path.display();
+        tracing::warn!(%error, %path, "an unfinished snapshot is left behind");
+    }
+}
+
 /// A directory that is not finished; removed when it is dropped.
 struct Partial {
     path: PathBuf,
-    finished: bool,
 }
 
 impl Partial {
@@ -134,10 +154,8 @@ impl Partial {
             .mode(0o700)
             .create(&path)
             .map_err(file_error("make", &path))?;
-        Ok(Self {
-            path,
-            finished: false,
-        })
+        unfinished().push(path.clone());
+        Ok(Self { path })
     }
 
     fn create(&self, name: &str) -> Result<File, SnapshotError> {
@@ -157,23 +175,28 @@ impl Partial {
             .map_err(file_error("write", &self.path.join(name)))
     }
 
-    fn finish(mut self, directory: &Path) -> Result<(), SnapshotError> {
+    fn finish(self, directory: &Path) -> Result<(), SnapshotError> {
         sync_directory(&self.path)?;
         expect_free(directory)?;
-        fs::rename(&self.path, directory).map_err(file_error("make", directory))?;
-        self.finished = true;
+        self.rename(directory)?;
         let parent = directory.parent().filter(|p| !p.as_os_str().is_empty());
         sync_directory(parent.unwrap_or(Path::new(".")))
+    }
+
+    /// Gives it its name: from then on it is nobody's to discard.
+    fn rename(&self, directory: &Path) -> Result<(), SnapshotError> {
+        let mut unfinished = unfinished();
+        fs::rename(&self.path, directory).map_err(file_error("make", directory))?;
+        unfinished.retain(|path| *path != self.path);
+        Ok(())
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        if !self.finished
-            && let Err(error) = fs::remove_dir_all(&self.path)
-        {
-            let path = self.path.display();
-            tracing::warn!(%error, %path, "an unfinished snapshot is left behind");
+        let mut unfinished = unfinished();
+        if let Some(at) = unfinished.iter().position(|path| *path == self.path) {
+            remove(&unfinished.swap_remove(at));
         }
     }
 }
