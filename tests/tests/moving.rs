@@ -336,6 +336,10 @@ impl Running {
         self.handle.stats().unwrap().state
     }
 
+    fn resets(&self) -> u64 {
+        self.handle.stats().unwrap().resets
+    }
+
     fn stop(self) {
         self.handle.stop(StopMode::Force).unwrap();
         assert_eq!(self.end(), Outcome::Stopped);
@@ -366,5 +370,68 @@ fn one_save_at_a_time_and_the_guest_goes_on_after_each() {
     stand(&mut of_paused).unwrap();
     of_paused.finish().unwrap();
     assert_eq!(guest.state(), MachineState::Paused);
+    guest.stop();
+}
+
+/// Whoever pauses or resumes a guest need not know that it stands for a moment to be saved.
+#[test]
+fn a_guest_that_stands_to_be_saved_is_paused_and_resumed() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let bench = Bench::new();
+    let guest = Running::boot(&bench.config("guest", "spin", "iters=0"));
+    for (before, last) in [(false, false), (false, true), (true, false), (true, true)] {
+        if before {
+            guest.handle.pause().unwrap();
+        }
+        let mut session = Session::begin(&guest.handle).unwrap();
+        stand(&mut session).unwrap();
+        let commands = [Handle::pause, Handle::resume];
+        let first = usize::from(before);
+        commands[first](&guest.handle).unwrap();
+        assert_eq!(guest.state(), MachineState::Paused, "it is being saved");
+        if first != usize::from(last) {
+            commands[1 - first](&guest.handle).unwrap();
+        }
+        session.finish().unwrap();
+        let wanted = match last {
+            true => MachineState::Running,
+            false => MachineState::Paused,
+        };
+        assert_eq!(guest.state(), wanted, "{before} {last}");
+        if !last {
+            guest.handle.resume().unwrap();
+        }
+    }
+    guest.stop();
+}
+
+/// A guest that resets over and over.
+fn resetting(bench: &Bench) -> Running {
+    Running::boot(&MachineConfig {
+        no_reboot: false,
+        console: ConsoleConfig::Off,
+        ..bench.config("guest", "hello", "reboot")
+    })
+}
+
+#[test]
+fn a_guest_that_resets_while_it_is_paused_stays_paused() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let bench = Bench::new();
+    let guest = resetting(&bench);
+    for _ in 0..100 {
+        guest.handle.pause().unwrap();
+        // One may be under way.
+        std::thread::sleep(Duration::from_millis(1));
+        let before = guest.resets();
+        std::thread::sleep(Duration::from_millis(15));
+        assert_eq!(guest.resets(), before, "a paused guest runs");
+        guest.handle.resume().unwrap();
+        std::thread::sleep(Duration::from_micros(Numbers(before).next() % 3000));
+    }
     guest.stop();
 }

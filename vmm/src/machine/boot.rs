@@ -9,6 +9,7 @@ use super::{Machine, Running};
 use crate::boot::layout::{self, VirtioSlot};
 use crate::boot::{self, BootSources};
 use crate::build;
+use crate::control::MachineState;
 use crate::cpu::{self, PlatformKind};
 use crate::dirty::{DirtyTracker, Mechanism};
 use crate::error::Error;
@@ -122,7 +123,10 @@ impl Machine {
         // Whoever saves the guest finds out that it began anew.
         self.saving = SavePhase::None;
         self.boot()?;
-        self.resume_vcpus();
+        // It may have been paused after it asked for the reset.
+        if self.state == MachineState::Running {
+            self.resume_vcpus();
+        }
         Ok(())
     }
 

@@ -29,8 +29,9 @@ pub(super) enum SavePhase {
     None,
     /// Its writes are followed.
     Following,
-    /// It stands until it is thawed; `ran` says whether it ran before.
-    Frozen { ran: bool },
+    /// It stands until it is thawed; `ran` says whether it ran before, `goes_on` whether it is to run
+    /// then, which pauses and resumes may have changed.
+    Frozen { ran: bool, goes_on: bool },
     /// As that, without disks, taps and sockets. In doubt the user decides whether it goes on here.
     Released { ran: bool, doubt: bool },
 }
@@ -131,7 +132,7 @@ impl Machine {
                 return Err(failed(error));
             }
         };
-        self.saving = SavePhase::Frozen { ran };
+        self.saving = SavePhase::Frozen { ran, goes_on: ran };
         Ok(Answer::Frozen(Box::new(Frozen {
             state,
             since,
@@ -181,20 +182,24 @@ impl Machine {
     }
 
     pub(super) fn thaw(&mut self) -> Result<Answer, ControlError> {
-        let SavePhase::Frozen { ran } = self.saving else {
+        let SavePhase::Frozen { goes_on, .. } = self.saving else {
             return Err(ControlError::Failed("the guest is not frozen".into()));
         };
         self.saving = SavePhase::Following;
-        if ran {
+        if goes_on {
             self.go_on();
         }
         Ok(Answer::Done)
     }
 
     pub(super) fn release(&mut self, state: GuestState) -> Result<Answer, ControlError> {
-        let SavePhase::Frozen { ran } = self.saving else {
+        let SavePhase::Frozen { ran, goes_on } = self.saving else {
             return Err(ControlError::Failed("the guest is not frozen".into()));
         };
+        if ran != goes_on {
+            let reason = "the guest was paused or resumed meanwhile: it stays here";
+            return Err(ControlError::Failed(reason.into()));
+        }
         self.shared.model().let_go();
         self.deferred.clear();
         self.released = Some(state);
@@ -213,7 +218,7 @@ impl Machine {
         };
         match self.rebuild(&state) {
             Ok(()) => {
-                self.saving = SavePhase::Frozen { ran };
+                self.saving = SavePhase::Frozen { ran, goes_on: ran };
                 Ok(Answer::Done)
             }
             Err(error) => {

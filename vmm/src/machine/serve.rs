@@ -185,6 +185,12 @@ impl Machine {
     }
 
     fn handle_wake(&mut self) -> Result<Option<End>, Error> {
+        // Before commands, which are for a guest that lives.
+        if let Some(end) = self.take_ends()? {
+            // Commands wait for what comes next.
+            self.shared.wake();
+            return Ok(Some(end));
+        }
         while let Ok(request) = self.requests.try_recv() {
             let (answer, end) = self.carry_out(request.command);
             // Whoever asked may have stopped waiting.
@@ -193,6 +199,11 @@ impl Machine {
                 return Ok(end);
             }
         }
+        Ok(None)
+    }
+
+    /// What the ends of vCPUs mean for the guest.
+    fn take_ends(&mut self) -> Result<Option<End>, Error> {
         let ends = std::mem::take(&mut *self.shared.ends());
         for end in ends {
             match end {
@@ -249,6 +260,13 @@ impl Machine {
     }
 
     fn pause(&mut self) -> Result<Answer, ControlError> {
+        if let SavePhase::Frozen { goes_on, .. } = &mut self.saving
+            && *goes_on
+        {
+            // It stands already, and does not go on when it is saved.
+            *goes_on = false;
+            return Ok(Answer::Done);
+        }
         self.expect_state("pause", MachineState::Running, "running")?;
         self.stop_guest(&mut FreezeTimes::default());
         Ok(Answer::Done)
@@ -256,16 +274,21 @@ impl Machine {
 
     fn resume(&mut self) -> Result<Answer, ControlError> {
         self.expect_state("resume", MachineState::Paused, "paused")?;
-        match self.saving {
-            SavePhase::None | SavePhase::Following => {}
+        match &mut self.saving {
+            // It goes on when it is saved.
+            SavePhase::Frozen { goes_on, .. } => {
+                *goes_on = true;
+                return Ok(Answer::Done);
+            }
             SavePhase::Released { doubt: true, .. } => {
                 self.reacquire()?;
                 self.saving = SavePhase::None;
             }
-            SavePhase::Frozen { .. } | SavePhase::Released { .. } => {
-                let reason = "the guest is being saved or migrated: it goes on by itself";
+            SavePhase::Released { .. } => {
+                let reason = "the guest is being migrated: it goes on by itself";
                 return Err(ControlError::Failed(reason.into()));
             }
+            SavePhase::None | SavePhase::Following => {}
         }
         self.go_on();
         Ok(Answer::Done)
@@ -298,7 +321,10 @@ impl Machine {
     }
 
     fn press_power_button(&mut self) -> Result<Answer, ControlError> {
-        self.expect_state("stop by power button", MachineState::Running, "running")?;
+        // A guest that is being saved finds it pressed when it goes on.
+        if !matches!(self.saving, SavePhase::Frozen { goes_on: true, .. }) {
+            self.expect_state("stop by power button", MachineState::Running, "running")?;
+        }
         if self.shared.model().press_power_button() {
             return Ok(Answer::Done);
         }
