@@ -26,9 +26,11 @@ use tandem_vmm::snapshot::{GuestState, Sections, SnapshotError, Writer};
 const STAND_BUDGET: Duration = Duration::from_millis(2);
 /// Moves of a guest at most, and at least: below, a run proves little.
 const MOVES_MAX: u32 = 30;
-const MOVES_MIN: u32 = 12;
+const MOVES_MIN: u32 = 5;
 /// Longest time that a guest runs between two moves.
 const STAY_MAX_MS: u64 = 25;
+/// Number of the model-specific register.
+const TIME_STAMP_COUNTER: u32 = 0x10;
 const DISK_SIZE: u64 = 16 << 20;
 
 /// A guest that runs on a thread of its own.
@@ -152,16 +154,30 @@ impl Numbers {
     }
 }
 
+/// What the guest's clocks show: KVM's, and the time-stamp counter.
+fn clocks_of(state: &GuestState) -> [u64; 2] {
+    let mut registers = state.vcpus[0].msrs.iter();
+    let counter = registers.find(|(number, _)| *number == TIME_STAMP_COUNTER);
+    [state.kvm.clock.ns, counter.unwrap().1]
+}
+
 /// Moves the guest at odd moments until it has ended; returns how often.
 fn wander(config: &MachineConfig) -> u32 {
     let mut numbers = Numbers(1);
     let mut guest = Running::boot(config);
+    let mut clocks = [0; 2];
     for moves in 0..MOVES_MAX {
         std::thread::sleep(Duration::from_millis(numbers.next() % STAY_MAX_MS));
         // A guest that stands is saved as well as one that runs.
         let paused = numbers.next().is_multiple_of(4) && guest.handle.pause().is_ok();
         match pack(guest) {
             Ok(parcel) => {
+                let later = clocks_of(&parcel.state);
+                assert!(
+                    later[0] > clocks[0] && later[1] > clocks[1],
+                    "time runs backwards: {clocks:?}, {later:?}"
+                );
+                clocks = later;
                 guest = unpack(config, parcel, numbers.next().is_multiple_of(2));
             }
             Err(outcome) => {
@@ -270,8 +286,8 @@ fn guests_that_write_memory_faster_than_it_is_copied() {
         return;
     }
     let bench = Bench::new();
-    let cmdline = "pages=2048 span=4096 bytes=64 period_ms=0 rounds=3000 report=500";
-    same_guest(&bench, "dirty", cmdline, 1, "dirty: done rounds=3000");
+    let cmdline = "pages=2048 span=4096 bytes=64 period_ms=0 rounds=6000 report=500";
+    same_guest(&bench, "dirty", cmdline, 1, "dirty: done rounds=6000");
 }
 
 #[test]
@@ -414,6 +430,36 @@ fn resetting(bench: &Bench) -> Running {
         console: ConsoleConfig::Off,
         ..bench.config("guest", "hello", "reboot")
     })
+}
+
+#[test]
+fn a_save_that_a_reset_overtakes_fails_and_the_guest_lives() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let bench = Bench::new();
+    let guest = resetting(&bench);
+    let mut overtaken = 0;
+    while overtaken < 10 {
+        let mut session = match Session::begin(&guest.handle) {
+            Ok(session) => session,
+            // It is being reset just now.
+            Err(error) => {
+                assert!(told(&error).contains("was reset"), "{error:?}");
+                continue;
+            }
+        };
+        let before = guest.resets();
+        while guest.resets() == before {
+            std::thread::yield_now();
+        }
+        let other = told(&Session::begin(&guest.handle).err().unwrap());
+        assert!(other.contains("being saved already"), "{other}");
+        let why = told(&stand(&mut session).unwrap_err());
+        assert!(why.contains("was reset"), "{why}");
+        overtaken += 1;
+    }
+    guest.stop();
 }
 
 #[test]

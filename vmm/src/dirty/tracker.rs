@@ -21,7 +21,6 @@ const FINAL_ROUNDS_MAX: u32 = 4;
 /// Follows which pages of a guest's memory are written, once started. Shared by who harvests and
 /// by the vCPUs' threads, whose rings may be full at any time.
 pub struct DirtyTracker {
-    vm: Arc<Vm>,
     memory: Arc<GuestMemory>,
     slots: Vec<Slot>,
     state: Mutex<State>,
@@ -36,7 +35,8 @@ struct Slot {
 
 struct State {
     phase: Phase,
-    source: Source,
+    /// Nothing once the guest was reset.
+    kvm: Option<KvmSide>,
     /// Taken from full rings and not harvested yet.
     pending: PageSet,
 }
@@ -47,6 +47,12 @@ enum Phase {
     On,
     /// KVM failed, and pages may have been lost. There is no way back.
     Broken,
+}
+
+/// What knows of the guest's own writes.
+struct KvmSide {
+    vm: Arc<Vm>,
+    source: Source,
 }
 
 enum Source {
@@ -72,12 +78,14 @@ impl DirtyTracker {
             Mechanism::Log => Source::Log(Log::new(pages_max)),
         };
         Ok(Self {
-            vm: Arc::clone(vm),
             memory: Arc::clone(memory),
             slots,
             state: Mutex::new(State {
                 phase: Phase::Off,
-                source,
+                kvm: Some(KvmSide {
+                    vm: Arc::clone(vm),
+                    source,
+                }),
                 pending: PageSet::covering(memory),
             }),
         })
@@ -99,12 +107,13 @@ impl DirtyTracker {
             Phase::On => return Err(Error::Internal("dirty tracking was started twice")),
             Phase::Broken => return Err(BROKEN),
         }
+        let vm = &state.kvm.as_ref().ok_or(DETACHED)?.vm;
         self.bitmaps().for_each(AtomicBitmap::reset);
-        state.pending.clear();
-        self.vm.log_writes(true).inspect_err(|_| {
+        vm.log_writes(true).inspect_err(|_| {
             // The first failure is what is told; a slot that still logs does no harm.
-            drop(self.vm.log_writes(false));
+            drop(vm.log_writes(false));
         })?;
+        state.pending.clear();
         state.phase = Phase::On;
         Ok(())
     }
@@ -116,10 +125,10 @@ impl DirtyTracker {
     /// When KVM refuses.
     pub fn stop(&self) -> Result<(), Error> {
         let mut state = self.lock();
-        if state.phase == Phase::Off {
+        let Some(kvm) = state.kvm.as_ref().filter(|_| state.phase != Phase::Off) else {
             return Ok(());
-        }
-        self.vm.log_writes(false)?;
+        };
+        kvm.vm.log_writes(false)?;
         if state.phase == Phase::On {
             // Else the rings would be found full when it is started again.
             self.empty_rings(&mut state)?;
@@ -127,6 +136,17 @@ impl DirtyTracker {
         }
         state.pending.clear();
         Ok(())
+    }
+
+    /// Lets the virtual machine go, which the guest is done with, whoever still holds the tracker: a
+    /// descriptor that is bound to it cannot be bound to the next.
+    pub fn detach(&self) {
+        self.lock().kvm = None;
+    }
+
+    /// Whether the virtual machine is gone.
+    pub fn is_detached(&self) -> bool {
+        self.lock().kvm.is_none()
     }
 
     /// Adds to `pages` what was written since the last harvest. The guest may run. See
@@ -174,10 +194,11 @@ impl DirtyTracker {
 
     /// Moves what is in the rings to the pending pages.
     fn empty_rings(&self, state: &mut State) -> Result<(), Error> {
-        let Source::Rings(rings) = &mut state.source else {
+        let KvmSide { vm, source } = state.kvm.as_mut().ok_or(DETACHED)?;
+        let Source::Rings(rings) = source else {
             return Ok(());
         };
-        let result = self.drain_rings(rings, self.vm.fd(), &mut state.pending);
+        let result = self.drain_rings(rings, vm.fd(), &mut state.pending);
         if result.is_err() {
             state.phase = Phase::Broken;
         }
@@ -193,8 +214,9 @@ impl DirtyTracker {
         if pages.limit() < state.pending.limit() {
             return Err(Error::Internal("a set of pages is for another guest"));
         }
+        let kvm = state.kvm.as_mut().ok_or(DETACHED)?;
         let result = self
-            .take_guest_writes(&mut state.source, pages)
+            .take_guest_writes(kvm, pages)
             .and_then(|()| self.take_own_writes(pages))
             .and_then(|()| add(pages, &state.pending));
         state.pending.clear();
@@ -204,10 +226,10 @@ impl DirtyTracker {
         result
     }
 
-    fn take_guest_writes(&self, source: &mut Source, into: &mut PageSet) -> Result<(), Error> {
-        match source {
-            Source::Rings(rings) => self.drain_rings(rings, self.vm.fd(), into),
-            Source::Log(log) => self.read_log(log, self.vm.fd(), into),
+    fn take_guest_writes(&self, kvm: &mut KvmSide, into: &mut PageSet) -> Result<(), Error> {
+        match &mut kvm.source {
+            Source::Rings(rings) => self.drain_rings(rings, kvm.vm.fd(), into),
+            Source::Log(log) => self.read_log(log, kvm.vm.fd(), into),
         }
     }
 
@@ -264,6 +286,7 @@ impl Slot {
 }
 
 const BROKEN: Error = Error::Internal("dirty tracking failed before and cannot go on");
+const DETACHED: Error = Error::Internal("the guest whose writes were followed is gone");
 
 fn add(pages: &mut PageSet, more: &PageSet) -> Result<(), Error> {
     check(pages.insert_all(more))

@@ -120,8 +120,9 @@ impl Machine {
         self.shared.model().reset();
         memory::clear(&self.memory).map_err(Error::host("clear guest memory"))?;
         self.resets += 1;
-        // Whoever saves the guest finds out that it began anew.
-        self.saving = SavePhase::None;
+        if self.saving != SavePhase::None {
+            self.saving = SavePhase::Overtaken;
+        }
         self.boot()?;
         // It may have been paused after it asked for the reset.
         if self.state == MachineState::Running {
@@ -138,9 +139,12 @@ impl Machine {
 
     /// Ends all vCPUs' threads and lets KVM's side go.
     pub(super) fn end_vcpus(&mut self) {
-        let Some(Running { vcpus, vm, .. }) = self.running.take() else {
+        let Some(running) = self.running.take() else {
             return;
         };
+        let Running {
+            vcpus, tracker, vm, ..
+        } = running;
         vcpus.iter().for_each(VcpuThread::ask_exit);
         for vcpu in vcpus {
             drop(vcpu.join());
@@ -148,6 +152,7 @@ impl Machine {
         self.shared.ends().clear();
         self.shared.model().connect_sci(None);
         self.acks.detach();
+        tracker.detach();
         drop(vm);
     }
 }

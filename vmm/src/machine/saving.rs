@@ -34,6 +34,8 @@ pub(super) enum SavePhase {
     Frozen { ran: bool, goes_on: bool },
     /// As that, without disks, taps and sockets. In doubt the user decides whether it goes on here.
     Released { ran: bool, doubt: bool },
+    /// It was reset meanwhile: what was saved of it is worthless.
+    Overtaken,
 }
 
 /// What there is to save of a vCPU, once it is known.
@@ -109,6 +111,9 @@ impl Machine {
     }
 
     pub(super) fn freeze(&mut self) -> Result<Answer, ControlError> {
+        if self.saving == SavePhase::Overtaken {
+            return Err(failed(SnapshotError::Reset));
+        }
         if self.saving != SavePhase::Following {
             return Err(ControlError::Failed(
                 "no save of the guest was begun".into(),

@@ -288,7 +288,7 @@ impl Machine {
                 let reason = "the guest is being migrated: it goes on by itself";
                 return Err(ControlError::Failed(reason.into()));
             }
-            SavePhase::None | SavePhase::Following => {}
+            SavePhase::None | SavePhase::Following | SavePhase::Overtaken => {}
         }
         self.go_on();
         Ok(Answer::Done)

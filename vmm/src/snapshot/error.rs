@@ -183,7 +183,7 @@ pub enum SnapshotError {
     /// KVM does not tell which pages were written.
     #[error("the guest's writes cannot be followed: {0}")]
     Tracking(String),
-    /// The guest was reset while it was saved.
-    #[error("the guest was reset while it was saved; try again")]
+    /// The guest began anew, or ended, while it was saved.
+    #[error("the guest was reset or ended while it was saved")]
     Reset,
 }

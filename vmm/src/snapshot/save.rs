@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use super::{GuestState, SnapshotError};
 use crate::control::{ControlError, Frozen, Handle, Saving};
 use crate::dirty::PageSet;
+use crate::error::Error;
 
 /// Most rounds of copying while the guest runs.
 pub const ROUNDS_MAX: u32 = 30;
@@ -137,7 +138,7 @@ impl<'a> Session<'a> {
         self.saving
             .tracker
             .final_harvest(&mut self.left)
-            .map_err(|e| SnapshotError::Tracking(e.to_string()))?;
+            .map_err(|e| self.untracked(&e))?;
         let harvest = read.elapsed();
         let pages = self.left.len();
         let bytes = self.copy_left(sink)?;
@@ -202,7 +203,14 @@ impl<'a> Session<'a> {
         self.saving
             .tracker
             .harvest(&mut self.left)
-            .map_err(|e| SnapshotError::Tracking(e.to_string()))
+            .map_err(|e| self.untracked(&e))
+    }
+
+    fn untracked(&self, error: &Error) -> SnapshotError {
+        match self.saving.tracker.is_detached() {
+            true => SnapshotError::Reset,
+            false => SnapshotError::Tracking(error.to_string()),
+        }
     }
 
     fn copy_left(&mut self, sink: &mut impl PageSink) -> Result<u64, SnapshotError> {

@@ -77,7 +77,7 @@ pub enum StateError {
     #[error("the vCPU has I/O pending: it must be complete before its state is saved")]
     Pending,
     /// The vCPU's thread has ended.
-    #[error("a vCPU of the guest has ended")]
+    #[error("a vCPU has ended: the guest was reset or is ending")]
     Ended,
 }
 
