@@ -224,6 +224,41 @@ fn a_load_does_not_notice_saves_and_moves() {
     drop((guest, copy));
 }
 
+#[test]
+fn two_guests_of_one_snapshot_live_apart_under_other_names() {
+    if cannot_run(&["redis-cli"]) {
+        return;
+    }
+    let networks = [Network::new(), Network::new()];
+    let place = Place::new();
+    let original = serve(&networks[0]);
+    original.save(&place.path());
+    drop(original);
+    let copies: Vec<_> = networks
+        .iter()
+        .zip(["one", "two"])
+        .map(|(network, name)| {
+            GuestBuilder::saved(&place.path())
+                .arg("--name")
+                .arg(name)
+                .in_network(network)
+                .start()
+        })
+        .collect();
+    for (network, name) in networks.iter().zip(["one", "two"]) {
+        let redis = |arguments: &[&str]| {
+            let all = [&["-h", GUEST], arguments].concat();
+            network.run("redis-cli", &all).trim().to_owned()
+        };
+        assert_eq!(redis(&["GET", "name"]), "");
+        assert_eq!(redis(&["SET", "name", name]), "OK");
+        assert_eq!(redis(&["GET", "name"]), name);
+    }
+    for (guest, name) in copies.iter().zip(["one", "two"]) {
+        assert!(guest.succeed(&["list"]).contains(name));
+    }
+}
+
 // Entropy.
 
 /// Each boot of the guest prints some of the stream, and how far it came is saved.

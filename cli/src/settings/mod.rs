@@ -193,13 +193,17 @@ impl Settings {
     }
 
     /// Lays `over` on top as [`Settings::merge`] does, but for disks and interfaces: if `over` has
-    /// any, they take the place of these.
+    /// any, they take the place of these. An interface without an address keeps that of the one before:
+    /// the guest knows it, whatever the guest is called now.
     #[must_use]
-    pub fn replace(mut self, over: Self) -> Self {
+    pub fn replace(mut self, mut over: Self) -> Self {
         if !over.disks.is_empty() {
             self.disks.clear();
         }
         if !over.nets.is_empty() {
+            for (new, old) in over.nets.iter_mut().zip(&self.nets) {
+                new.config.mac = new.config.mac.or(old.config.mac);
+            }
             self.nets.clear();
         }
         self.merge(over)
