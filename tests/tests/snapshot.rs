@@ -2,7 +2,8 @@
 //! something at the same time.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -259,7 +260,59 @@ fn two_guests_of_one_snapshot_live_apart_under_other_names() {
     }
 }
 
-// Entropy.
+// Sockets and entropy.
+
+#[test]
+fn socket_connections_end_and_new_ones_begin() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vsock");
+    let mut guest = GuestBuilder::image("hello", "vsock=7")
+        .arg("--vsock")
+        .arg(format!("cid=3,path={}", path.display()))
+        .start();
+    guest.wait_for("hello: ready");
+    for round in 0..3 {
+        let before = connect(&path);
+        assert_eq!(shout(&before, "before"), "BEFORE");
+        guest = guest.moved();
+        let mut rest = Vec::new();
+        // An end or an error, and soon.
+        match (&before).read_to_end(&mut rest) {
+            Ok(_) => assert_eq!(rest, b""),
+            Err(e) => assert_ne!(e.kind(), std::io::ErrorKind::WouldBlock, "round {round}"),
+        }
+        let many: Vec<_> = (0..20).map(|_| connect(&path)).collect();
+        for stream in &many {
+            assert_eq!(shout(stream, "after"), "AFTER");
+        }
+    }
+}
+
+fn connect(path: &Path) -> UnixStream {
+    let stream = UnixStream::connect(path).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    writeln!(&stream, "CONNECT 7").unwrap();
+    let answer = line(&stream);
+    assert!(answer.starts_with("OK "), "{answer}");
+    stream
+}
+
+fn line(mut stream: &UnixStream) -> String {
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte).unwrap() == 1 && byte != *b"\n" {
+        bytes.push(byte[0]);
+    }
+    String::from_utf8(bytes).unwrap()
+}
+
+fn shout(mut stream: &UnixStream, text: &str) -> String {
+    writeln!(stream, "{text}").unwrap();
+    line(stream)
+}
 
 /// Each boot of the guest prints some of the stream, and how far it came is saved.
 #[test]

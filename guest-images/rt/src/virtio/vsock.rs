@@ -25,6 +25,12 @@ const EVENTS: u32 = 2;
 const BUFFER_BYTES: usize = HEADER_BYTES + DATA_MAX;
 /// Buffers in each direction.
 const BUFFERS: u16 = 64;
+/// Bytes of an event: its number (5.10.6.7).
+const EVENT_BYTES: usize = 4;
+/// Buffers for events.
+const EVENT_BUFFERS: u16 = 2;
+/// The event that ends all connections, as when this guest was moved.
+const TRANSPORT_RESET: u32 = 0;
 
 /// The socket device and its connections.
 pub struct Vsock {
@@ -32,15 +38,16 @@ pub struct Vsock {
     line: Line,
     receive: Queue,
     transmit: Queue,
-    /// Kept for the device, which may use it; its events (a migration) need no answer here.
-    _events: Queue,
+    events: Queue,
     receiving: Dma,
     transmitting: Dma,
+    announcing: Dma,
     /// Transmit buffers not in use.
     free: Vec<u16>,
     /// Buffer of each request in flight, by number.
     receive_slots: Vec<u16>,
     transmit_slots: Vec<u16>,
+    event_slots: Vec<u16>,
     streams: Streams,
 }
 
@@ -54,13 +61,16 @@ impl Vsock {
         let features = transport.negotiate(RING_EVENT_INDEX)?;
         let receive = transport.queue(RECEIVE, BUFFERS, features)?;
         let transmit = transport.queue(TRANSMIT, BUFFERS, features)?;
+        let events = transport.queue(EVENTS, EVENT_BUFFERS, features)?;
         let mut vsock = Self {
-            _events: transport.queue(EVENTS, BUFFERS, features)?,
             line: transport.start(),
             streams: Streams::new(transport.config_u64(0)),
             receiving: Dma::new(usize::from(receive.size()) * BUFFER_BYTES),
             transmitting: Dma::new(usize::from(transmit.size()) * BUFFER_BYTES),
             free: (0..transmit.size()).rev().collect(),
+            announcing: Dma::new(usize::from(events.size()) * EVENT_BYTES),
+            event_slots: alloc::vec![0; events.size().into()],
+            events,
             receive_slots: alloc::vec![0; receive.size().into()],
             transmit_slots: alloc::vec![0; transmit.size().into()],
             receive,
@@ -69,6 +79,7 @@ impl Vsock {
         };
         vsock.transmit.disarm();
         (0..vsock.receive.size()).for_each(|slot| vsock.lend_receive(slot));
+        (0..vsock.events.size()).for_each(|slot| vsock.lend_event(slot));
         vsock.kick();
         Ok(vsock)
     }
@@ -97,6 +108,10 @@ impl Vsock {
 
     /// What happened next, if anything did.
     pub fn poll(&mut self) -> Option<Event> {
+        self.take_events();
+        if let Some(stream) = self.streams.take_lost() {
+            return Some(Event::Closed(stream));
+        }
         while let Some(used) = self.receive.pop() {
             let slot = self.receive_slots[usize::from(used.head)];
             let mut bytes = alloc::vec![0; (used.len as usize).min(BUFFER_BYTES)];
@@ -127,6 +142,7 @@ impl Vsock {
         }
         self.transport.kick(&mut self.receive);
         self.transport.kick(&mut self.transmit);
+        self.transport.kick(&mut self.events);
     }
 
     /// Waits for a packet, for a buffer to send with if there was none, or for any other
@@ -135,7 +151,7 @@ impl Vsock {
     pub fn wait(&mut self, deadline: Option<u64>) {
         self.transport.take_interrupt(self.line);
         let can_send = !self.free.is_empty() || self.transmit.arm();
-        if self.receive.arm() && can_send {
+        if self.receive.arm() && self.events.arm() && can_send {
             clock::wait_until(deadline);
         }
         self.transmit.disarm();
@@ -145,6 +161,32 @@ impl Vsock {
         let header = Header::read(bytes)?;
         let data = bytes[HEADER_BYTES..].get(..header.len as usize)?;
         self.streams.incoming(&header, data)
+    }
+
+    /// Events come before the packets that the device sent after them.
+    fn take_events(&mut self) {
+        while let Some(used) = self.events.pop() {
+            let slot = self.event_slots[usize::from(used.head)];
+            let mut number = [0; EVENT_BYTES];
+            self.announcing
+                .copy_out(usize::from(slot) * EVENT_BYTES, &mut number);
+            self.lend_event(slot);
+            if u32::from_le_bytes(number) == TRANSPORT_RESET {
+                self.streams.lose_all();
+            }
+        }
+    }
+
+    fn lend_event(&mut self, slot: u16) {
+        let part = Part {
+            address: self.announcing.address(usize::from(slot) * EVENT_BYTES),
+            len: EVENT_BYTES as u32,
+            device_writes: true,
+        };
+        // SAFETY: nobody looks at the slot until it is popped.
+        let head = unsafe { self.events.add(&[part]) };
+        let head = head.expect("there are as many entries as buffers");
+        self.event_slots[usize::from(head)] = slot;
     }
 
     fn lend_receive(&mut self, slot: u16) {

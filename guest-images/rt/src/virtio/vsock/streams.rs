@@ -84,6 +84,8 @@ pub(crate) struct Streams {
     streams: Vec<State>,
     next_local_port: u32,
     outgoing: VecDeque<Packet>,
+    /// Connections that ended behind this side's back.
+    lost: Vec<Stream>,
 }
 
 impl Streams {
@@ -95,6 +97,7 @@ impl Streams {
             streams: Vec::new(),
             next_local_port: FIRST_LOCAL_PORT,
             outgoing: VecDeque::new(),
+            lost: Vec::new(),
         }
     }
 
@@ -145,6 +148,17 @@ impl Streams {
             self.reply(stream, Operation::Reset, 0);
             self.streams.swap_remove(at);
         }
+    }
+
+    /// All connections are gone, and nobody is to be told: the peer is another one.
+    pub(crate) fn lose_all(&mut self) {
+        self.lost.extend(self.streams.drain(..).map(|s| s.stream));
+        self.outgoing.clear();
+    }
+
+    /// A connection that was lost, once each.
+    pub(crate) fn take_lost(&mut self) -> Option<Stream> {
+        self.lost.pop()
     }
 
     /// The next packet to send.
@@ -403,5 +417,18 @@ mod tests {
             assert!(streams.connect(PEER).is_some());
         }
         assert_eq!(streams.connect(PEER), None);
+    }
+
+    #[test]
+    fn lost_connections_are_told_once_and_their_ports_are_free() {
+        let (mut streams, stream) = opened(100);
+        assert_eq!(streams.send(stream, b"never sent"), 10);
+        streams.lose_all();
+        assert_eq!(streams.take_lost(), Some(stream));
+        assert_eq!(streams.take_lost(), None);
+        assert!(streams.outgoing().is_none());
+        assert_eq!(streams.send(stream, b"x"), 0);
+        let event = streams.incoming(&from_host(Operation::Request, 0, 100, 0), &[]);
+        assert_eq!(event, Some(Event::Open(stream)));
     }
 }
