@@ -286,8 +286,8 @@ fn guests_that_write_memory_faster_than_it_is_copied() {
         return;
     }
     let bench = Bench::new();
-    let cmdline = "pages=2048 span=4096 bytes=64 period_ms=0 rounds=6000 report=500";
-    same_guest(&bench, "dirty", cmdline, 1, "dirty: done rounds=6000");
+    let cmdline = "pages=2048 span=4096 bytes=64 period_ms=0 rounds=24000 report=2000";
+    same_guest(&bench, "dirty", cmdline, 1, "dirty: done rounds=24000");
 }
 
 #[test]
