@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, VsockConfig};
+use tandem_vmm::confinement::{Enforcement, User};
 use tandem_vmm::migration::Address;
 use tracing::level_filters::LevelFilter;
 
@@ -278,6 +279,13 @@ pub struct RunArgs {
     /// What the VMM logs: off, error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL", value_parser = value::log_level, help_heading = "Host")]
     pub log_level: Option<LevelFilter>,
+    /// What the VMM may ask of its host's kernel: on (a guest's process ends if it asks for more), log
+    /// (the kernel logs it) or off [default: on]
+    #[arg(long, value_name = "MODE", value_parser = value::confine, help_heading = "Host")]
+    pub confine: Option<Enforcement>,
+    /// User, and group if it is not the user's, to run as once everything is opened; for the superuser
+    #[arg(long, value_name = "USER[:GROUP]", value_parser = value::user, help_heading = "Host")]
+    pub user: Option<User>,
     /// Check everything, print the settings that would be used, and do not run
     #[arg(long, help_heading = "Host")]
     pub dry_run: bool,
@@ -346,6 +354,13 @@ pub struct PlaceArgs {
     /// What the VMM logs: off, error, warn, info, debug or trace [default: info]
     #[arg(long, value_name = "LEVEL", value_parser = value::log_level, help_heading = "Host")]
     pub log_level: Option<LevelFilter>,
+    /// What the VMM may ask of its host's kernel: on (a guest's process ends if it asks for more), log
+    /// (the kernel logs it) or off [default: on]
+    #[arg(long, value_name = "MODE", value_parser = value::confine, help_heading = "Host")]
+    pub confine: Option<Enforcement>,
+    /// User, and group if it is not the user's, to run as once everything is opened; for the superuser
+    #[arg(long, value_name = "USER[:GROUP]", value_parser = value::user, help_heading = "Host")]
+    pub user: Option<User>,
 }
 
 impl PlaceArgs {
@@ -359,6 +374,8 @@ impl PlaceArgs {
             realtime: self.realtime.map(Located::flag),
             api: self.api.clone().map(Located::flag),
             log_level: self.log_level.map(Located::flag),
+            confine: self.confine.map(Located::flag),
+            user: self.user.map(Located::flag),
             disks: self.disks.iter().cloned().map(Into::into).collect(),
             nets: self.nets.iter().cloned().map(Into::into).collect(),
             vsock: self.vsock.clone().map(Located::flag),
@@ -388,6 +405,8 @@ impl RunArgs {
             realtime: self.realtime.map(Located::flag),
             api: self.api.map(Located::flag),
             log_level: self.log_level.map(Located::flag),
+            confine: self.confine.map(Located::flag),
+            user: self.user.map(Located::flag),
             disks: self.disks.into_iter().map(Into::into).collect(),
             nets: self.nets.into_iter().map(Into::into).collect(),
             vsock: self.vsock.map(Located::flag),

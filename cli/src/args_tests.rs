@@ -129,6 +129,12 @@ fn flags(settings: &Settings) -> Vec<String> {
         settings.log_level.as_ref(),
         LevelFilter::to_string,
     );
+    flag(&mut all, "confine", settings.confine.as_ref(), |c| {
+        value::confine_text(*c).into()
+    });
+    flag(&mut all, "user", settings.user.as_ref(), |u| {
+        value::user_text(*u)
+    });
     flag(&mut all, "vsock", settings.vsock.as_ref(), |v| {
         format!("cid={},path={}", v.cid, v.path.display())
     });

@@ -3,6 +3,8 @@
 use std::fmt::Write as _;
 use std::process::ExitCode;
 
+use tandem_vmm::confinement::VIOLATION_EXIT_CODE;
+
 /// How the command ended, as its parent process sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -28,11 +30,13 @@ pub enum Exit {
     GuestInternal = 21,
     /// A fault of the VMM itself.
     Internal = 70,
+    /// The VMM asked its host for something that its confinement forbids.
+    Confinement = VIOLATION_EXIT_CODE as u8,
 }
 
 impl Exit {
     /// All codes, in the order of their numbers.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Ok,
         Self::Failed,
         Self::Usage,
@@ -43,6 +47,7 @@ impl Exit {
         Self::TripleFault,
         Self::GuestInternal,
         Self::Internal,
+        Self::Confinement,
     ];
 
     /// The number that the parent process gets.
@@ -63,6 +68,7 @@ impl Exit {
             Self::TripleFault => "triple-fault",
             Self::GuestInternal => "guest-internal",
             Self::Internal => "internal",
+            Self::Confinement => "confinement",
         }
     }
 
@@ -79,6 +85,7 @@ impl Exit {
             Self::TripleFault => "a vCPU of the guest triple-faulted",
             Self::GuestInternal => "KVM cannot run the guest any further (internal error)",
             Self::Internal => "a fault of the VMM itself",
+            Self::Confinement => "the VMM made a system call that its confinement forbids",
         }
     }
 }

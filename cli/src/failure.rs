@@ -35,6 +35,9 @@ pub enum Failure {
     /// The guest could not be started or did not end well.
     #[error(transparent)]
     Machine(#[from] tandem_vmm::error::Error),
+    /// The VMM cannot confine itself.
+    #[error(transparent)]
+    Confinement(#[from] tandem_vmm::confinement::ConfinementError),
     /// A snapshot cannot be used.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -75,7 +78,7 @@ impl Failure {
             Self::Place(PlaceError::NoGuest { .. }) | Self::Client(_) | Self::StillRuns { .. } => {
                 Exit::Failed
             }
-            Self::Place(_) | Self::Host { .. } => Exit::Resource,
+            Self::Place(_) | Self::Host { .. } | Self::Confinement(_) => Exit::Resource,
             Self::Snapshot(_) | Self::Migration(MigrationError::Snapshot(_)) => Exit::Snapshot,
             Self::Migration(MigrationError::Address { .. }) => Exit::Usage,
             Self::Migration(MigrationError::Link { .. }) => Exit::Resource,

@@ -3,6 +3,7 @@
 pub mod api;
 pub mod args;
 pub mod client;
+mod confine;
 pub mod control;
 pub mod exit;
 pub mod failure;

@@ -28,7 +28,7 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         }
     };
     let mut offer = Some(offer);
-    let ran = run_machine(launch, context, |config| {
+    let ran = run_machine(launch, context, |config, confinement| {
         let memory = memory::allocate(config.memory, config.hugepages)?;
         let received = match offer.take() {
             Some(offer) => offer.accept(&memory)?,
@@ -36,7 +36,7 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         };
         let started = Instant::now();
         let memory = SavedMemory::Loaded(memory);
-        match Machine::restore(config, &received.state, memory, started) {
+        match Machine::restore(config, &received.state, memory, confinement, started) {
             Ok(machine) => Ok::<_, Failure>((machine, || announce(received))),
             Err(error) => {
                 let failure = Failure::from(error);

@@ -1,5 +1,8 @@
 //! `tandem restore`: a guest goes on where it was saved.
 
+use std::io;
+
+use tandem_vmm::confinement::ThreadKind;
 use tandem_vmm::error::Error;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
@@ -22,7 +25,7 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
     let snapshot = directory::open_snapshot(&args.directory)?;
     let launch = plan(args, &snapshot)?;
     let (paused, eager) = (args.paused, args.eager);
-    run_machine(launch, context, |config| {
+    run_machine(launch, context, |config, confinement| {
         let Snapshot {
             state,
             memory,
@@ -36,11 +39,14 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
             SavedMemory::Loaded(guest_memory)
         } else {
             let to = guest_memory.clone();
-            let start =
-                Box::new(move |on_failure| Loader::start(memory, checksums, to, on_failure));
+            let confine = confinement.entry(ThreadKind::MemoryLoader);
+            let begin = move || confine.enter().map_err(io::Error::other);
+            let start = Box::new(move |on_failure| {
+                Loader::start_beginning_with(memory, checksums, to, on_failure, begin)
+            });
             SavedMemory::OnDemand(guest_memory, start)
         };
-        let mut machine = Machine::restore(config, &state, saved, context.started)?;
+        let mut machine = Machine::restore(config, &state, saved, confinement, context.started)?;
         if paused {
             machine.start_paused();
         }

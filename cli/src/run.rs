@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use serde_json::json;
 use tandem_vmm::config::{ConsoleConfig, MachineConfig};
+use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::Outcome;
 use tandem_vmm::error::Error;
 use tandem_vmm::machine::Machine;
@@ -22,7 +23,7 @@ use crate::failure::Failure;
 use crate::runtime_dir::{Claim, Root, VMM_LOG, VMM_LOG_OLD};
 use crate::settings::{Launch, Problem, Settings, default_name, file, value};
 use crate::terminal::{Keys, RawTerminal};
-use crate::{logging, output, signals};
+use crate::{confine, logging, output, signals};
 
 /// Byte of the key that stops a guest on the terminal.
 const STOP_KEY: u8 = 0x1d;
@@ -89,6 +90,8 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
             "config": launch.machine,
             "api": launch.api,
             "log_level": launch.log_level.to_string(),
+            "confine": value::confine_text(launch.confine),
+            "user": launch.user.map(value::user_text),
         })),
     };
     printed.map_err(Failure::host("print the settings"))?;
@@ -97,8 +100,8 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
 
 fn start(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
     let started = context.started;
-    run_machine(launch, context, |config| {
-        Ok::<_, Error>((Machine::open(config, started)?, || {}))
+    run_machine(launch, context, |config, confinement| {
+        Ok::<_, Error>((Machine::open(config, confinement, started)?, || {}))
     })
 }
 
@@ -111,7 +114,7 @@ fn start(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
 pub fn run_machine<E, B: FnOnce()>(
     launch: Launch,
     context: &RunContext,
-    open: impl FnOnce(MachineConfig) -> Result<(Machine, B), E>,
+    open: impl FnOnce(MachineConfig, &Confinement) -> Result<(Machine, B), E>,
 ) -> Result<Exit, Failure>
 where
     Failure: From<E>,
@@ -129,10 +132,16 @@ where
         config: launch.machine.clone(),
         directory: claim.guest().dir().to_owned(),
     };
-    let (machine, begins) = open(launch.machine)?;
+    let confinement = confine::begin(&launch, &claim)?;
+    let (machine, begins) = open(launch.machine, &confinement)?;
+    if let Some(user) = launch.user {
+        confine::give_files(user, &facts.config, &claim)?;
+    }
     let terminal = enter_terminal(&facts, context.quiet)?;
     let guest = Guest::new(Arc::new(machine.handle()), facts);
-    let service = Service::start(guest, sources, !context.quiet, move || root.sweep())
+    let confine = confinement.entry(ThreadKind::Api);
+    let sweep = move || root.sweep();
+    let service = Service::start(guest, sources, !context.quiet, sweep, confine)
         .map_err(Failure::host("start the API's thread"))?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest starts");
     begins();
@@ -146,7 +155,7 @@ where
 
 fn start_log(claim: &Claim, launch: &Launch, quiet: bool) -> Result<(), Failure> {
     let path = |entry| claim.guest().path(entry);
-    logging::start(path(VMM_LOG), path(VMM_LOG_OLD), launch.log_level, quiet)
+    logging::start(&path(VMM_LOG), &path(VMM_LOG_OLD), launch.log_level, quiet)
         .map_err(Failure::host("make the VMM's log"))
 }
 

@@ -4,14 +4,18 @@
 //! and the next `tandem run` removes it. The lock, not the pid, says whether a guest lives, so a pid
 //! that another process got in the meantime confuses nobody.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, symlink};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{AtFlags, CWD, FlockOperation, flock, unlinkat};
+use rustix::io::Errno;
+use rustix::process::{Gid, Uid};
+use tandem_vmm::confinement::User;
 
 use crate::settings::value;
 
@@ -29,6 +33,8 @@ const PID: &str = "pid";
 const LOCK: &str = "lock";
 /// Everything that a guest's directory may hold, the lock last.
 const ENTRIES: [&str; 6] = [API_SOCKET, CONSOLE_SOCKET, VMM_LOG, VMM_LOG_OLD, PID, LOCK];
+/// Permission of all to reach what is in a directory.
+const PASS: u32 = 0o111;
 /// Most attempts to lock a directory that others are looking at or removing meanwhile.
 const CLAIM_ATTEMPTS_MAX: usize = 8;
 /// Wait between two attempts.
@@ -134,8 +140,10 @@ impl Root {
             .map_err(io_error("make the directory", &self.0))?;
         for _ in 0..CLAIM_ATTEMPTS_MAX {
             if let Some(lock) = try_claim(&dir)? {
+                let opened = File::open(&dir).map_err(io_error("open", &dir))?;
                 let claim = Claim {
                     guest: Guest { dir },
+                    opened,
                     _lock: lock,
                     api_elsewhere: None,
                 };
@@ -149,12 +157,17 @@ impl Root {
         Err(PlaceError::NameTaken { name, pid })
     }
 
-    /// Removes the directories of guests that died without tidying up.
+    /// Removes the directories of guests that died without tidying up, and the empty ones of guests
+    /// that ended as a user who may not remove them.
     pub fn sweep(&self) {
         for dir in self.directories() {
             if let Some(_lock) = stale(&dir) {
                 Guest { dir }.remove();
             }
+        }
+        for dir in self.named_entries() {
+            // Fails for all but empty directories. Whoever just made one makes it again.
+            let _ = fs::remove_dir(dir);
         }
     }
 
@@ -186,11 +199,16 @@ impl Root {
     }
 
     fn directories(&self) -> impl Iterator<Item = PathBuf> {
+        self.named_entries()
+            .filter(|path| path.join(LOCK).is_file())
+    }
+
+    /// Everything whose name could be a guest's.
+    fn named_entries(&self) -> impl Iterator<Item = PathBuf> {
         let entries = fs::read_dir(&self.0).into_iter().flatten().flatten();
         entries
             .filter(|e| value::name(&e.file_name().to_string_lossy()).is_ok())
             .map(|e| e.path())
-            .filter(|path| path.join(LOCK).is_file())
     }
 }
 
@@ -288,6 +306,8 @@ impl Guest {
 #[derive(Debug)]
 pub struct Claim {
     guest: Guest,
+    /// The directory; a user whom it is given to may be unable to reach it by its path.
+    opened: File,
     _lock: File,
     api_elsewhere: Option<PathBuf>,
 }
@@ -325,6 +345,30 @@ impl Claim {
         Ok(listener)
     }
 
+    /// Where the API listens if not in the directory.
+    pub fn api_elsewhere(&self) -> Option<&Path> {
+        self.api_elsewhere.as_deref()
+    }
+
+    /// Gives the directory and all in it to `user`, and lets it pass through the directory above.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn give_to(&self, user: User) -> Result<(), PlaceError> {
+        for entry in ENTRIES {
+            match chown_at(&self.opened, Path::new(entry), user) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(e) => return Err(io_error("give away", &self.guest.path(entry))(e.into())),
+            }
+        }
+        if let Some(path) = &self.api_elsewhere {
+            give(path, user)?;
+        }
+        give(self.guest.dir(), user)?;
+        let root = self.guest.dir().parent().unwrap_or(Path::new("/"));
+        let_pass(root).map_err(io_error("let others pass through", root))
+    }
+
     /// Listens for console clients.
     ///
     /// # Errors
@@ -339,8 +383,36 @@ impl Drop for Claim {
         if let Some(path) = &self.api_elsewhere {
             let _ = fs::remove_file(path);
         }
-        self.guest.remove();
+        for entry in ENTRIES {
+            let _ = unlinkat(&self.opened, entry, AtFlags::empty());
+        }
+        // A directory in which somebody put other things stays, and one that this user cannot remove;
+        // the next guest's sweep removes that if it is empty.
+        let _ = fs::remove_dir(self.guest.dir());
     }
+}
+
+/// Gives the file at `path`, not what it links to, to `user`.
+///
+/// # Errors
+/// When the host refuses.
+pub(crate) fn give(path: &Path, user: User) -> Result<(), PlaceError> {
+    chown_at(CWD, path, user).map_err(|e| io_error("give away", path)(e.into()))
+}
+
+fn chown_at(directory: impl AsFd, path: &Path, user: User) -> Result<(), Errno> {
+    let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+    let flags = AtFlags::SYMLINK_NOFOLLOW;
+    rustix::fs::chownat(directory, path, Some(uid), Some(gid), flags)
+}
+
+/// Lets everybody reach what they may use in `directory`, without listing it.
+fn let_pass(directory: &Path) -> io::Result<()> {
+    let mode = fs::metadata(directory)?.permissions().mode();
+    if mode & PASS == PASS {
+        return Ok(());
+    }
+    fs::set_permissions(directory, Permissions::from_mode(mode | PASS))
 }
 
 /// Listens at `path`, replacing the socket of a dead process.
@@ -425,6 +497,29 @@ mod tests {
         drop(root.claim("gone").expect("replaced"));
         root.sweep();
         assert!(!root.0.join("dead").exists() && claim.guest().dir().exists());
+    }
+
+    #[test]
+    fn empty_directories_are_swept_and_others_are_not() {
+        let (_dir, root) = root();
+        for name in ["empty", "full"] {
+            fs::create_dir_all(root.0.join(name)).expect("made");
+        }
+        fs::write(root.0.join("full/notes"), "mine").expect("written");
+        let claim = root.claim("live").expect("free");
+        root.sweep();
+        assert!(!root.0.join("empty").exists());
+        assert!(root.0.join("full/notes").exists() && claim.guest().alive());
+    }
+
+    #[test]
+    fn a_directory_is_emptied_though_it_cannot_be_reached_by_its_path() {
+        let (_dir, root) = root();
+        let claim = root.claim("a").expect("free");
+        let moved = root.0.join("moved");
+        fs::rename(claim.guest().dir(), &moved).expect("renamed");
+        drop(claim);
+        assert_eq!(fs::read_dir(&moved).expect("there").count(), 0);
     }
 
     #[test]

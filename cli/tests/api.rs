@@ -14,6 +14,7 @@ use tandem_cli::api::{BODY_LEN_MAX, Facts, Guest, OPENAPI, ROUTES};
 use tandem_cli::client::{Client, ClientError};
 use tandem_cli::control::Control;
 use tandem_cli::settings::file;
+use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::{
     ControlError, DeviceStats, MachineState, MachineStats, StopMode, VcpuStats,
 };
@@ -173,7 +174,13 @@ impl Running {
             signals: theirs,
         };
         let control: Arc<dyn Control> = Arc::<Fake>::clone(&fake);
-        let service = Service::start(Guest::new(control, facts), sources, false, || {});
+        let service = Service::start(
+            Guest::new(control, facts),
+            sources,
+            false,
+            || {},
+            Confinement::none().entry(ThreadKind::Api),
+        );
         Self {
             dir,
             fake,

@@ -15,6 +15,7 @@ use tempfile::TempDir;
 
 use crate::images;
 use crate::network::Network;
+use crate::trace;
 
 /// Longest wait for anything that a guest should do.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -53,6 +54,7 @@ pub struct GuestBuilder {
     /// Verb, then its flags.
     arguments: Vec<OsString>,
     namespace: Option<String>,
+    trace: Option<PathBuf>,
     runtime: TempDir,
 }
 
@@ -78,10 +80,16 @@ impl GuestBuilder {
         Self::verb("restore").arg(directory)
     }
 
+    /// A guest that is awaited on the socket `listen`.
+    pub fn received(listen: &Path) -> Self {
+        Self::verb("receive").arg("--listen").arg(listen)
+    }
+
     fn verb(verb: &str) -> Self {
         Self {
             arguments: vec![verb.into()],
             namespace: None,
+            trace: None,
             runtime: temporary(),
         }
     }
@@ -98,10 +106,27 @@ impl GuestBuilder {
         self.arg("--net").arg(format!("tap={}", network.tap()))
     }
 
+    /// Writes the system calls of the run to `path`, for [`trace::read`].
+    pub fn traced(mut self, path: &Path) -> Self {
+        self.trace = Some(path.to_owned());
+        self
+    }
+
+    /// The words of a shell that come before those of the command.
+    fn surroundings(&self) -> Vec<OsString> {
+        let mut words = entering(self.namespace.as_deref());
+        if let Some(trace) = &self.trace {
+            words.push("strace".into());
+            words.extend(trace::OPTIONS.iter().map(Into::into));
+            words.extend(["-o".into(), trace.into()]);
+        }
+        words
+    }
+
     /// Starts the guest.
     pub fn start(self) -> Guest {
-        let namespace = self.namespace.as_deref();
-        let started = Started::new(namespace, self.runtime.path(), &self.arguments, Vec::new());
+        let around = self.surroundings();
+        let started = Started::new(around, self.runtime.path(), &self.arguments, Vec::new());
         Guest {
             started,
             seen: Vec::new(),
@@ -125,6 +150,12 @@ impl GuestBuilder {
     }
 }
 
+/// The words that run a command in a network namespace.
+fn entering(namespace: Option<&str>) -> Vec<OsString> {
+    let words = namespace.map(|namespace| ["ip", "netns", "exec", namespace].map(Into::into));
+    words.into_iter().flatten().collect()
+}
+
 fn temporary() -> TempDir {
     tempfile::Builder::new()
         .prefix("tandem-test-")
@@ -143,18 +174,12 @@ struct Started {
 }
 
 impl Started {
-    /// Starts the command; `head` is the beginning of the first line of its console.
-    fn new(namespace: Option<&str>, runtime: &Path, arguments: &[OsString], head: Vec<u8>) -> Self {
-        let mut command = match namespace {
-            Some(namespace) => {
-                let mut command = Command::new("ip");
-                command
-                    .args(["netns", "exec", namespace])
-                    .arg(images::tandem());
-                command
-            }
-            None => Command::new(images::tandem()),
-        };
+    /// Starts the command after the words `around`; `head` is the beginning of the first line of its console.
+    fn new(around: Vec<OsString>, runtime: &Path, arguments: &[OsString], head: Vec<u8>) -> Self {
+        let mut words = around;
+        words.push(images::tandem().into());
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
         command.arg("--runtime-dir").arg(runtime).args(arguments);
         command
             .stdin(Stdio::piped())
@@ -314,8 +339,8 @@ impl Guest {
         let mut all = vec!["restore".into(), directory.into_os_string()];
         all.extend(arguments.iter().map(OsString::from));
         let head = self.cut_line();
-        let namespace = self.namespace.as_deref();
-        self.started = Started::new(namespace, self.runtime.path(), &all, head);
+        let around = entering(self.namespace.as_deref());
+        self.started = Started::new(around, self.runtime.path(), &all, head);
         self.await_api();
         self
     }

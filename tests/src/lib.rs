@@ -11,3 +11,4 @@ pub mod guest;
 pub mod images;
 pub mod network;
 pub mod skip;
+pub mod trace;

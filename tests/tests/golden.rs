@@ -26,6 +26,7 @@ use tandem_vmm::config::{
     BootConfig, BootProtocol, ConsoleConfig, DiskConfig, DiskEngine, MachineConfig,
     NetBackendConfig, NetConfig, VsockConfig,
 };
+use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Frozen, Handle, StopMode};
 use tandem_vmm::error::Error;
 use tandem_vmm::kvm::state::StateError;
@@ -223,7 +224,8 @@ fn restore_and_save(
         load_all(&snapshot.memory, &snapshot.checksums, &to).map_err(SnapshotError::from)?;
         let config = config(name, unpacked.path());
         let saved = SavedMemory::Loaded(to);
-        let mut machine = Machine::restore(config, state, saved, Instant::now())?;
+        let mut machine =
+            Machine::restore(config, state, saved, &Confinement::none(), Instant::now())?;
         machine.start_paused();
         Ok(machine)
     };
@@ -240,7 +242,7 @@ fn devices_and_interrupt_controllers_are_restored_on_any_processor() {
         let unpacked = Unpacked::new(name);
         let here = config(name, unpacked.path());
         let own = with_machine(
-            || Machine::open(here, Instant::now()),
+            || Machine::open(here, &Confinement::none(), Instant::now()),
             |handle| freeze(handle).state,
         );
         let golden = unpacked.open().state;

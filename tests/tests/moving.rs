@@ -13,6 +13,7 @@ use tandem_tests::skip::{Need, must_skip};
 use tandem_vmm::config::{
     BootConfig, BootProtocol, ConsoleConfig, DiskConfig, DiskEngine, MachineConfig,
 };
+use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Handle, MachineState, Outcome, StopMode};
 use tandem_vmm::dirty::PageSet;
 use tandem_vmm::error::Error;
@@ -55,7 +56,7 @@ impl Running {
 
     fn boot(config: &MachineConfig) -> Self {
         let config = config.clone();
-        Self::start(move || Machine::open(config, Instant::now()))
+        Self::start(move || Machine::open(config, &Confinement::none(), Instant::now()))
     }
 
     fn end(self) -> Outcome {
@@ -137,7 +138,13 @@ fn unpack(config: &MachineConfig, parcel: Parcel, on_demand: bool) -> Running {
             load_all(&parcel.file, &parcel.checksums, &to).map_err(SnapshotError::from)?;
             SavedMemory::Loaded(to)
         };
-        Machine::restore(config, &parcel.state, saved, Instant::now())
+        Machine::restore(
+            config,
+            &parcel.state,
+            saved,
+            &Confinement::none(),
+            Instant::now(),
+        )
     })
 }
 

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use tandem_devices::GuestMemory;
 use tandem_vmm::config::{BootConfig, BootProtocol, ConsoleConfig, MachineConfig};
+use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Handle, StopMode};
 use tandem_vmm::dirty::{PAGE_SIZE, PageSet};
 use tandem_vmm::machine::Machine;
@@ -132,7 +133,8 @@ fn us(time: Duration) -> f64 {
 }
 
 fn measure(kernel: PathBuf, pages: u64, count: usize) {
-    let machine = Machine::open(config(kernel, pages), Instant::now()).unwrap();
+    let machine =
+        Machine::open(config(kernel, pages), &Confinement::none(), Instant::now()).unwrap();
     let handle = machine.handle();
     let saver = std::thread::spawn(move || {
         std::thread::sleep(START);

@@ -81,6 +81,9 @@ pub enum Error {
     /// A tap cannot be used.
     #[error(transparent)]
     Tap(#[from] tandem_devices::virtio::net::tap::TapError),
+    /// The VMM cannot confine itself.
+    #[error(transparent)]
+    Confinement(#[from] crate::confinement::ConfinementError),
     /// Some other resource of the host cannot be had.
     #[error("cannot {action}")]
     Host {
@@ -144,6 +147,7 @@ impl Error {
             | Self::Disk(_)
             | Self::Stream(_)
             | Self::Vsock(_)
+            | Self::Confinement(_)
             | Self::Host { .. } => ErrorKind::Resource,
             Self::NoKvm { .. } | Self::Kvm { .. } => ErrorKind::Kvm,
             Self::TripleFault { .. } => ErrorKind::TripleFault,

@@ -7,6 +7,7 @@
 pub mod boot;
 pub mod build;
 pub mod config;
+pub mod confinement;
 pub mod console;
 pub mod console_port;
 pub mod control;

@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::build::{self, Connections};
 use crate::config::MachineConfig;
+use crate::confinement::{Confinement, Entry, ThreadKind};
 use crate::console::ConsoleHub;
 use crate::console_port::ConsolePort;
 use crate::control::{Handle, MachineState, Outcome, Request};
@@ -92,20 +93,26 @@ pub(crate) struct Shared {
     ends: Mutex<Vec<VcpuEnd>>,
     wake: Arc<EventFd>,
     first_run: OnceLock<Instant>,
+    confinement: Confinement,
 }
 
 impl Machine {
     /// Opens everything that the guest needs and loads it, ready for its first instruction.
-    /// `started` is the moment from which the start is timed.
+    /// Threads that are started confine themselves as `confinement` says. `started` is the moment from
+    /// which the start is timed.
     ///
     /// # Errors
     /// When something is missing or refused; what was opened is let go then.
-    pub fn open(config: MachineConfig, started: Instant) -> Result<Self, Error> {
+    pub fn open(
+        config: MachineConfig,
+        confinement: &Confinement,
+        started: Instant,
+    ) -> Result<Self, Error> {
         config.check()?;
         let images = Images::open(&config.boot)?;
-        let resources = Resources::open(&config)?;
+        let resources = Resources::open(&config, confinement)?;
         let memory = memory::allocate(config.memory, config.hugepages)?;
-        let mut machine = Self::assemble(config, resources, memory, started)?;
+        let mut machine = Self::assemble(config, resources, memory, confinement, started)?;
         machine.images = Some(images);
         machine.boot()?;
         Ok(machine)
@@ -116,6 +123,7 @@ impl Machine {
         config: MachineConfig,
         mut resources: Resources,
         memory: Arc<GuestMemory>,
+        confinement: &Confinement,
         started: Instant,
     ) -> Result<Self, Error> {
         let kvm = Arc::new(open_kvm()?);
@@ -141,6 +149,7 @@ impl Machine {
             ends: Mutex::new(Vec::new()),
             wake: Arc::clone(&wake),
             first_run: OnceLock::new(),
+            confinement: confinement.clone(),
         });
         let (handle, requests) = Handle::new(wake);
         let counters = (0..config.cpus).map(|_| Arc::default()).collect();
@@ -176,7 +185,7 @@ impl Machine {
         self.handle.clone()
     }
 
-    /// Runs the guest on the calling thread until it ends.
+    /// Runs the guest on the calling thread until it ends. The thread is confined for good.
     ///
     /// # Errors
     /// When the guest dies or cannot be carried on.
@@ -186,20 +195,12 @@ impl Machine {
             realtime: self.config.realtime,
         });
         self.watch_console();
+        // The vCPUs confine themselves before they run, and nothing is done for them before this thread
+        // has, too. That it takes a moment does not delay the guest's start.
         if self.state == MachineState::Running {
             self.go_on();
         }
-        let result = loop {
-            match self.serve() {
-                Ok(Some(outcome)) => break Ok(outcome),
-                Ok(None) => {
-                    if let Err(error) = self.restart() {
-                        break Err(error);
-                    }
-                }
-                Err(error) => break Err(error),
-            }
-        };
+        let result = self.confine().and_then(|()| self.serve_until_end());
         match &result {
             Err(Error::Snapshot(SnapshotError::Memory(_))) => self.abandon(),
             _ => self.take_down(),
@@ -213,6 +214,21 @@ impl Machine {
         self.state = MachineState::Stopping;
         std::mem::forget(self.running.take());
         std::mem::forget(self.loader.take());
+    }
+
+    fn confine(&self) -> Result<(), Error> {
+        let confinement = self.shared.confinement.entry(ThreadKind::DeviceLoop);
+        Ok(confinement.enter()?)
+    }
+
+    /// Serves the guest, anew after each reset.
+    fn serve_until_end(&mut self) -> Result<Outcome, Error> {
+        loop {
+            if let Some(outcome) = self.serve()? {
+                return Ok(outcome);
+            }
+            self.restart()?;
+        }
     }
 
     /// Stops the vCPUs and finishes what devices have in flight.
@@ -242,6 +258,10 @@ impl Shared {
 }
 
 impl ExitHandler for Shared {
+    fn confinement(&self) -> Option<Entry> {
+        Some(self.confinement.entry(ThreadKind::Vcpu))
+    }
+
     fn port_read(&self, port: u16, data: &mut [u8]) {
         self.model().port_read(port, data);
     }

@@ -24,6 +24,7 @@ use crate::build::{self, Host};
 use crate::config::{
     BootConfig, ConsoleConfig, DiskConfig, DiskEngine, MacAddr, MachineConfig, NetBackendConfig,
 };
+use crate::confinement::{Confinement, ThreadKind};
 use crate::console::Primary;
 use crate::console_port::{ConsolePort, PortBackend};
 use crate::error::Error;
@@ -82,12 +83,12 @@ impl Resources {
     ///
     /// # Errors
     /// When something is missing, refused or in use.
-    pub fn open(config: &MachineConfig) -> Result<Self, Error> {
+    pub fn open(config: &MachineConfig, confinement: &Confinement) -> Result<Self, Error> {
         raise_descriptor_limit();
         let disks = config
             .disks
             .iter()
-            .map(open_disk)
+            .map(|disk| open_disk(disk, confinement))
             .collect::<Result<_, _>>()?;
         let nets = config
             .nets
@@ -177,7 +178,10 @@ fn expand_seed(seed: u64) -> [u8; SEED_SIZE] {
     bytes
 }
 
-fn open_disk(config: &DiskConfig) -> Result<Box<dyn BlockBackend>, Error> {
+fn open_disk(
+    config: &DiskConfig,
+    confinement: &Confinement,
+) -> Result<Box<dyn BlockBackend>, Error> {
     let disk = DiskFile::open(&config.path, config.readonly, config.direct)?;
     let failed = |engine| {
         let path = config.path.clone();
@@ -189,9 +193,11 @@ fn open_disk(config: &DiskConfig) -> Result<Box<dyn BlockBackend>, Error> {
             })
         }
     };
+    let confinement = confinement.entry(ThreadKind::BlockWorker);
+    let confine = move || confinement.enter().map_err(io::Error::other);
     let threads = |disk| -> Result<Box<dyn BlockBackend>, Error> {
         Ok(Box::new(
-            ThreadsBackend::new(disk).map_err(failed("threads"))?,
+            ThreadsBackend::beginning_with(disk, confine.clone()).map_err(failed("threads"))?,
         ))
     };
     if config.engine == DiskEngine::Threads {

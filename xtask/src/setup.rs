@@ -56,6 +56,7 @@ const PROGRAMS: &[Program] = &[
     program("redis-benchmark", "redis-tools", &[Demo, Test, Bench]),
     program("redis-cli", "redis-tools", &[Demo, Test, Bench]),
     program("socat", "socat", &[Test]),
+    program("strace", "strace", &[Test]),
     program("taskset", "util-linux", &[Bench]),
     program("unshare", "util-linux", &[Demo, Bench]),
     program("wrk", "wrk", &[Test, Bench]),

@@ -11,6 +11,7 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{ControlError, StopMode};
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -59,7 +60,7 @@ pub struct Service {
 
 impl Service {
     /// Starts the thread; `background` runs on it first, for work that can wait until the guest
-    /// runs. `notes` says whether steps of a stop are told on standard error.
+    /// runs; then the thread confines itself. `notes` says whether steps of a stop are told on standard error.
     ///
     /// # Errors
     /// When the host has no threads left.
@@ -68,6 +69,7 @@ impl Service {
         sources: Sources,
         notes: bool,
         background: impl FnOnce() + Send + 'static,
+        confinement: Entry,
     ) -> io::Result<Self> {
         let (end, ended) = oneshot::channel();
         let thread = std::thread::Builder::new()
@@ -75,7 +77,7 @@ impl Service {
             .stack_size(THREAD_STACK)
             .spawn(move || {
                 background();
-                if let Err(error) = serve(guest, sources, notes, ended) {
+                if let Err(error) = serve(guest, sources, notes, ended, &confinement) {
                     tracing::error!(%error, "the API is not served");
                 }
             })?;
@@ -95,6 +97,7 @@ fn serve(
     sources: Sources,
     notes: bool,
     ended: oneshot::Receiver<()>,
+    confinement: &Entry,
 ) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
@@ -102,6 +105,7 @@ fn serve(
         .max_blocking_threads(WAITING_THREADS_MAX)
         .thread_stack_size(THREAD_STACK)
         .build()?;
+    confinement.enter().map_err(io::Error::other)?;
     let result = runtime.block_on(async {
         let server = Server::new(guest, sources, notes)?;
         server.run(ended).await;

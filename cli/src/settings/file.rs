@@ -111,6 +111,8 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         realtime: root.number("realtime", value::realtime),
         api: root.text("api", value::socket_path),
         log_level: root.text("log-level", value::log_level),
+        confine: root.text("confine", value::confine),
+        user: root.text("user", value::user),
         disks: root.tables("disk", disk),
         nets: root.tables("net", net),
         vsock: root.table("vsock", vsock),

@@ -16,6 +16,7 @@ use tandem_vmm::config::{
     BootConfig, BootProtocol, ConsoleConfig, DiskConfig, MacAddr, MachineConfig, NetBackendConfig,
     NetConfig, VsockConfig,
 };
+use tandem_vmm::confinement::{Enforcement, User};
 use tracing::level_filters::LevelFilter;
 
 pub use problem::{Origin, Problem};
@@ -88,6 +89,8 @@ pub struct Settings {
     pub realtime: Option<Located<u8>>,
     pub api: Option<Located<PathBuf>>,
     pub log_level: Option<Located<LevelFilter>>,
+    pub confine: Option<Located<Enforcement>>,
+    pub user: Option<Located<User>>,
     pub disks: Vec<DiskSetting>,
     pub nets: Vec<NetSetting>,
     pub vsock: Option<Located<VsockConfig>>,
@@ -114,6 +117,8 @@ pub fn describe(config: &MachineConfig) -> String {
         machine,
         api: None,
         log_level: LOG_LEVEL_DEFAULT,
+        confine: Enforcement::default(),
+        user: None,
     };
     let mut settings = Settings::from(launch);
     // Without a working directory paths stay as they are.
@@ -132,6 +137,10 @@ pub struct Launch {
     pub api: Option<PathBuf>,
     /// How much is logged.
     pub log_level: LevelFilter,
+    /// What happens when the VMM asks its host for what it should not.
+    pub confine: Enforcement,
+    /// Whom the VMM runs as once everything is opened.
+    pub user: Option<User>,
 }
 
 impl From<DiskConfig> for DiskSetting {
@@ -186,6 +195,8 @@ impl Settings {
             realtime: over.realtime.or(self.realtime),
             api: over.api.or(self.api),
             log_level: over.log_level.or(self.log_level),
+            confine: over.confine.or(self.confine),
+            user: over.user.or(self.user),
             vsock: over.vsock.or(self.vsock),
             disks: self.disks,
             nets: self.nets,
@@ -257,6 +268,8 @@ impl Settings {
             machine,
             api: value(self.api),
             log_level: value(self.log_level).unwrap_or(LOG_LEVEL_DEFAULT),
+            confine: value(self.confine).unwrap_or_default(),
+            user: value(self.user),
         })
     }
 

@@ -11,6 +11,7 @@ use tandem_vmm::config::{
     BootProtocol, CPUS_MAX, ConsoleConfig, DISK_ID_LEN_MAX, DiskConfig, DiskEngine, MEMORY_ALIGN,
     MEMORY_MIN, MacAddr, NAME_LEN_MAX, NetBackendConfig, NetConfig, VsockConfig,
 };
+use tandem_vmm::confinement::{Enforcement, User};
 use tandem_vmm::migration::{Address, MigrationError};
 use tracing::level_filters::LevelFilter;
 
@@ -230,6 +231,84 @@ pub fn log_level(text: &str) -> Result<LevelFilter, ValueError> {
             .map_err(|_| ValueError("must be a level".into())),
         _ => allowed("must be `off`, `error`, `warn`, `info`, `debug` or `trace`"),
     }
+}
+
+/// What happens when the VMM asks its host for what it should not.
+///
+/// # Errors
+/// On any other text than the allowed ones.
+pub fn confine(text: &str) -> Result<Enforcement, ValueError> {
+    match text {
+        "on" => Ok(Enforcement::On),
+        "log" => Ok(Enforcement::Log),
+        "off" => Ok(Enforcement::Off),
+        _ => allowed("must be `on`, `log` or `off`"),
+    }
+}
+
+/// The text of an enforcement, as [`confine`] reads it.
+pub fn confine_text(enforcement: Enforcement) -> &'static str {
+    match enforcement {
+        Enforcement::On => "on",
+        Enforcement::Log => "log",
+        Enforcement::Off => "off",
+    }
+}
+
+/// A user, and its group if it is not the user's own, by names or numbers.
+///
+/// # Errors
+/// When there is no such user or group, or it is the superuser.
+pub fn user(text: &str) -> Result<User, ValueError> {
+    let user = match text.split_once(':') {
+        Some((user, group)) => User {
+            uid: match user.parse() {
+                Ok(uid) => uid,
+                Err(_) => known_user(user)?.uid,
+            },
+            gid: group_by(group)?,
+        },
+        None => known_user(text)?,
+    };
+    if user.uid == 0 {
+        return allowed("must be another user than the superuser");
+    }
+    Ok(user)
+}
+
+/// A user that the host knows, with its own group.
+fn known_user(text: &str) -> Result<User, ValueError> {
+    let found = match text.parse::<u32>() {
+        Ok(uid) => nix::unistd::User::from_uid(uid.into()),
+        Err(_) => nix::unistd::User::from_name(text),
+    };
+    match found {
+        Ok(Some(user)) => Ok(User {
+            uid: user.uid.as_raw(),
+            gid: user.gid.as_raw(),
+        }),
+        Ok(None) => allowed(
+            "must be USER[:GROUP] by names or numbers, with the group if the host does not know the user",
+        ),
+        Err(error) => allowed(format!("cannot be looked up: {error}")),
+    }
+}
+
+/// Number of a group.
+fn group_by(text: &str) -> Result<u32, ValueError> {
+    if let Ok(gid) = text.parse() {
+        return Ok(gid);
+    }
+    match nix::unistd::Group::from_name(text) {
+        Ok(Some(group)) => Ok(group.gid.as_raw()),
+        Ok(None) => allowed("must be USER[:GROUP], and there is no such group"),
+        Err(error) => allowed(format!("cannot be looked up: {error}")),
+    }
+}
+
+/// The text of a user, as [`user`] reads it.
+pub fn user_text(user: User) -> String {
+    format!("{}:{}", user.uid, user.gid)
 }
 
 /// Identifier of a disk.

@@ -113,6 +113,27 @@ fn consoles_have_three_forms() {
     }
 }
 
+#[test]
+fn users_have_names_or_numbers_and_are_not_root() {
+    assert_eq!(user("12345:7"), Ok(User { uid: 12345, gid: 7 }));
+    assert_eq!(user("12345:root"), Ok(User { uid: 12345, gid: 0 }));
+    for root in ["root", "0", "0:5", "root:root"] {
+        assert!(message(user(root)).contains("superuser"), "{root}");
+    }
+    for unknown in ["no-such-user", "4294967290", "", ":"] {
+        assert!(user(unknown).is_err(), "{unknown}");
+    }
+    assert!(message(user("12345:no-such-group")).contains("no such group"));
+}
+
+#[test]
+fn confinement_has_three_modes() {
+    for text in ["on", "log", "off"] {
+        assert_eq!(confine(text).map(confine_text), Ok(text));
+    }
+    assert!(message(confine("yes")).contains("`on`, `log` or `off`"));
+}
+
 proptest! {
     #[test]
     fn sizes_read_back(mib in 2u64..=1 << 24) {
@@ -124,5 +145,6 @@ proptest! {
         let _ = (name(&text), memory(&text), cpus(&text), console(&text), duration(&text));
         let _ = (disk(&text), net(&text), vsock(&text), pin(&text), mac(&text));
         let _ = (control_key(&text), disk_id(&text), tap(&text), log_level(&text), cid(&text));
+        let _ = (user(&text), confine(&text));
     }
 }

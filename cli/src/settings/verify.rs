@@ -9,6 +9,7 @@ use std::path::Path;
 
 use rustix::thread::{CpuSet, sched_getaffinity};
 use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
+use tandem_vmm::confinement::credentials;
 
 use super::{Images, MEMORY_DEFAULT, Origin, Problem, Settings, value};
 
@@ -29,6 +30,7 @@ pub(super) fn verify(settings: &Settings, use_of_images: Images) -> Vec<Problem>
     nets(settings, &mut problems);
     places(settings, &mut problems);
     device_count(settings, &mut problems);
+    user(settings, &mut problems);
     problems.0.sort_by_key(|p| p.at);
     problems.0
 }
@@ -280,5 +282,16 @@ fn device_count(settings: &Settings, problems: &mut Problems) {
                 "the guest has {count} virtio devices with its entropy device; must be at most {VIRTIO_DEVICES_MAX}"
             ),
         );
+    }
+}
+
+/// Reports a user that this process cannot become.
+fn user(settings: &Settings, problems: &mut Problems) {
+    if let Some(user) = &settings.user
+        && !credentials::may_take_on()
+    {
+        let message =
+            "only the superuser can run a guest as another user; leave it out, or use sudo";
+        problems.add(user.at, "user", message);
     }
 }

@@ -89,6 +89,10 @@ impl Settings {
         out.path("api", self.api.as_ref().map(|p| p.value.as_path()));
         let level = self.log_level.as_ref().map(|l| l.value.to_string());
         out.text("log-level", level.as_deref());
+        let confine = self.confine.as_ref().map(|c| value::confine_text(c.value));
+        out.text("confine", confine);
+        let user = self.user.as_ref().map(|u| value::user_text(u.value));
+        out.text("user", user.as_deref());
     }
 
     fn write_devices(&self, out: &mut Writer) {
@@ -145,6 +149,8 @@ impl From<Launch> for Settings {
             realtime: machine.realtime.map(Located::flag),
             api: launch.api.map(Located::flag),
             log_level: Some(Located::flag(launch.log_level)),
+            confine: Some(Located::flag(launch.confine)),
+            user: launch.user.map(Located::flag),
             disks: machine.disks.into_iter().map(Into::into).collect(),
             nets: machine.nets.into_iter().map(Into::into).collect(),
             vsock: machine.vsock.map(Located::flag),

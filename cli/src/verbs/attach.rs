@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -185,8 +186,8 @@ pub(super) fn vmm_log(guest: &Guest, follow: bool) -> Result<(), Failure> {
         if ended {
             return Ok(());
         }
-        if let Ok(now) = File::open(guest.path(VMM_LOG)) {
-            reopen_if_new(&mut log, now).map_err(failed)?;
+        if was_set_aside(&mut log).map_err(failed)? {
+            print_set_aside(&mut log, &guest.path(VMM_LOG_OLD)).map_err(failed)?;
         }
     }
 }
@@ -197,14 +198,17 @@ fn print_rest(log: &mut File) -> io::Result<()> {
     output::print(rest)
 }
 
-/// Goes on with `now` if the log was set aside meanwhile.
-fn reopen_if_new(log: &mut File, now: File) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    if now.metadata()?.ino() != log.metadata()?.ino() {
-        *log = now;
-        log.seek(SeekFrom::Start(0))?;
-    }
-    Ok(())
+/// Whether what was read of the log is no longer in it.
+fn was_set_aside(log: &mut File) -> io::Result<bool> {
+    Ok(log.metadata()?.len() < log.stream_position()?)
+}
+
+/// Prints what was not yet read when the log was set aside, and goes on at its start.
+fn print_set_aside(log: &mut File, old: &Path) -> io::Result<()> {
+    let mut old = File::open(old)?;
+    old.seek(SeekFrom::Start(log.stream_position()?))?;
+    print_rest(&mut old)?;
+    log.rewind()
 }
 
 /// Waits a little; true if the guest has ended. Its output is not wanted here.

@@ -83,10 +83,10 @@ pub(super) fn migrate(
     if change.dry_run {
         return change::tell_plan(guest, &format!("migrate to `{to}`"), style);
     }
-    // The guest's VMM has another working directory.
-    let to = match to {
+    // The guest's VMM has another working directory, and does not look names up.
+    let to = match to.resolved()? {
         Address::Unix(path) => {
-            std::path::absolute(path).map_err(Failure::host("find the working directory"))?
+            std::path::absolute(&path).map_err(Failure::host("find the working directory"))?
         }
         Address::Tcp(address) => address.into(),
     };

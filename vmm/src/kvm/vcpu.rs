@@ -36,6 +36,7 @@ use super::alarm::Alarm;
 use super::exits::{ExitCounters, ExitKind};
 use super::state::trap_may_be_on_its_way;
 use crate::config::CPUS_MAX;
+use crate::confinement::Entry;
 use crate::dirty::DirtyTracker;
 use crate::error::Error;
 
@@ -51,6 +52,10 @@ const TRAP_TRIES_MAX: u32 = 20;
 
 /// What the machine does for a vCPU that left the guest.
 pub trait ExitHandler: Send + Sync + 'static {
+    /// The confinement of a vCPU's thread that is about to be started; none in tests.
+    fn confinement(&self) -> Option<Entry> {
+        None
+    }
     /// Answers a read of port `port`.
     fn port_read(&self, port: u16, data: &mut [u8]);
     /// Carries out a write to port `port`.
@@ -236,12 +241,17 @@ impl VcpuThread {
             immediate_exit,
             counters: Arc::clone(&counters),
         };
+        let confinement = runner.handler.confinement();
         let thread = std::thread::Builder::new()
             .name(format!("vcpu{index}"))
             .stack_size(STACK_SIZE)
             .spawn(move || {
                 crate::scheduling::apply(scheduling);
-                runner.run_until_end();
+                let end = match confinement.as_ref().map_or(Ok(()), Entry::enter) {
+                    Ok(()) => runner.run_until_end(),
+                    Err(error) => VcpuEnd::Failed(error.into()),
+                };
+                runner.end(end);
                 runner.fd
             })
             .map_err(Error::host("start a vCPU's thread"))?;
@@ -371,14 +381,14 @@ enum Next {
 }
 
 impl Runner {
-    fn run_until_end(&mut self) {
+    fn run_until_end(&mut self) -> VcpuEnd {
         let mut first = self.index == 0;
-        let end = loop {
+        loop {
             match self.control.wish() {
-                Wish::Exit => break VcpuEnd::Asked,
+                Wish::Exit => return VcpuEnd::Asked,
                 Wish::Pause => {
                     if let Some(end) = self.come_to_rest() {
-                        break end;
+                        return end;
                     }
                     self.control.park(&mut self.fd);
                     continue;
@@ -390,9 +400,12 @@ impl Runner {
             }
             match self.run_once() {
                 Next::Run | Next::Interrupted => {}
-                Next::End(end) => break end,
+                Next::End(end) => return end,
             }
-        };
+        }
+    }
+
+    fn end(&self, end: VcpuEnd) {
         self.control.ended.store(true, Ordering::SeqCst);
         // A job that came too late is dropped, and so is the channel of whoever waits for it.
         self.control.lock().job = None;

@@ -12,6 +12,7 @@ use super::Machine;
 use crate::boot::layout::VirtioSlot;
 use crate::build;
 use crate::config::MachineConfig;
+use crate::confinement::Confinement;
 use crate::control::MachineState;
 use crate::error::Error;
 use crate::kvm::vcpu::VcpuEnd;
@@ -56,11 +57,18 @@ impl Machine {
         config: MachineConfig,
         state: &GuestState,
         saved: SavedMemory,
+        confinement: &Confinement,
         started: Instant,
     ) -> Result<Self, Error> {
         config.check()?;
-        let resources = Resources::open(&config)?;
-        let mut machine = Self::assemble(config, resources, Arc::clone(saved.memory()), started)?;
+        let resources = Resources::open(&config, confinement)?;
+        let mut machine = Self::assemble(
+            config,
+            resources,
+            Arc::clone(saved.memory()),
+            confinement,
+            started,
+        )?;
         state.hardware.expect(&machine.hardware())?;
         if let SavedMemory::OnDemand(_, start) = saved {
             let shared = Arc::clone(&machine.shared);
@@ -74,7 +82,7 @@ impl Machine {
     /// Builds devices and KVM's side anew, from `state` and the memory that is there.
     pub(super) fn rebuild(&mut self, state: &GuestState) -> Result<(), Error> {
         self.end_vcpus();
-        let mut resources = Resources::open(&self.config)?;
+        let mut resources = Resources::open(&self.config, &self.shared.confinement)?;
         // The console was never let go.
         drop(resources.take_console());
         let host = build::Host {

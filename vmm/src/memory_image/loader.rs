@@ -16,6 +16,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -105,30 +106,63 @@ impl Loader {
         memory: Arc<GuestMemory>,
         on_failure: OnFailure,
     ) -> Result<Self, MemoryImageError> {
+        Self::start_beginning_with(file, sums, memory, on_failure, || Ok(()))
+    }
+
+    /// As [`Loader::start`]; each thread calls `begin` before it loads anything.
+    ///
+    /// # Errors
+    /// Those of [`Loader::start`] and of `begin`.
+    pub fn start_beginning_with(
+        file: File,
+        sums: Checksums,
+        memory: Arc<GuestMemory>,
+        on_failure: OnFailure,
+        begin: impl Fn() -> io::Result<()> + Clone + Send + 'static,
+    ) -> Result<Self, MemoryImageError> {
         let shared = Arc::new(Shared::new(file, sums, memory)?);
         let mut loader = Self {
             shared,
             threads: Vec::new(),
         };
         let shared = Arc::clone(&loader.shared);
-        loader.spawn("memory-faults", move || shared.serve_faults())?;
+        loader.spawn("memory-faults", begin.clone(), move || {
+            shared.serve_faults();
+        })?;
         let shared = Arc::clone(&loader.shared);
-        loader.spawn("memory-ahead", move || shared.run_ahead(on_failure))?;
+        loader.spawn("memory-ahead", begin, move || {
+            shared.run_ahead(on_failure);
+        })?;
         Ok(loader)
     }
 
     fn spawn(
         &mut self,
         name: &str,
+        begin: impl FnOnce() -> io::Result<()> + Send + 'static,
         work: impl FnOnce() + Send + 'static,
     ) -> Result<(), MemoryImageError> {
+        let no_thread = |e| unavailable("no thread can be started", &e);
+        let (begun, beginning) = sync_channel(1);
         let thread = thread::Builder::new()
             .name(name.into())
             .stack_size(STACK_SIZE)
-            .spawn(work)
-            .map_err(|e| unavailable("no thread can be started", &e))?;
+            .spawn(move || {
+                let result = begin();
+                let works = result.is_ok();
+                // Whoever started the thread waits for it.
+                drop(begun.send(result));
+                if works {
+                    work();
+                }
+            })
+            .map_err(no_thread)?;
         self.threads.push(thread);
-        Ok(())
+        beginning
+            .recv()
+            .map_err(io::Error::other)
+            .flatten()
+            .map_err(no_thread)
     }
 
     /// Whether all is loaded and checked.

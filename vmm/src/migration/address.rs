@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -62,7 +62,23 @@ impl Address {
         }
     }
 
-    /// Connects to who listens there.
+    /// The address with its host as a number.
+    ///
+    /// # Errors
+    /// When the host's name has no address.
+    pub fn resolved(&self) -> Result<Self, MigrationError> {
+        let Self::Tcp(address) = self else {
+            return Ok(self.clone());
+        };
+        let mut places = address.to_socket_addrs().map_err(self.failed("look up"))?;
+        let no_address = || io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+        let place = places.next().ok_or_else(no_address);
+        place
+            .map(|place| Self::Tcp(place.to_string()))
+            .map_err(self.failed("look up"))
+    }
+
+    /// Connects to who listens there; the host must be a number, see [`Address::resolved`].
     ///
     /// # Errors
     /// When nobody does, or not in time.
@@ -104,15 +120,12 @@ fn listen_unix(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
+/// The VMM of a guest is confined and cannot look names up.
 fn connect_tcp(address: &str) -> io::Result<TcpStream> {
-    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for place in address.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&place, CONNECT_TIMEOUT) {
-            Ok(stream) => return Ok(stream),
-            Err(error) => last = error,
-        }
-    }
-    Err(last)
+    let place: SocketAddr = address
+        .parse()
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "must be IP:PORT"))?;
+    TcpStream::connect_timeout(&place, CONNECT_TIMEOUT)
 }
 
 /// Who waits for a source.

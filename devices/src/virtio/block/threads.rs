@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -74,6 +75,17 @@ impl ThreadsBackend {
     /// # Errors
     /// When the host has no thread or descriptor left.
     pub fn new(disk: DiskFile) -> io::Result<Self> {
+        Self::beginning_with(disk, || Ok(()))
+    }
+
+    /// Starts the workers of `disk`; each calls `begin` before it takes requests.
+    ///
+    /// # Errors
+    /// When the host has no thread or descriptor left, and those of `begin`.
+    pub fn beginning_with(
+        disk: DiskFile,
+        begin: impl Fn() -> io::Result<()> + Clone + Send + 'static,
+    ) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             work: Condvar::new(),
@@ -86,15 +98,38 @@ impl ThreadsBackend {
             workers: Vec::new(),
             in_flight: 0,
         };
+        let (begun, beginnings) = sync_channel(WORKERS);
         for number in 0..WORKERS {
-            let shared = Arc::clone(&backend.shared);
-            let worker = std::thread::Builder::new()
-                .name(format!("disk{number}"))
-                .stack_size(STACK_SIZE)
-                .spawn(move || shared.work_until_the_end())?;
-            backend.workers.push(worker);
+            backend.start_worker(number, begin.clone(), begun.clone())?;
+        }
+        for _ in 0..WORKERS {
+            beginnings.recv().map_err(io::Error::other)??;
         }
         Ok(backend)
+    }
+
+    /// Starts a worker, which says by `begun` how `begin` ended.
+    fn start_worker(
+        &mut self,
+        number: usize,
+        begin: impl Fn() -> io::Result<()> + Send + 'static,
+        begun: SyncSender<io::Result<()>>,
+    ) -> io::Result<()> {
+        let shared = Arc::clone(&self.shared);
+        let worker = std::thread::Builder::new()
+            .name(format!("disk{number}"))
+            .stack_size(STACK_SIZE)
+            .spawn(move || {
+                let result = begin();
+                let works = result.is_ok();
+                // Whoever waits for it gave up after another worker's error.
+                drop(begun.send(result));
+                if works {
+                    shared.work_until_the_end();
+                }
+            })?;
+        self.workers.push(worker);
+        Ok(())
     }
 }
 
