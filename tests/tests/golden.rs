@@ -6,7 +6,7 @@
 //! They are never made anew; a new version gets a new directory, by
 //!
 //! ```text
-//! cargo test -p tandem-tests --test golden -- --ignored make
+//! TANDEM_GOLDEN=tests/golden/vN cargo test -p tandem-tests --test golden golden_snapshots_are_made
 //! ```
 //!
 //! A guest goes on only on a processor like the one on which it was saved. Everything else of it is
@@ -34,9 +34,11 @@ use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
 use tandem_vmm::memory_image::{CHUNK_SIZE, load_all};
 use tandem_vmm::snapshot::directory::{self, CHECKSUMS, DESCRIPTION, MEMORY, STATE, Snapshot};
-use tandem_vmm::snapshot::{FORMAT_VERSION, GuestState, MemoryState, SnapshotError, Writer};
+use tandem_vmm::snapshot::{GuestState, MemoryState, SnapshotError, Writer};
 use tempfile::TempDir;
 
+/// Names the directory where new golden snapshots are kept.
+const KEEP_IN: &str = "TANDEM_GOLDEN";
 /// Compressed memory beside a golden snapshot's other files.
 const PACKED_MEMORY: &str = "memory.lz4";
 /// What the guest prints last when it goes on.
@@ -301,10 +303,18 @@ fn guests_go_on_where_the_processor_allows_it() {
     }
 }
 
-/// Makes golden snapshots of the present version; see above.
+/// Golden snapshots of the present version can be made; see above for where they are kept.
 #[test]
-#[ignore = "golden snapshots are made once per version"]
-fn make() {
+fn golden_snapshots_are_made() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let made = tempfile::tempdir().unwrap();
+    let kept = std::env::var_os(KEEP_IN).map(PathBuf::from);
+    make(kept.as_deref().unwrap_or(made.path()));
+}
+
+fn make(to: &Path) {
     let room = tempfile::tempdir().unwrap();
     let _net = furnish(room.path());
     let at = |file: &str| room.path().join(file).display().to_string();
@@ -333,23 +343,18 @@ fn make() {
             "plain" => "dirty: done",
             _ => "GOLDEN",
         });
-        keep(&saved, name, room.path(), &last);
+        keep(&saved, &to.join(name), room.path(), &last);
     }
 }
 
-/// Puts a snapshot among the golden ones, without the names of places of this machine.
-fn keep(saved: &Path, name: &str, room: &Path, last: &str) {
-    let to = golden(name)
-        .parent()
-        .unwrap()
-        .with_file_name(format!("v{FORMAT_VERSION}"))
-        .join(name);
+/// Puts a snapshot to where it is kept, without the names of places of this machine.
+fn keep(saved: &Path, to: &Path, room: &Path, last: &str) {
     assert!(
         !to.exists(),
         "{} is there, and is never made anew",
         to.display()
     );
-    fs::create_dir_all(&to).unwrap();
+    fs::create_dir_all(to).unwrap();
     for file in [STATE, CHECKSUMS] {
         fs::copy(saved.join(file), to.join(file)).unwrap();
     }

@@ -1,14 +1,14 @@
 //! What every virtio device must stand, whatever it does: one suite for all of them.
 //!
-//! - [registers]: power-on values, feature negotiation, writes in the wrong state or of an odd
+//! - `registers`: power-on values, feature negotiation, writes in the wrong state or of an odd
 //!   width;
-//! - [resets]: a reset from any state leads back to power-on, byte for byte, and nothing writes to
+//! - `resets`: a reset from any state leads back to power-on, byte for byte, and nothing writes to
 //!   memory afterwards;
-//! - [saving]: a device saved in any state and restored elsewhere goes on as if nothing happened,
+//! - `saving`: a device saved in any state and restored elsewhere goes on as if nothing happened,
 //!   and nonsense in a saved state is refused or harmless;
-//! - [rings] and [chains]: rings, indices and descriptors of a hostile driver cause no panic, no
+//! - `rings` and `chains`: rings, indices and descriptors of a hostile driver cause no panic, no
 //!   hang and no write but to what the driver offered for writing;
-//! - [notifications]: interrupts and kicks follow event index and flags exactly.
+//! - `notifications`: interrupts and kicks follow event index and flags exactly.
 //!
 //! The suite knows nothing of a device but its constructor, and optionally one request that
 //! succeeds. Random parts are seeded; a failure names its seed and step.
