@@ -142,13 +142,17 @@ impl Userfaultfd {
 
     /// From now on, `length` bytes from `host` on are ordinary memory: what is not there is zero.
     /// Who waits for some of it goes on.
+    ///
+    /// The kernel wakes those who wait before it marks the memory as ordinary, and who comes in
+    /// between, which locks of single mappings allow, would wait for ever. So all are woken again.
     pub(super) fn unregister(&self, host: u64, length: u64) -> io::Result<()> {
         let request = RangeRequest {
             start: host,
             length,
         };
         // SAFETY: the request is as long as the kernel expects; no memory is changed.
-        succeeded(unsafe { ioctl_with_ref(&self.fd, UFFDIO_UNREGISTER(), &request) })
+        succeeded(unsafe { ioctl_with_ref(&self.fd, UFFDIO_UNREGISTER(), &request) })?;
+        self.wake(host, length)
     }
 
     /// Lets those go on, or look again, who wait for `length` bytes from `host` on.
