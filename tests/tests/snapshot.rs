@@ -506,7 +506,7 @@ fn restored_guests_power_off_and_reset_like_others() {
 
 /// A guest that resets over and over, saved and restored at any moment of it.
 #[test]
-fn a_guest_that_resets_is_saved_or_says_that_it_was_reset() {
+fn a_guest_that_resets_over_and_over_is_saved() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
@@ -515,26 +515,18 @@ fn a_guest_that_resets_is_saved_or_says_that_it_was_reset() {
         .arg("256MiB")
         .start();
     guest.wait_for("hello: ready");
-    let mut saved = 0;
     for _ in 0..12 {
         let place = Place::new();
         let output = snapshot(&guest, &place.path());
-        if output.status.success() {
-            saved += 1;
-            let mut copy = GuestBuilder::saved(&place.path()).start();
-            // The first one may be the rest of an old life.
-            copy.wait_for("hello: ready");
-            copy.wait_for("hello: start");
-            copy.wait_for("hello: ready");
-        } else {
-            let why = error(&output);
-            assert!(why.contains("was reset"), "{why}");
-            assert!(place.names().is_empty());
-        }
+        assert!(output.status.success(), "{output:?}");
+        let mut copy = GuestBuilder::saved(&place.path()).start();
+        // The first one may be the rest of an old life.
+        copy.wait_for("hello: ready");
+        copy.wait_for("hello: start");
+        copy.wait_for("hello: ready");
         guest.console_lines();
         guest.wait_for("hello: ready");
     }
-    println!("{saved} of 12 saves were in time");
 }
 
 // Where a snapshot cannot be written.

@@ -21,6 +21,7 @@ use crate::console::ConsoleHub;
 use crate::console_port::ConsolePort;
 use crate::device_model::{DeviceModel, LegacyDevices, LevelLine, NamedDevice, Source, watch};
 use crate::error::Error;
+use crate::gates::Gates;
 use crate::kvm::acks::AckRing;
 use crate::kvm::line::EdgeLine;
 use crate::kvm::vm::Vm;
@@ -38,6 +39,8 @@ pub struct Host<'a> {
     pub epoll: &'a Arc<Epoll>,
     /// The console.
     pub console: &'a ConsoleHub,
+    /// What stands between devices and the outside.
+    pub gates: &'a dyn Gates,
 }
 
 /// The ways between devices and KVM.

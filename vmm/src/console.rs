@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use tandem_devices::legacy::serial::SerialOutput;
@@ -53,6 +53,19 @@ impl Primary {
     }
 }
 
+/// Stands between the guest's console and its readers.
+pub trait ConsoleGate: Send + Sync {
+    /// Takes output of the guest; false if the console is to put it out as it is. What the gate takes it
+    /// hands to [`ConsoleHub::emit`] when it may leave.
+    fn output(&self, bytes: &[u8]) -> bool;
+
+    /// Whether it cannot take more output now.
+    fn is_full(&self) -> bool;
+
+    /// Input is about to reach the guest; false if it must not.
+    fn input(&self, bytes: &[u8]) -> bool;
+}
+
 struct Client {
     stream: UnixStream,
     pending: VecDeque<u8>,
@@ -64,6 +77,8 @@ struct State {
     pending: VecDeque<u8>,
     history: VecDeque<u8>,
     clients: Vec<Client>,
+    /// Input that did not come from readers.
+    injected: VecDeque<u8>,
     /// Whether the loop knows that output waits.
     announced: bool,
 }
@@ -72,6 +87,7 @@ struct State {
 #[derive(Clone)]
 pub struct ConsoleHub {
     state: Arc<Mutex<State>>,
+    gate: Arc<OnceLock<Arc<dyn ConsoleGate>>>,
     wake: Arc<EventFd>,
 }
 
@@ -85,16 +101,45 @@ impl ConsoleHub {
             pending: VecDeque::new(),
             history: VecDeque::new(),
             clients: Vec::new(),
+            injected: VecDeque::new(),
             announced: false,
         };
         Self {
             state: Arc::new(Mutex::new(state)),
+            gate: Arc::default(),
             wake,
+        }
+    }
+
+    /// Puts `gate` between the guest and the console's readers, for good. There is one at most.
+    pub fn guard(&self, gate: Arc<dyn ConsoleGate>) {
+        if self.gate.set(gate).is_err() {
+            tracing::error!("the console has a gate already");
         }
     }
 
     /// Takes output of the guest.
     pub fn put(&self, bytes: &[u8]) {
+        if !self.gate.get().is_some_and(|gate| gate.output(bytes)) {
+            self.emit(bytes);
+        }
+    }
+
+    /// Gives `bytes` to the guest as if a reader had typed them.
+    pub fn inject(&self, bytes: &[u8]) {
+        self.lock().injected.extend(bytes);
+        if let Err(error) = self.wake.write(1) {
+            tracing::error!(%error, "cannot wake the device loop");
+        }
+    }
+
+    /// Whether there is input that no reader typed.
+    pub fn has_injected(&self) -> bool {
+        !self.lock().injected.is_empty()
+    }
+
+    /// Hands output to the readers.
+    pub fn emit(&self, bytes: &[u8]) {
         let mut state = self.lock();
         state.take_output(bytes);
         let known = std::mem::replace(&mut state.announced, true);
@@ -106,7 +151,8 @@ impl ConsoleHub {
 
     /// Whether the primary is so far behind that the guest has to wait.
     pub fn is_full(&self) -> bool {
-        self.lock().pending.len() + usize::from(CPUS_MAX) >= PENDING_MAX
+        self.gate.get().is_some_and(|gate| gate.is_full())
+            || self.lock().pending.len() + usize::from(CPUS_MAX) >= PENDING_MAX
     }
 
     /// Whether output waits.
@@ -151,12 +197,19 @@ impl ConsoleHub {
 
     /// Reads input of the primary and of all clients without blocking, at most `room` bytes.
     pub fn read_input(&self, room: usize) -> Vec<u8> {
-        let mut input = Vec::new();
         let mut state = self.lock();
-        state.read_primary(&mut input, room);
+        let injected = room.min(state.injected.len());
+        let mut input: Vec<u8> = state.injected.drain(..injected).collect();
+        let mut typed = Vec::new();
+        state.read_primary(&mut typed, room - injected);
         state
             .clients
-            .retain_mut(|client| read_client(client, &mut input, room));
+            .retain_mut(|client| read_client(client, &mut typed, room - injected));
+        drop(state);
+        let gate = self.gate.get().filter(|_| !typed.is_empty());
+        if gate.is_none_or(|gate| gate.input(&typed)) {
+            input.append(&mut typed);
+        }
         input
     }
 

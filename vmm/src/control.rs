@@ -12,6 +12,7 @@ use tandem_devices::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::dirty::{DirtyTracker, PAGE_SIZE};
+use crate::machine::Replacement;
 use crate::snapshot::{GuestState, HardwareState};
 
 /// Longest wait for the machine's answer to a command.
@@ -130,6 +131,10 @@ pub enum Command {
     Doubt,
     /// End a frozen guest that goes on elsewhere.
     Leave,
+    /// Let a guest that is a copy go on from another state; it stands afterwards.
+    Replace(Box<Replacement>),
+    /// The guest is a copy of none any more.
+    GoLive,
 }
 
 /// An answer to a [`Command`].
@@ -218,6 +223,9 @@ pub enum ControlError {
         /// Where it should be.
         wanted: &'static str,
     },
+    /// The guest was reset since it was begun to be saved.
+    #[error("the guest was reset or ended while it was saved")]
+    Overtaken,
     /// The machine tried and failed.
     #[error("{0}")]
     Failed(String),
@@ -362,6 +370,23 @@ impl Handle {
     /// As [`Handle::request`].
     pub fn leave(&self) -> Result<(), ControlError> {
         self.request(Command::Leave).map(drop)
+    }
+
+    /// Lets a guest that is a copy go on from another state. It stands afterwards.
+    ///
+    /// # Errors
+    /// As [`Handle::request`]; if the state was refused nothing changed, otherwise the guest ends.
+    pub fn replace(&self, replacement: Replacement) -> Result<(), ControlError> {
+        self.request(Command::Replace(Box::new(replacement)))
+            .map(drop)
+    }
+
+    /// Makes a guest that was a copy of another the guest itself.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn go_live(&self) -> Result<(), ControlError> {
+        self.request(Command::GoLive).map(drop)
     }
 
     /// Adds a client to the serial console.

@@ -10,6 +10,7 @@
 //! anew when the guest resets, so that no host resource is ever let go in between.
 
 mod boot;
+mod replace;
 mod restore;
 mod saving;
 mod serve;
@@ -34,6 +35,7 @@ use crate::control::{Handle, MachineState, Outcome, Request};
 use crate::device_model::{DeviceModel, Source, watch};
 use crate::dirty::DirtyTracker;
 use crate::error::Error;
+use crate::gates::{Gates, Surroundings};
 use crate::kvm::acks::AckRing;
 use crate::kvm::exits::ExitCounters;
 use crate::kvm::vcpu::{ExitHandler, VcpuEnd, VcpuThread, install_kick_handler};
@@ -42,6 +44,8 @@ use crate::memory;
 use crate::memory_image::Loader;
 use crate::resources::{Images, Resources};
 use crate::snapshot::{GuestState, SnapshotError};
+use replace::Shadow;
+pub use replace::{LoadMemory, Replacement};
 pub use restore::{SavedMemory, StartLoader};
 use saving::{Probe, SavePhase};
 
@@ -59,6 +63,7 @@ pub struct Machine {
     registers: RegisterBank,
     acks: Arc<AckRing>,
     connections: Connections,
+    gates: Arc<dyn Gates>,
     console: ConsoleHub,
     port: Option<ConsolePort>,
     shared: Arc<Shared>,
@@ -69,6 +74,8 @@ pub struct Machine {
     running: Option<Running>,
     state: MachineState,
     saving: SavePhase,
+    /// The guest is a copy that another process may replace: it does not end by itself.
+    shadow: Shadow,
     /// State of the guest while its devices are let go.
     released: Option<GuestState>,
     /// Loads the rest of the guest's memory.
@@ -98,21 +105,22 @@ pub(crate) struct Shared {
 
 impl Machine {
     /// Opens everything that the guest needs and loads it, ready for its first instruction.
-    /// Threads that are started confine themselves as `confinement` says. `started` is the moment from
+    /// Threads that are started confine themselves as `surroundings` say. `started` is the moment from
     /// which the start is timed.
     ///
     /// # Errors
     /// When something is missing or refused; what was opened is let go then.
     pub fn open(
         config: MachineConfig,
-        confinement: &Confinement,
+        surroundings: impl Into<Surroundings>,
         started: Instant,
     ) -> Result<Self, Error> {
         config.check()?;
+        let surroundings = surroundings.into();
         let images = Images::open(&config.boot)?;
-        let resources = Resources::open(&config, confinement)?;
+        let resources = Resources::open(&config, &surroundings.confinement)?;
         let memory = memory::allocate(config.memory, config.hugepages)?;
-        let mut machine = Self::assemble(config, resources, memory, confinement, started)?;
+        let mut machine = Self::assemble(config, resources, memory, surroundings, started)?;
         machine.images = Some(images);
         machine.boot()?;
         Ok(machine)
@@ -123,9 +131,10 @@ impl Machine {
         config: MachineConfig,
         mut resources: Resources,
         memory: Arc<GuestMemory>,
-        confinement: &Confinement,
+        surroundings: Surroundings,
         started: Instant,
     ) -> Result<Self, Error> {
+        let Surroundings { confinement, gates } = surroundings;
         let kvm = Arc::new(open_kvm()?);
         install_kick_handler()?;
         let epoll = Arc::new(Epoll::new().map_err(Error::host("create an event loop"))?);
@@ -133,6 +142,7 @@ impl Machine {
         watch(&epoll, build::borrow(&wake), Source::Wake)
             .map_err(Error::host("watch for commands"))?;
         let console = ConsoleHub::new(resources.take_console(), Arc::clone(&wake));
+        gates.console(&console);
         let registers = RegisterBank::new(config.virtio_device_count())
             .map_err(Error::host("map device registers"))?;
         let acks = Arc::new(AckRing::default());
@@ -142,6 +152,7 @@ impl Machine {
             acks: &acks,
             epoll: &epoll,
             console: &console,
+            gates: gates.as_ref(),
         };
         let (model, connections, port) = build::devices(&config, resources, &host)?;
         let shared = Arc::new(Shared {
@@ -149,7 +160,7 @@ impl Machine {
             ends: Mutex::new(Vec::new()),
             wake: Arc::clone(&wake),
             first_run: OnceLock::new(),
-            confinement: confinement.clone(),
+            confinement,
         });
         let (handle, requests) = Handle::new(wake);
         let counters = (0..config.cpus).map(|_| Arc::default()).collect();
@@ -162,6 +173,7 @@ impl Machine {
             registers,
             acks,
             connections,
+            gates,
             console,
             port,
             shared,
@@ -172,6 +184,7 @@ impl Machine {
             running: None,
             state: MachineState::Running,
             saving: SavePhase::None,
+            shadow: Shadow::default(),
             released: None,
             loader: None,
             resets: 0,

@@ -139,6 +139,7 @@ impl Resources {
                 mac: mac.0,
                 mtu: None,
             };
+            let backend = host.gates.net(index, backend);
             virtio.push((format!("net{index}"), Box::new(Net::new(backend, settings))));
         }
         virtio.push(("rng".into(), Box::new(Rng::new(self.random))));

@@ -225,7 +225,7 @@ impl From<ControlError> for ErrorBody {
             ControlError::Gone => ErrorCode::Gone,
             ControlError::Timeout => ErrorCode::Timeout,
             ControlError::WrongState { .. } => ErrorCode::WrongState,
-            ControlError::Failed(_) => ErrorCode::Failed,
+            ControlError::Overtaken | ControlError::Failed(_) => ErrorCode::Failed,
         };
         Self::new(code, error.to_string())
     }

@@ -39,6 +39,18 @@ impl PageSet {
         Self::new(end.div_ceil(PAGE_SIZE))
     }
 
+    /// All frames of `memory`.
+    pub fn all_of(memory: &GuestMemory) -> Self {
+        let mut all = Self::covering(memory);
+        for region in memory.iter() {
+            let first = region.start_addr().0 / PAGE_SIZE;
+            let mut frames = first..first + region.len() / PAGE_SIZE;
+            let inside = frames.all(|frame| all.insert(frame));
+            debug_assert!(inside, "the set covers the memory");
+        }
+        all
+    }
+
     /// Every frame in it is less than this.
     pub fn limit(&self) -> u64 {
         self.frames

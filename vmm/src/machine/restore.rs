@@ -12,9 +12,9 @@ use super::Machine;
 use crate::boot::layout::VirtioSlot;
 use crate::build;
 use crate::config::MachineConfig;
-use crate::confinement::Confinement;
 use crate::control::MachineState;
 use crate::error::Error;
+use crate::gates::Surroundings;
 use crate::kvm::vcpu::VcpuEnd;
 use crate::memory_image::{Loader, MemoryImageError};
 use crate::resources::Resources;
@@ -57,16 +57,17 @@ impl Machine {
         config: MachineConfig,
         state: &GuestState,
         saved: SavedMemory,
-        confinement: &Confinement,
+        surroundings: impl Into<Surroundings>,
         started: Instant,
     ) -> Result<Self, Error> {
         config.check()?;
-        let resources = Resources::open(&config, confinement)?;
+        let surroundings = surroundings.into();
+        let resources = Resources::open(&config, &surroundings.confinement)?;
         let mut machine = Self::assemble(
             config,
             resources,
             Arc::clone(saved.memory()),
-            confinement,
+            surroundings,
             started,
         )?;
         state.hardware.expect(&machine.hardware())?;
@@ -91,6 +92,7 @@ impl Machine {
             acks: &self.acks,
             epoll: &self.epoll,
             console: &self.console,
+            gates: self.gates.as_ref(),
         };
         let (model, connections, port) = build::devices(&self.config, resources, &host)?;
         *self.shared.model() = model;
@@ -104,7 +106,7 @@ impl Machine {
         self.state = MachineState::Paused;
     }
 
-    fn continue_from(&mut self, state: &GuestState) -> Result<(), Error> {
+    pub(super) fn continue_from(&mut self, state: &GuestState) -> Result<(), Error> {
         let slots = VirtioSlot::first(self.config.virtio_device_count())?;
         let parts = self.build_vm(&slots)?;
         for (vcpu, fd) in state.vcpus.iter().zip(&parts.fds) {

@@ -107,12 +107,12 @@ impl Machine {
         if self.state == MachineState::Running {
             self.resume_vcpus();
         }
-        probed.map(drop).map_err(failed)
+        probed.map(drop).map_err(unreadable)
     }
 
     pub(super) fn freeze(&mut self) -> Result<Answer, ControlError> {
         if self.saving == SavePhase::Overtaken {
-            return Err(failed(SnapshotError::Reset));
+            return Err(ControlError::Overtaken);
         }
         if self.saving != SavePhase::Following {
             return Err(ControlError::Failed(
@@ -134,7 +134,10 @@ impl Machine {
                 if ran {
                     self.go_on();
                 }
-                return Err(failed(error));
+                return Err(match error {
+                    SnapshotError::Kvm(error) => unreadable(error),
+                    error => failed(error),
+                });
             }
         };
         self.saving = SavePhase::Frozen { ran, goes_on: ran };
@@ -277,6 +280,14 @@ fn collect<T>(jobs: Vec<Receiver<Result<T, StateError>>>) -> Result<Vec<T>, Stat
         .collect()
 }
 
-fn failed(error: impl std::error::Error) -> ControlError {
+/// A vCPU that has ended is about to be reset, or the guest to end.
+fn unreadable(error: StateError) -> ControlError {
+    match error {
+        StateError::Ended => ControlError::Overtaken,
+        error => failed(error),
+    }
+}
+
+pub(super) fn failed(error: impl std::error::Error) -> ControlError {
     ControlError::Failed(causes(&error))
 }

@@ -9,6 +9,7 @@ use tandem_devices::legacy::MachineRequest;
 use vmm_sys_util::epoll::EpollEvent;
 
 use super::Machine;
+use super::replace::Shadow;
 use super::saving::SavePhase;
 use crate::console::ConsoleHub;
 use crate::control::{
@@ -110,6 +111,7 @@ impl Machine {
             };
             let sources = events[..count].iter().map(|e| Source::decode(e.data()));
             let woken = self.handle_sources(sources, &mut pending);
+            pending.input |= woken && self.console.has_injected();
             // The state of a guest that stands does not change.
             if pending.input && self.state == MachineState::Running {
                 pending.input = self.take_console_input();
@@ -209,6 +211,7 @@ impl Machine {
             match end {
                 VcpuEnd::Asked => {}
                 VcpuEnd::Failed(error) => return Err(error),
+                end if !matches!(self.shadow, Shadow::No) => self.keep_end(end),
                 VcpuEnd::Request(MachineRequest::PowerOff) => {
                     return Ok(Some(End::Outcome(Outcome::PowerOff)));
                 }
@@ -236,6 +239,8 @@ impl Machine {
             Command::Reacquire => self.reacquire(),
             Command::Doubt => self.doubt(),
             Command::Leave => return self.leave(),
+            Command::Replace(replacement) => self.replace(*replacement),
+            Command::GoLive => self.go_live(),
             Command::Stop(StopMode::Force) => {
                 return (Ok(Answer::Done), Some(End::Outcome(Outcome::Stopped)));
             }

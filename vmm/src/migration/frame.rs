@@ -16,9 +16,39 @@ use xxhash_rust::xxh3::Xxh3;
 use super::{MigrationError, VERSION};
 use crate::snapshot::HardwareState;
 
-const MAGIC: [u8; 8] = *b"TANDEM\x1a\x02";
+/// What a connection is for, by how it begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// A guest moves to another process.
+    Migration,
+    /// A guest is copied to another process, again and again.
+    Protection,
+    /// What a protected guest and its copy tell each other meanwhile.
+    Pairing,
+}
+
+impl Purpose {
+    const ALL: [Self; 3] = [Self::Migration, Self::Protection, Self::Pairing];
+
+    fn magic(self) -> [u8; 8] {
+        match self {
+            Self::Migration => *b"TANDEM\x1a\x02",
+            Self::Protection => *b"TANDEM\x1a\x03",
+            Self::Pairing => *b"TANDEM\x1a\x04",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Migration => "migration",
+            Self::Protection => "protection",
+            Self::Pairing => "pairing",
+        }
+    }
+}
+
 /// Largest payload in bytes: the state of a guest, or a batch of pages.
-pub(super) const PAYLOAD_MAX: usize = 20 << 20;
+pub const PAYLOAD_MAX: usize = 20 << 20;
 /// Largest Hello in bytes.
 const HELLO_MAX: usize = 256 << 10;
 /// Longest reason that is told, in bytes.
@@ -28,12 +58,18 @@ const HEADER_SIZE: usize = 16;
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// What the guest is.
     Hello = 1,
+    /// There is room for it.
     Accept = 2,
+    /// Pages of its memory.
     Pages = 3,
+    /// Its state.
     State = 4,
+    /// That was all.
     Complete = 5,
+    /// It runs.
     Running = 6,
     /// Either side will not, and says why.
     Refuse = 7,
@@ -71,31 +107,51 @@ pub struct Hello {
 }
 
 impl Hello {
-    pub(super) fn encode(&self) -> Result<Vec<u8>, MigrationError> {
+    /// Its bytes.
+    ///
+    /// # Errors
+    /// When it cannot be told of.
+    pub fn encode(&self) -> Result<Vec<u8>, MigrationError> {
         rmp_serde::to_vec_named(self).map_err(|e| MigrationError::Garbled {
             what: format!("no guest that can be told of: {e}"),
         })
     }
 
-    pub(super) fn decode(bytes: &[u8]) -> Result<Self, MigrationError> {
+    /// From its bytes.
+    ///
+    /// # Errors
+    /// When they are no guest.
+    pub fn decode(bytes: &[u8]) -> Result<Self, MigrationError> {
         rmp_serde::from_slice(bytes).map_err(|e| MigrationError::Garbled {
             what: format!("a guest that cannot be understood: {e}"),
         })
     }
 }
 
-pub(super) fn send_preface(link: &mut impl Write) -> Result<(), MigrationError> {
-    let preface = [&MAGIC[..], &VERSION.to_le_bytes()].concat();
+/// Says what the connection is for.
+///
+/// # Errors
+/// When the link is broken.
+pub fn send_preface(link: &mut impl Write, purpose: Purpose) -> Result<(), MigrationError> {
+    let preface = [&purpose.magic()[..], &VERSION.to_le_bytes()].concat();
     link.write_all(&preface).map_err(broken)
 }
 
-pub(super) fn receive_preface(link: &mut impl Read) -> Result<(), MigrationError> {
+/// Hears what the connection is for, which must be `wanted`.
+///
+/// # Errors
+/// When it is for something else, or the other side has another version.
+pub fn receive_preface(link: &mut impl Read, wanted: Purpose) -> Result<(), MigrationError> {
     let mut preface = [0; 12];
     link.read_exact(&mut preface).map_err(broken)?;
-    if preface[..8] != MAGIC {
-        return Err(MigrationError::Garbled {
-            what: "something that is no migration".into(),
-        });
+    let purpose = Purpose::ALL.into_iter().find(|p| preface[..8] == p.magic());
+    let what = match purpose {
+        Some(found) if found == wanted => String::new(),
+        Some(found) => format!("the beginning of a {}, no {}", found.name(), wanted.name()),
+        None => format!("something that is no {}", wanted.name()),
+    };
+    if !what.is_empty() {
+        return Err(MigrationError::Garbled { what });
     }
     let mut version = [0; 4];
     version.copy_from_slice(&preface[8..]);
@@ -113,11 +169,10 @@ fn checksum(head: &[u8], payload: &[u8]) -> [u8; 8] {
 }
 
 /// Sends one frame.
-pub(super) fn send(
-    link: &mut impl Write,
-    kind: Kind,
-    payload: &[u8],
-) -> Result<(), MigrationError> {
+///
+/// # Errors
+/// When the link is broken.
+pub fn send(link: &mut impl Write, kind: Kind, payload: &[u8]) -> Result<(), MigrationError> {
     debug_assert!(payload.len() <= kind.length_max(), "frames are bounded");
     let mut header = [0; HEADER_SIZE];
     header[..4].copy_from_slice(&(kind as u32).to_le_bytes());
@@ -136,7 +191,7 @@ pub(super) fn send(
 }
 
 /// Tells the other side that this one will not.
-pub(super) fn refuse(link: &mut impl Write, reason: &str) {
+pub fn refuse(link: &mut impl Write, reason: &str) {
     let mut end = reason.len().min(REASON_MAX);
     while !reason.is_char_boundary(end) {
         end -= 1;
@@ -146,7 +201,10 @@ pub(super) fn refuse(link: &mut impl Write, reason: &str) {
 }
 
 /// Receives one frame into `payload`. A refusal is an error.
-pub(super) fn receive(link: &mut impl Read, payload: &mut Vec<u8>) -> Result<Kind, MigrationError> {
+///
+/// # Errors
+/// When the link is broken, the other side refuses, or what it sent is no frame.
+pub fn receive(link: &mut impl Read, payload: &mut Vec<u8>) -> Result<Kind, MigrationError> {
     let mut header = [0; HEADER_SIZE];
     link.read_exact(&mut header).map_err(broken)?;
     let word = |at: usize| {
@@ -185,7 +243,7 @@ pub(super) fn receive(link: &mut impl Read, payload: &mut Vec<u8>) -> Result<Kin
 }
 
 /// An error of the link.
-pub(super) fn broken(error: io::Error) -> MigrationError {
+pub fn broken(error: io::Error) -> MigrationError {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => MigrationError::Closed,
         io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => MigrationError::Reset,

@@ -31,8 +31,8 @@
 
 pub mod address;
 mod error;
-mod frame;
-mod pages;
+pub mod frame;
+pub mod pages;
 pub mod protocol;
 pub mod source;
 pub mod target;

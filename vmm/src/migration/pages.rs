@@ -4,11 +4,18 @@
 //!   count, 4 | count x frame number, 8, highest bit: the page is zero | contents of the others, 4,096 each
 //! ```
 
+use std::io::Write;
+
 use tandem_devices::GuestMemory;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::MigrationError;
-use crate::dirty::PAGE_SIZE;
+use super::frame::{self, Kind};
+use crate::control::Saving;
+use crate::dirty::{PAGE_SIZE, PageSet};
+use crate::memory_image::touched_frames;
+use crate::snapshot::SnapshotError;
+use crate::snapshot::save::PageSink;
 
 /// Pages in a batch at most.
 pub(super) const BATCH_PAGES: usize = 256;
@@ -76,8 +83,15 @@ fn outside(frame: u64) -> MigrationError {
     }
 }
 
-/// Puts a batch into guest memory.
-pub(super) fn apply(bytes: &[u8], memory: &GuestMemory) -> Result<(), MigrationError> {
+/// Puts a batch into guest memory; `seen` is called with each page's frame.
+///
+/// # Errors
+/// When it is no batch, or has pages that the guest does not have. Some pages may be in place then.
+pub fn apply(
+    bytes: &[u8],
+    memory: &GuestMemory,
+    mut seen: impl FnMut(u64),
+) -> Result<(), MigrationError> {
     let garbled = || MigrationError::Garbled {
         what: "pages whose number does not fit their bytes".into(),
     };
@@ -103,10 +117,79 @@ pub(super) fn apply(bytes: &[u8], memory: &GuestMemory) -> Result<(), MigrationE
         memory
             .write_slice(page, GuestAddress(address))
             .map_err(|_| outside(frame))?;
+        seen(frame);
     }
     if contents.is_empty() {
         Ok(())
     } else {
         Err(garbled())
+    }
+}
+
+/// Sends pages of a guest, as frames.
+pub struct PageSender<W> {
+    to: W,
+    saving: Saving,
+    batch: Batch,
+    bytes: Vec<u8>,
+}
+
+impl<W: Write> PageSender<W> {
+    /// Sends pages of what is saved by `saving` to `to`.
+    pub fn new(to: W, saving: Saving) -> Self {
+        Self {
+            to,
+            saving,
+            batch: Batch::default(),
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Where they were sent to.
+    pub fn into_inner(self) -> W {
+        self.to
+    }
+
+    /// Sends pages; zero pages only if `zeros`.
+    fn send(
+        &mut self,
+        frames: impl Iterator<Item = u64>,
+        zeros: bool,
+    ) -> Result<u64, SnapshotError> {
+        let mut sent = 0;
+        for frame in frames {
+            self.batch
+                .add(&self.saving.memory, frame, zeros)
+                .map_err(link_error)?;
+            if self.batch.is_full() {
+                sent += self.flush()?;
+            }
+        }
+        Ok(sent + self.flush()?)
+    }
+
+    fn flush(&mut self) -> Result<u64, SnapshotError> {
+        if self.batch.is_empty() {
+            return Ok(0);
+        }
+        self.batch.take(&mut self.bytes);
+        frame::send(&mut self.to, Kind::Pages, &self.bytes).map_err(link_error)?;
+        Ok(self.bytes.len() as u64)
+    }
+}
+
+fn link_error(error: MigrationError) -> SnapshotError {
+    SnapshotError::Copy(Box::new(error))
+}
+
+impl<W: Write> PageSink for PageSender<W> {
+    fn all(&mut self) -> Result<u64, SnapshotError> {
+        let frames = touched_frames(&self.saving.memory)?;
+        // Memory at the other side is new.
+        self.send(frames.into_iter().flatten(), false)
+    }
+
+    fn pages(&mut self, pages: &PageSet) -> Result<u64, SnapshotError> {
+        self.send(pages.iter(), true)
     }
 }

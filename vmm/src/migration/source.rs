@@ -2,15 +2,13 @@
 
 use std::time::{Duration, Instant};
 
-use super::frame::{self, Hello, Kind};
-use super::pages::Batch;
+use super::frame::{self, Hello, Kind, Purpose};
+use super::pages::PageSender;
 use super::protocol::{End, SourceFate, SourcePhase, source_fate};
 use super::{Address, Link, MigrationError};
-use crate::control::{FreezeTimes, Handle, Saving};
-use crate::dirty::PageSet;
-use crate::memory_image::touched_frames;
-use crate::snapshot::save::{PageSink, Precopy, Session};
-use crate::snapshot::{SnapshotError, Writer};
+use crate::control::{FreezeTimes, Handle};
+use crate::snapshot::Writer;
+use crate::snapshot::save::{Precopy, Session};
 
 /// What a migration came to.
 #[derive(Clone, Copy, Debug)]
@@ -51,7 +49,7 @@ pub fn migrate(
         description: description.to_owned(),
         hardware: session.saving().hardware.clone(),
     };
-    frame::send_preface(&mut link)?;
+    frame::send_preface(&mut link, Purpose::Migration)?;
     frame::send(&mut link, Kind::Hello, &hello.encode()?)?;
     expect(&mut link, Kind::Accept)?;
     let given = hand_over(&mut session, &mut link, budget);
@@ -80,7 +78,7 @@ fn hand_over(
     budget: Duration,
 ) -> Result<Handed, MigrationError> {
     let saving = session.saving().clone();
-    let mut sink = LinkSink::new(link, saving);
+    let mut sink = PageSender::new(&mut *link, saving);
     let precopy = session.precopy(&mut sink, budget)?;
     let stopped = session.freeze(&mut sink)?;
     let sending = Instant::now();
@@ -151,66 +149,5 @@ fn expect(link: &mut Link, wanted: Kind) -> Result<(), MigrationError> {
         kind => Err(MigrationError::Garbled {
             what: format!("{kind:?} instead of {wanted:?}"),
         }),
-    }
-}
-
-struct LinkSink<'a> {
-    link: &'a mut Link,
-    saving: Saving,
-    batch: Batch,
-    bytes: Vec<u8>,
-}
-
-impl<'a> LinkSink<'a> {
-    fn new(link: &'a mut Link, saving: Saving) -> Self {
-        Self {
-            link,
-            saving,
-            batch: Batch::default(),
-            bytes: Vec::new(),
-        }
-    }
-
-    /// Sends pages; zero pages only if `zeros`.
-    fn send(
-        &mut self,
-        frames: impl Iterator<Item = u64>,
-        zeros: bool,
-    ) -> Result<u64, SnapshotError> {
-        let mut sent = 0;
-        for frame in frames {
-            self.batch
-                .add(&self.saving.memory, frame, zeros)
-                .map_err(link_error)?;
-            if self.batch.is_full() {
-                sent += self.flush()?;
-            }
-        }
-        Ok(sent + self.flush()?)
-    }
-
-    fn flush(&mut self) -> Result<u64, SnapshotError> {
-        if self.batch.is_empty() {
-            return Ok(0);
-        }
-        self.batch.take(&mut self.bytes);
-        frame::send(self.link, Kind::Pages, &self.bytes).map_err(link_error)?;
-        Ok(self.bytes.len() as u64)
-    }
-}
-
-fn link_error(error: MigrationError) -> SnapshotError {
-    SnapshotError::Copy(Box::new(error))
-}
-
-impl PageSink for LinkSink<'_> {
-    fn all(&mut self) -> Result<u64, SnapshotError> {
-        let frames = touched_frames(&self.saving.memory)?;
-        // The target's memory is new.
-        self.send(frames.into_iter().flatten(), false)
-    }
-
-    fn pages(&mut self, pages: &PageSet) -> Result<u64, SnapshotError> {
-        self.send(pages.iter(), true)
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tandem_devices::GuestMemory;
 
-use super::frame::{self, Hello, Kind};
+use super::frame::{self, Hello, Kind, Purpose};
 use super::pages;
 use super::protocol::{End, TargetFate, TargetPhase, target_fate};
 use super::{Link, MigrationError};
@@ -76,7 +76,7 @@ impl Offer {
             };
             let (received, end) = match frame::receive(&mut self.link, &mut payload) {
                 Ok(Kind::Pages) if phase == TargetPhase::Receiving => {
-                    pages::apply(&payload, memory)?;
+                    pages::apply(&payload, memory, |_| {})?;
                     continue;
                 }
                 Ok(Kind::State) if phase == TargetPhase::Receiving => {
@@ -133,7 +133,7 @@ impl Received {
 }
 
 fn hear(link: &mut Link) -> Result<Hello, MigrationError> {
-    frame::receive_preface(link)?;
+    frame::receive_preface(link, Purpose::Migration)?;
     let mut payload = Vec::new();
     match frame::receive(link, &mut payload)? {
         Kind::Hello => Hello::decode(&payload),

@@ -76,11 +76,11 @@ proptest! {
             batch.add(&from, *frame, true).unwrap();
             if batch.is_full() {
                 batch.take(&mut bytes);
-                pages::apply(&bytes, &to).unwrap();
+                pages::apply(&bytes, &to, |_| {}).unwrap();
             }
         }
         batch.take(&mut bytes);
-        pages::apply(&bytes, &to).unwrap();
+        pages::apply(&bytes, &to, |_| {}).unwrap();
         let whole = |memory: &GuestMemory| {
             let mut bytes = vec![0; MEMORY as usize];
             memory.read_slice(&mut bytes, GuestAddress(0)).unwrap();
@@ -88,7 +88,7 @@ proptest! {
         };
         prop_assert!(whole(&from) == whole(&to));
         // Whatever a peer sends, it is an error or pages.
-        drop(pages::apply(&garbage, &to));
+        drop(pages::apply(&garbage, &to, |_| {}));
         drop(received(&garbage));
     }
 }
@@ -100,10 +100,10 @@ fn pages_that_the_guest_does_not_have_are_refused() {
         let mut bytes = 1u32.to_le_bytes().to_vec();
         bytes.extend(frame.to_le_bytes());
         bytes.extend([1; 4096]);
-        assert!(pages::apply(&bytes, &memory).is_err(), "{frame:#x}");
+        assert!(pages::apply(&bytes, &memory, |_| {}).is_err(), "{frame:#x}");
     }
     let many = (BATCH_PAGES as u32 + 1).to_le_bytes();
-    assert!(pages::apply(&[&many[..], &[0; 1 << 16]].concat(), &memory).is_err());
+    assert!(pages::apply(&[&many[..], &[0; 1 << 16]].concat(), &memory, |_| {}).is_err());
 }
 
 #[test]
@@ -149,7 +149,7 @@ fn what_is_no_source_is_refused() {
 fn a_source_that_ends_early_leaves_nothing_to_run() {
     for frames in 0..3 {
         let (mut source, link) = links();
-        frame::send_preface(&mut source).unwrap();
+        frame::send_preface(&mut source, frame::Purpose::Migration).unwrap();
         frame::send(&mut source, Kind::Hello, &hello().encode().unwrap()).unwrap();
         let offer = Offer::hear(link).unwrap();
         assert_eq!(offer.hello, hello());
@@ -170,7 +170,7 @@ fn a_source_that_ends_early_leaves_nothing_to_run() {
 fn frames_at_the_wrong_time_are_refused() {
     for kind in [Kind::Complete, Kind::Running, Kind::Accept, Kind::Hello] {
         let (mut source, link) = links();
-        frame::send_preface(&mut source).unwrap();
+        frame::send_preface(&mut source, frame::Purpose::Migration).unwrap();
         frame::send(&mut source, Kind::Hello, &hello().encode().unwrap()).unwrap();
         let offer = Offer::hear(link).unwrap();
         frame::send(&mut source, kind, &[]).unwrap();

@@ -39,6 +39,10 @@ const STATE_FILE_MAX: u64 = super::STATE_LENGTH_MAX + (1 << 20);
 /// How long copying the last pages may take while the guest stands, where that can be had.
 const STAND_BUDGET: Duration = Duration::from_millis(5);
 
+/// How often it is tried to save a guest that is reset meanwhile. From the second time on, a reset can
+/// come between only in the moment before the guest stands.
+const ATTEMPTS_MAX: u32 = 8;
+
 /// What saving came to.
 #[derive(Clone, Copy, Debug)]
 pub struct Report {
@@ -55,12 +59,36 @@ pub struct Report {
 }
 
 /// Saves the guest to `directory`, which must not exist. `description` becomes
-/// [`DESCRIPTION`]. The guest goes on in any case.
+/// [`DESCRIPTION`]. The guest goes on in any case. One that resets itself meanwhile is saved as it
+/// is then, and stands for all of that: it may reset itself again and again.
 ///
 /// # Errors
 /// When the guest cannot be saved or the files not be written; nothing is left behind then.
 pub fn save(guest: &Handle, directory: &Path, description: &str) -> Result<Report, SnapshotError> {
     expect_free(directory)?;
+    let mut result = save_once(guest, directory, description, Copying::WhileRunning);
+    for _ in 1..ATTEMPTS_MAX {
+        if !matches!(result, Err(SnapshotError::Reset)) {
+            break;
+        }
+        result = save_once(guest, directory, description, Copying::WhileStanding);
+    }
+    result
+}
+
+/// When all of memory is copied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copying {
+    WhileRunning,
+    WhileStanding,
+}
+
+fn save_once(
+    guest: &Handle,
+    directory: &Path,
+    description: &str,
+    copying: Copying,
+) -> Result<Report, SnapshotError> {
     // First of all: one save of the guest at a time, so two never write to one place.
     let mut session = Session::begin(guest)?;
     let partial = Partial::make(directory)?;
@@ -68,8 +96,13 @@ pub fn save(guest: &Handle, directory: &Path, description: &str) -> Result<Repor
     let saved_memory = session.saving().memory.clone();
     let bytes = session.saving().hardware.memory;
     let mut sink = FileSink(MemoryWriter::new(memory, saved_memory)?);
-    let precopy = session.precopy(&mut sink, STAND_BUDGET)?;
-    let stopped = session.freeze(&mut sink)?;
+    let (precopy, stopped) = match copying {
+        Copying::WhileRunning => {
+            let precopy = session.precopy(&mut sink, STAND_BUDGET)?;
+            (precopy, session.freeze(&mut sink)?)
+        }
+        Copying::WhileStanding => (Precopy::default(), session.freeze_for_all(&mut sink)?),
+    };
     let since = stopped.frozen.since;
     session.finish()?;
     let pause = since.elapsed();

@@ -176,7 +176,7 @@ pub enum SnapshotError {
     },
     /// The running guest did not do what saving it takes.
     #[error("the guest cannot be saved")]
-    Control(#[from] ControlError),
+    Control(#[source] ControlError),
     /// Guest memory cannot be copied to where it should go.
     #[error("guest memory cannot be copied")]
     Copy(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -186,4 +186,13 @@ pub enum SnapshotError {
     /// The guest began anew, or ended, while it was saved.
     #[error("the guest was reset or ended while it was saved")]
     Reset,
+}
+
+impl From<ControlError> for SnapshotError {
+    fn from(error: ControlError) -> Self {
+        match error {
+            ControlError::Overtaken => Self::Reset,
+            other => Self::Control(other),
+        }
+    }
 }

@@ -129,25 +129,49 @@ impl<'a> Session<'a> {
     /// # Errors
     /// When the guest cannot be stopped, was reset meanwhile, or `sink` fails.
     pub fn freeze(&mut self, sink: &mut impl PageSink) -> Result<Stopped, SnapshotError> {
+        self.freeze_with(|session| {
+            session
+                .saving
+                .tracker
+                .final_harvest(&mut session.left)
+                .map_err(|e| session.untracked(&e))?;
+            let harvested = Instant::now();
+            let pages = session.left.len();
+            let bytes = session.copy_left(sink)?;
+            Ok((pages, bytes, harvested))
+        })
+    }
+
+    /// Stops the guest, reads its state, and copies all of its memory.
+    ///
+    /// # Errors
+    /// As [`Session::freeze`].
+    pub fn freeze_for_all(&mut self, sink: &mut impl PageSink) -> Result<Stopped, SnapshotError> {
+        self.freeze_with(|session| {
+            let harvested = Instant::now();
+            Ok((session.saving.memory_pages(), sink.all()?, harvested))
+        })
+    }
+
+    /// Stops the guest, reads its state, and has `copy` copy pages: it returns how many, their
+    /// bytes, and when it knew which.
+    fn freeze_with(
+        &mut self,
+        copy: impl FnOnce(&mut Self) -> Result<(u64, u64, Instant), SnapshotError>,
+    ) -> Result<Stopped, SnapshotError> {
         let frozen = self.guest.freeze()?;
         self.frozen = true;
         if frozen.resets != self.saving.resets {
             return Err(SnapshotError::Reset);
         }
         let read = Instant::now();
-        self.saving
-            .tracker
-            .final_harvest(&mut self.left)
-            .map_err(|e| self.untracked(&e))?;
-        let harvest = read.elapsed();
-        let pages = self.left.len();
-        let bytes = self.copy_left(sink)?;
+        let (pages, bytes, harvested) = copy(self)?;
         Ok(Stopped {
             frozen,
             pages,
             bytes,
-            harvest,
-            copy: read.elapsed() - harvest,
+            harvest: harvested - read,
+            copy: harvested.elapsed(),
         })
     }
 

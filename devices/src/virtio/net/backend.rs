@@ -63,6 +63,10 @@ pub trait NetBackend: Send {
     /// answers [`Transmit::Pending`] keeps a clone of `frame` and reports `head` later.
     fn transmit(&mut self, head: u16, frame: &Buffers) -> Transmit;
 
+    /// Sends a frame that is not in guest memory, as [`NetBackend::transmit`] would. It is never kept:
+    /// the answer is not [`Transmit::Pending`].
+    fn send(&mut self, frame: &[u8]) -> Transmit;
+
     /// A frame found no room: [`NetBackend::ready`] has to follow once there is some, under `token`.
     ///
     /// # Errors
@@ -72,7 +76,7 @@ pub trait NetBackend: Send {
         Ok(())
     }
 
-    /// Ends a batch of [`NetBackend::transmit`]: what was only gathered goes out.
+    /// Ends a batch of frames in either direction: what was only gathered goes out.
     fn flush(&mut self) {}
 
     /// The next frame that was pending and is sent now.
@@ -90,6 +94,10 @@ pub trait NetBackend: Send {
     /// its header. A frame longer than `into` is lost. None if nothing waits. The header's
     /// `num_buffers` is the device's business.
     fn receive(&mut self, into: &Buffers) -> Option<usize>;
+
+    /// As [`NetBackend::receive`], into memory that is not the guest's. There must be as much room as
+    /// [`NetBackend::next_room`] said.
+    fn take(&mut self, into: &mut [u8]) -> Option<usize>;
 
     /// Whether frames can pass.
     fn link_up(&self) -> bool;

@@ -222,6 +222,15 @@ impl Net {
 
     /// Receives until the backend has nothing more or the driver has no room.
     fn receive(&mut self, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
+        let received = self.counters.rx_frames;
+        let result = self.receive_batch(ctx);
+        if self.counters.rx_frames != received {
+            self.backend.flush();
+        }
+        result
+    }
+
+    fn receive_batch(&mut self, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
         let Some(buffers) = self.receive_buffers.as_mut().filter(|_| self.may_receive) else {
             return Ok(());
         };

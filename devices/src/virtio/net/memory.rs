@@ -99,6 +99,19 @@ impl NetBackend for MemoryBackend {
         Transmit::Sent
     }
 
+    fn send(&mut self, frame: &[u8]) -> Transmit {
+        let mut wire = self.wire();
+        if !wire.link {
+            return Transmit::Refused;
+        }
+        if wire.room == 0 {
+            return Transmit::Full;
+        }
+        wire.room -= 1;
+        wire.sent.push(frame.to_vec());
+        Transmit::Sent
+    }
+
     fn flush(&mut self) {
         self.wire().flushes += 1;
     }
@@ -118,6 +131,12 @@ impl NetBackend for MemoryBackend {
     fn receive(&mut self, into: &Buffers) -> Option<usize> {
         let frame = self.wire().incoming.pop_front()?;
         into.write_at(0, &frame);
+        Some(frame.len())
+    }
+
+    fn take(&mut self, into: &mut [u8]) -> Option<usize> {
+        let frame = self.wire().incoming.pop_front()?;
+        into[..frame.len()].copy_from_slice(&frame);
         Some(frame.len())
     }
 

@@ -130,6 +130,24 @@ impl StreamBackend {
         false
     }
 
+    /// Gathers a frame of `len` bytes, which `add` adds if there is room.
+    fn gather(&mut self, len: usize, add: impl Fn(&mut Outgoing) -> bool) -> Transmit {
+        if len < HEADER_SIZE + FRAME_MIN {
+            return Transmit::Refused;
+        }
+        if self.peer.is_some() && add(&mut self.outgoing) {
+            return Transmit::Sent;
+        }
+        self.flush();
+        if self.peer.is_none() {
+            Transmit::Refused
+        } else if add(&mut self.outgoing) {
+            Transmit::Sent
+        } else {
+            Transmit::Full
+        }
+    }
+
     /// The length of the next whole frame.
     fn next_frame(&mut self) -> Option<usize> {
         loop {
@@ -212,20 +230,11 @@ impl NetBackend for StreamBackend {
     }
 
     fn transmit(&mut self, _head: u16, frame: &Buffers) -> Transmit {
-        if frame.len() < HEADER_SIZE + FRAME_MIN {
-            return Transmit::Refused;
-        }
-        if self.peer.is_some() && self.outgoing.add(frame) {
-            return Transmit::Sent;
-        }
-        self.flush();
-        if self.peer.is_none() {
-            Transmit::Refused
-        } else if self.outgoing.add(frame) {
-            Transmit::Sent
-        } else {
-            Transmit::Full
-        }
+        self.gather(frame.len(), |outgoing| outgoing.add(frame))
+    }
+
+    fn send(&mut self, frame: &[u8]) -> Transmit {
+        self.gather(frame.len(), |outgoing| outgoing.add_bytes(frame))
     }
 
     fn flush(&mut self) {
@@ -252,6 +261,16 @@ impl NetBackend for StreamBackend {
         if let Ok(Some(frame)) = self.incoming.frame() {
             into.write_at(0, &[0; HEADER_SIZE]);
             into.write_at(HEADER_SIZE, frame);
+        }
+        self.incoming.drop_frame(len);
+        Some(HEADER_SIZE + len)
+    }
+
+    fn take(&mut self, into: &mut [u8]) -> Option<usize> {
+        let len = self.next_frame()?;
+        if let Ok(Some(frame)) = self.incoming.frame() {
+            into[..HEADER_SIZE].fill(0);
+            into[HEADER_SIZE..HEADER_SIZE + len].copy_from_slice(frame);
         }
         self.incoming.drop_frame(len);
         Some(HEADER_SIZE + len)

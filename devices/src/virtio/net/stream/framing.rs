@@ -83,7 +83,22 @@ impl Outgoing {
     /// Adds the frame in `frame`, which begins with a vnet header; false if it does not fit.
     #[must_use]
     pub(super) fn add(&mut self, frame: &Buffers) -> bool {
-        let len = frame.len().saturating_sub(HEADER_SIZE);
+        self.add_with(frame.len(), |room| {
+            frame.read_at(HEADER_SIZE, room);
+        })
+    }
+
+    /// As [`Outgoing::add`], for a frame that is not in guest memory.
+    #[must_use]
+    pub(super) fn add_bytes(&mut self, frame: &[u8]) -> bool {
+        self.add_with(frame.len(), |room| {
+            room.copy_from_slice(&frame[HEADER_SIZE.min(frame.len())..]);
+        })
+    }
+
+    /// Adds a frame of `len` bytes with its vnet header; `fill` puts the rest in place.
+    fn add_with(&mut self, len: usize, fill: impl FnOnce(&mut [u8])) -> bool {
+        let len = len.saturating_sub(HEADER_SIZE);
         if self.waiting().len() + LENGTH_SIZE + len > OUTGOING_MAX {
             return false;
         }
@@ -94,7 +109,7 @@ impl Outgoing {
         self.bytes.extend((len as u32).to_be_bytes());
         let at = self.bytes.len();
         self.bytes.resize(at + len, 0);
-        frame.read_at(HEADER_SIZE, &mut self.bytes[at..]);
+        fill(&mut self.bytes[at..]);
         true
     }
 

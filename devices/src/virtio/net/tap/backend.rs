@@ -43,6 +43,34 @@ impl TapBackend {
         }
     }
 
+    /// What became of a frame that was written.
+    fn sent(&mut self, written: io::Result<usize>) -> Transmit {
+        match written {
+            Ok(_) => Transmit::Sent,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Transmit::Full,
+            Err(error) => {
+                if error.raw_os_error() == Some(libc::EBADFD) {
+                    self.broke(&error);
+                }
+                // A header that makes no sense, or the interface is down.
+                tracing::debug!(tap = self.tap.name, %error, "the host refused a frame");
+                Transmit::Refused
+            }
+        }
+    }
+
+    /// Takes what was read.
+    fn received(&mut self, read: io::Result<usize>) -> Option<usize> {
+        match read {
+            Ok(len) => Some(len),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+            Err(error) => {
+                self.broke(&error);
+                None
+            }
+        }
+    }
+
     /// Throws away what was meant for a driver that is gone.
     fn drain(&mut self) {
         for _ in 0..DRAIN_MAX {
@@ -82,18 +110,16 @@ impl NetBackend for TapBackend {
         if self.broken {
             return Transmit::Refused;
         }
-        match retry(|| frame.write_to(self.tap.as_fd())) {
-            Ok(_) => Transmit::Sent,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Transmit::Full,
-            Err(error) => {
-                if error.raw_os_error() == Some(libc::EBADFD) {
-                    self.broke(&error);
-                }
-                // A header that makes no sense, or the interface is down.
-                tracing::debug!(tap = self.tap.name, %error, "the host refused a frame");
-                Transmit::Refused
-            }
+        let written = retry(|| frame.write_to(self.tap.as_fd()));
+        self.sent(written)
+    }
+
+    fn send(&mut self, frame: &[u8]) -> Transmit {
+        if self.broken {
+            return Transmit::Refused;
         }
+        let written = retry(|| Ok(rustix::io::write(&self.tap.file, frame)?));
+        self.sent(written)
     }
 
     fn next_room(&mut self) -> Option<usize> {
@@ -109,14 +135,12 @@ impl NetBackend for TapBackend {
                 into.read_from_spilling(self.tap.file.as_fd(), &mut self.spill)
             }
         });
-        match result {
-            Ok(len) => Some(len),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
-            Err(error) => {
-                self.broke(&error);
-                None
-            }
-        }
+        self.received(result)
+    }
+
+    fn take(&mut self, into: &mut [u8]) -> Option<usize> {
+        let result = retry(|| Ok(rustix::io::read(&self.tap.file, &mut *into)?));
+        self.received(result)
     }
 
     fn link_up(&self) -> bool {
