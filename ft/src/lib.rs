@@ -2,3 +2,5 @@
 //! the time, and say what is to be done.
 
 pub mod arbiter;
+pub mod detector;
+pub mod lease;
