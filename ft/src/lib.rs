@@ -1,1 +1,6 @@
-//! Protection of a guest. Empty until the pair is built: it will hold the pure protocol cores and their runtime.
+//! Protection of a guest by a second copy. So far the pure protocol cores: they are handed events and
+//! the time, and say what is to be done.
+
+pub mod arbiter;
+pub mod detector;
+pub mod lease;
