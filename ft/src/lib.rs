@@ -1,1 +1,6 @@
-//! Protection of a guest. Empty until the pair is built: it will hold the pure protocol cores and their runtime.
+//! Protection of a guest: the pure protocol cores. Whatever they decide depends on what they are handed;
+//! the time is passed in.
+
+pub mod compare;
+pub mod packet;
+mod table;
