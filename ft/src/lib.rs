@@ -1,6 +1,9 @@
-//! Protection of a guest by a second copy. So far the pure protocol cores: they are handed events and
-//! the time, and say what is to be done.
+//! Protection of a guest: pure protocol cores so far. Whatever they decide depends on what they are
+//! handed; the time is passed in.
 
 pub mod arbiter;
+pub mod compare;
 pub mod detector;
 pub mod lease;
+pub mod packet;
+mod table;
