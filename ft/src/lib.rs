@@ -3,4 +3,5 @@
 
 pub mod compare;
 pub mod packet;
+pub mod sequence;
 mod table;
