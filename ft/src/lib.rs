@@ -6,4 +6,5 @@ pub mod compare;
 pub mod detector;
 pub mod lease;
 pub mod packet;
+pub mod sequence;
 mod table;

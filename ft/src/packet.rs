@@ -373,6 +373,95 @@ pub fn segment(frame: &[u8]) -> Option<(Flow, Segment)> {
     }
 }
 
+/// The beginning of a TCP segment that an ICMP error quotes.
+#[derive(Clone, Copy, Debug)]
+pub struct Quoted {
+    /// To what the segment belonged, in the direction in which it went.
+    pub flow: Flow,
+    /// Where its sequence number is.
+    pub seq_at: usize,
+    /// Where the ICMP message begins; its checksum is two bytes behind.
+    pub error_at: usize,
+}
+
+/// The TCP segment that an ICMP error in a frame quotes (RFC 792, RFC 4443), if it is one.
+pub fn quoted_segment(frame: &[u8]) -> Option<Quoted> {
+    let Packet {
+        flow,
+        meaning: Meaning::Message(message),
+    } = parse(frame)
+    else {
+        return None;
+    };
+    let [kind, _] = flow.ports[0].to_be_bytes();
+    let is_error = match flow.version {
+        4 => matches!(kind, 3 | 11 | 12),
+        _ => matches!(kind, 1..=4),
+    };
+    if flow.kind != Kind::Icmp || !is_error {
+        return None;
+    }
+    let error_at = (message.skips[3].0 as usize).checked_sub(2)?;
+    let quote_at = error_at + 8;
+    let quote = frame.get(quote_at..message.end as usize)?;
+    let (mut quoted, tcp_at) = match flow.version {
+        4 => quoted_ipv4(quote)?,
+        _ => quoted_ipv6(quote)?,
+    };
+    let tcp = quote.get(tcp_at..tcp_at + 8)?;
+    quoted.ports = [
+        u16::from_be_bytes([tcp[0], tcp[1]]),
+        u16::from_be_bytes([tcp[2], tcp[3]]),
+    ];
+    quoted.tags = flow.tags;
+    Some(Quoted {
+        flow: quoted,
+        seq_at: quote_at + tcp_at + 4,
+        error_at,
+    })
+}
+
+/// Addresses of a quoted TCP packet, and where its TCP header begins. A quote is cut short, so its lengths
+/// say nothing.
+fn quoted_ipv4(quote: &[u8]) -> Option<(Flow, usize)> {
+    let header = quote.get(..20)?;
+    let later_fragment = header[6] & 0x1f != 0 || header[7] != 0;
+    if header[0] >> 4 != 4 || header[9] != ip_number::TCP.0 || later_fragment {
+        return None;
+    }
+    let address = |at: usize| Some(u32::from_be_bytes(header[at..at + 4].try_into().ok()?));
+    let flow = Flow {
+        source: address(12)?.into(),
+        destination: address(16)?.into(),
+        version: 4,
+        ..TCP_FLOW
+    };
+    Some((flow, usize::from(header[0] & 0xf) * 4))
+}
+
+/// The same of IPv6, without extension headers.
+fn quoted_ipv6(quote: &[u8]) -> Option<(Flow, usize)> {
+    let header = quote.get(..40)?;
+    if header[0] >> 4 != 6 || header[6] != ip_number::TCP.0 {
+        return None;
+    }
+    let address = |at: usize| Some(u128::from_be_bytes(header[at..at + 16].try_into().ok()?));
+    let flow = Flow {
+        source: address(8)?,
+        destination: address(24)?,
+        version: 6,
+        ..TCP_FLOW
+    };
+    Some((flow, 40))
+}
+
+/// A TCP flow without addresses.
+const TCP_FLOW: Flow = Flow {
+    kind: Kind::Tcp,
+    protocol: ip_number::TCP.0,
+    ..Flow::OPAQUE
+};
+
 /// Where `part` of `frame` begins.
 fn place(frame: &[u8], part: &[u8]) -> u32 {
     (part.as_ptr() as usize).wrapping_sub(frame.as_ptr() as usize) as u32
