@@ -42,6 +42,12 @@ Safety: the guest runs on one side, whatever fails. If nothing is heard of a tar
 the guest, the guest stands at the source: `tandem resume` lets it go on there if it does not run at \
 the target, `tandem stop --force` ends it. The connection is neither encrypted nor authenticated.";
 
+const STANDBY: &str = "\
+Description: the primary says where the guest's interfaces are; flags win over it. --net, if given, takes \
+the place of all interfaces there, in their order. The interface must be of the same network as the \
+primary's; nothing of the copy leaves by it before the copy takes over. The connection is neither encrypted nor \
+authenticated.";
+
 const RUNTIME: &str = "\
 Runtime directory: each running guest has a directory of its name in $TANDEM_RUNTIME_DIR, or else \
 in /run/tandem for root and in $XDG_RUNTIME_DIR/tandem for others. It holds api.sock (HTTP), \
@@ -165,6 +171,15 @@ pub enum Verb {
     /// Wait for a guest that is migrated here, and run it until it ends
     #[command(after_help = format!("{RECEIVE}\n\n{MIGRATION}\n\n{CONSOLE}\n\n{}", exit::table()))]
     Receive(Box<ReceiveArgs>),
+    /// Wait for a guest that is to be protected, and run its copy, which takes over when the guest is lost
+    #[command(after_help = format!("{STANDBY}\n\n{CONSOLE}\n\n{}", exit::table()))]
+    Standby(Box<StandbyArgs>),
+    /// Show how a guest is protected
+    Status {
+        /// The guest
+        #[arg(value_parser = value::name)]
+        name: String,
+    },
     /// Show what a snapshot holds, and whether it is whole
     Inspect {
         /// The snapshot's directory
@@ -289,6 +304,27 @@ pub struct RunArgs {
     /// Check everything, print the settings that would be used, and do not run
     #[arg(long, help_heading = "Host")]
     pub dry_run: bool,
+    /// Protect the guest by a copy of it that runs where `tandem standby` listens: HOST:PORT, or the
+    /// path of a unix socket
+    #[arg(long, value_name = "ADDRESS", value_parser = value::address, help_heading = "Protection")]
+    pub protect: Option<Address>,
+    /// The directory that decides who owns the guest; on storage that both hosts share
+    #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
+    pub arbiter: Option<PathBuf>,
+}
+
+/// What `tandem standby` takes.
+#[derive(Debug, Args)]
+pub struct StandbyArgs {
+    /// Where to wait for a guest: HOST:PORT, or the path of a unix socket
+    #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
+    pub listen: Address,
+    /// The directory that decides who owns the guest; on storage that both hosts share
+    #[arg(long, value_name = "DIR")]
+    pub arbiter: PathBuf,
+    /// What is another here than at the primary.
+    #[command(flatten)]
+    pub place: PlaceArgs,
 }
 
 /// The flags of `tandem restore`.
@@ -407,6 +443,8 @@ impl RunArgs {
             log_level: self.log_level.map(Located::flag),
             confine: self.confine.map(Located::flag),
             user: self.user.map(Located::flag),
+            protect: self.protect.map(Located::flag),
+            arbiter: self.arbiter.map(Located::flag),
             disks: self.disks.into_iter().map(Into::into).collect(),
             nets: self.nets.into_iter().map(Into::into).collect(),
             vsock: self.vsock.map(Located::flag),

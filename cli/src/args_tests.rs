@@ -135,6 +135,12 @@ fn flags(settings: &Settings) -> Vec<String> {
     flag(&mut all, "user", settings.user.as_ref(), |u| {
         value::user_text(*u)
     });
+    flag(&mut all, "protect", settings.protect.as_ref(), |to| {
+        to.to_string()
+    });
+    flag(&mut all, "arbiter", settings.arbiter.as_ref(), |path| {
+        path.display().to_string()
+    });
     flag(&mut all, "vsock", settings.vsock.as_ref(), |v| {
         format!("cid={},path={}", v.cid, v.path.display())
     });

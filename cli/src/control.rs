@@ -2,8 +2,11 @@
 
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
+use tandem_ft::runtime::Pair;
+use tandem_ft::runtime::status::Status;
 use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
 use tandem_vmm::migration::{Address, MigrationError, source};
 use tandem_vmm::snapshot::{SnapshotError, directory};
@@ -27,6 +30,8 @@ pub trait Control: Send + Sync + 'static {
     fn stats(&self) -> Result<MachineStats, ControlError>;
     /// Adds a client to the serial console; it has been sent the recent output when this returns.
     fn attach_console(&self, client: UnixStream) -> Result<(), ControlError>;
+    /// How the guest is protected.
+    fn protection(&self) -> Status;
     /// Saves the guest to a directory that does not exist, with its description. Waits until that
     /// is done.
     fn snapshot(
@@ -43,25 +48,48 @@ pub trait Control: Send + Sync + 'static {
     ) -> Result<MigrationReport, MigrationError>;
 }
 
-impl Control for Handle {
+/// Commands a machine in life.
+pub struct Commander {
+    handle: Handle,
+    pair: Option<Arc<Pair>>,
+    name: String,
+}
+
+impl Commander {
+    /// Commands the machine of `handle`, whose gates are `pair`'s.
+    pub fn new(handle: Handle, pair: Option<Arc<Pair>>, name: &str) -> Self {
+        Self {
+            handle,
+            pair,
+            name: name.to_owned(),
+        }
+    }
+}
+
+impl Control for Commander {
     fn pause(&self) -> Result<(), ControlError> {
-        Self::pause(self)
+        self.handle.pause()
     }
 
     fn resume(&self) -> Result<(), ControlError> {
-        Self::resume(self)
+        self.handle.resume()
     }
 
     fn stop(&self, mode: StopMode) -> Result<(), ControlError> {
-        Self::stop(self, mode)
+        self.handle.stop(mode)
     }
 
     fn stats(&self) -> Result<MachineStats, ControlError> {
-        Self::stats(self)
+        self.handle.stats()
     }
 
     fn attach_console(&self, client: UnixStream) -> Result<(), ControlError> {
-        Self::attach_console(self, client)
+        self.handle.attach_console(client)
+    }
+
+    fn protection(&self) -> Status {
+        let pair = self.pair.as_ref();
+        pair.map_or_else(|| Status::unprotected(&self.name), |pair| pair.status())
     }
 
     fn snapshot(
@@ -69,7 +97,7 @@ impl Control for Handle {
         directory: &Path,
         description: &str,
     ) -> Result<SnapshotReport, SnapshotError> {
-        Ok(directory::save(self, directory, description)?.into())
+        Ok(directory::save(&self.handle, directory, description)?.into())
     }
 
     fn migrate(
@@ -78,6 +106,6 @@ impl Control for Handle {
         description: &str,
         budget: Duration,
     ) -> Result<MigrationReport, MigrationError> {
-        Ok(source::migrate(self, to, description, budget)?.into())
+        Ok(source::migrate(&self.handle, to, description, budget)?.into())
     }
 }

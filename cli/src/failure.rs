@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use std::io;
 use std::path::PathBuf;
 
+use tandem_ft::runtime::ProtectionError;
 use tandem_vmm::error::ErrorKind;
 use tandem_vmm::migration::MigrationError;
 use tandem_vmm::snapshot::SnapshotError;
@@ -44,6 +45,17 @@ pub enum Failure {
     /// A guest was not migrated.
     #[error(transparent)]
     Migration(#[from] MigrationError),
+    /// A guest cannot be protected.
+    #[error(transparent)]
+    Protection(Box<ProtectionError>),
+    /// Another won a guest.
+    #[error("guest `{name}` was won by another just now: {tenure}")]
+    Owned {
+        /// Its name.
+        name: String,
+        /// The newest owner.
+        tenure: String,
+    },
     /// A running guest did not do what was asked.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -83,16 +95,9 @@ impl Failure {
             Self::Migration(MigrationError::Address { .. }) => Exit::Usage,
             Self::Migration(MigrationError::Link { .. }) => Exit::Resource,
             Self::Migration(_) => Exit::Failed,
-            Self::Machine(error) => match error.kind() {
-                ErrorKind::Config => Exit::Usage,
-                ErrorKind::Image => Exit::Image,
-                ErrorKind::Resource => Exit::Resource,
-                ErrorKind::Kvm => Exit::Kvm,
-                ErrorKind::Snapshot => Exit::Snapshot,
-                ErrorKind::TripleFault => Exit::TripleFault,
-                ErrorKind::GuestInternal => Exit::GuestInternal,
-                ErrorKind::Internal => Exit::Internal,
-            },
+            Self::Protection(error) => protection_exit(error),
+            Self::Owned { .. } => Exit::Failed,
+            Self::Machine(error) => machine_exit(error.kind()),
         }
     }
 
@@ -110,6 +115,28 @@ impl Failure {
             cause = error.source();
         }
         text
+    }
+}
+
+fn machine_exit(kind: ErrorKind) -> Exit {
+    match kind {
+        ErrorKind::Config => Exit::Usage,
+        ErrorKind::Image => Exit::Image,
+        ErrorKind::Resource => Exit::Resource,
+        ErrorKind::Kvm => Exit::Kvm,
+        ErrorKind::Snapshot => Exit::Snapshot,
+        ErrorKind::TripleFault => Exit::TripleFault,
+        ErrorKind::GuestInternal => Exit::GuestInternal,
+        ErrorKind::Internal => Exit::Internal,
+    }
+}
+
+fn protection_exit(error: &ProtectionError) -> Exit {
+    match error {
+        ProtectionError::Device { .. } => Exit::Usage,
+        ProtectionError::Snapshot(_) => Exit::Snapshot,
+        ProtectionError::Arbiter(_) | ProtectionError::Host { .. } => Exit::Resource,
+        _ => Exit::Failed,
     }
 }
 

@@ -9,6 +9,7 @@ pub mod exit;
 pub mod failure;
 pub mod logging;
 pub mod output;
+pub mod protect;
 pub mod receive;
 pub mod restore;
 pub mod run;

@@ -4,14 +4,14 @@ use std::time::Instant;
 
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
-use tandem_vmm::migration::target::{Offer, Received};
+use tandem_vmm::migration::target::Offer;
 use tandem_vmm::migration::{Hello, MigrationError};
 
 use crate::args::ReceiveArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
-use crate::run::{RunContext, accept, run_machine};
+use crate::run::{Beside, RunContext, accept, run_machine};
 use crate::settings::{Launch, file};
 
 /// Waits for a guest and runs it until it ends.
@@ -37,7 +37,10 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         let started = Instant::now();
         let memory = SavedMemory::Loaded(memory);
         match Machine::restore(config, &received.state, memory, confinement, started) {
-            Ok(machine) => Ok::<_, Failure>((machine, || announce(received))),
+            Ok(machine) => {
+                let beside = Beside::beginning_with(|| received.announce());
+                Ok::<_, Failure>((machine, beside))
+            }
             Err(error) => {
                 let failure = Failure::from(error);
                 received.refuse(&failure.report());
@@ -49,10 +52,6 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         offer.refuse(&failure.report());
     }
     ran
-}
-
-fn announce(received: Received) {
-    received.announce();
 }
 
 /// Whoever connects and is no source is told so, and does not keep others from coming.

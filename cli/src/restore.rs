@@ -13,7 +13,7 @@ use tandem_vmm::snapshot::directory::{self, DESCRIPTION, Snapshot};
 use crate::args::RestoreArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::run::{RunContext, accept, run_machine};
+use crate::run::{Beside, RunContext, accept, run_machine};
 use crate::settings::{Launch, file};
 
 /// Runs a guest on from a snapshot until it ends.
@@ -50,7 +50,7 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
         if paused {
             machine.start_paused();
         }
-        Ok::<_, Error>((machine, || {}))
+        Ok::<_, Error>((machine, Beside::nothing()))
     })
 }
 

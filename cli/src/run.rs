@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::json;
+use tandem_ft::runtime::Pair;
 use tandem_vmm::config::{ConsoleConfig, MachineConfig};
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::Outcome;
@@ -18,6 +19,7 @@ use tandem_vmm::snapshot::directory;
 use crate::api::server::{Service, Sources};
 use crate::api::{Facts, Guest};
 use crate::args::{Format, RunArgs};
+use crate::control::Commander;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::runtime_dir::{Claim, Root, VMM_LOG, VMM_LOG_OLD};
@@ -51,7 +53,10 @@ pub fn run(args: RunArgs, context: &RunContext) -> Result<Exit, Failure> {
     if dry_run {
         return print_plan(launch, context.format);
     }
-    start(launch, context)
+    match launch.protection.clone() {
+        Some(protection) => crate::protect::run(launch, &protection, context),
+        None => start(launch, context),
+    }
 }
 
 /// Reads file and flags.
@@ -92,6 +97,8 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
             "log_level": launch.log_level.to_string(),
             "confine": value::confine_text(launch.confine),
             "user": launch.user.map(value::user_text),
+            "protect": launch.protection.as_ref().map(|p| p.to.to_string()),
+            "arbiter": launch.protection.map(|p| p.arbiter),
         })),
     };
     printed.map_err(Failure::host("print the settings"))?;
@@ -101,20 +108,49 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
 fn start(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
     let started = context.started;
     run_machine(launch, context, |config, confinement| {
-        Ok::<_, Error>((Machine::open(config, confinement, started)?, || {}))
+        let machine = Machine::open(config, confinement, started)?;
+        Ok::<_, Error>((machine, Beside::nothing()))
     })
 }
 
+/// Ends what goes on beside a machine, when its guest has ended.
+pub type Finish = Box<dyn FnOnce()>;
+
+/// What goes on beside a machine.
+pub struct Beside {
+    /// Its gates, if it has some.
+    pub pair: Option<Arc<Pair>>,
+    /// Called when nothing but the guest itself can fail any more.
+    pub begin: Box<dyn FnOnce() -> Result<Finish, Failure>>,
+}
+
+impl Beside {
+    /// Nothing goes on.
+    pub fn nothing() -> Self {
+        Self::beginning_with(|| {})
+    }
+
+    /// Nothing but what `begin` does at the beginning.
+    pub fn beginning_with(begin: impl FnOnce() + 'static) -> Self {
+        Self {
+            pair: None,
+            begin: Box::new(|| {
+                begin();
+                Ok(Box::new(|| {}))
+            }),
+        }
+    }
+}
+
 /// Runs the machine that `open` makes, with everything around it: its place among the running
-/// guests, log, API, signals and terminal. What `open` makes besides is called when nothing but the
-/// guest itself can fail any more.
+/// guests, log, API, signals and terminal.
 ///
 /// # Errors
 /// When the guest cannot be started or does not end well. Nothing is left behind.
-pub fn run_machine<E, B: FnOnce()>(
+pub fn run_machine<E>(
     launch: Launch,
     context: &RunContext,
-    open: impl FnOnce(MachineConfig, &Confinement) -> Result<(Machine, B), E>,
+    open: impl FnOnce(MachineConfig, &Confinement) -> Result<(Machine, Beside), E>,
 ) -> Result<Exit, Failure>
 where
     Failure: From<E>,
@@ -133,19 +169,21 @@ where
         directory: claim.guest().dir().to_owned(),
     };
     let confinement = confine::begin(&launch, &claim)?;
-    let (machine, begins) = open(launch.machine, &confinement)?;
+    let (machine, beside) = open(launch.machine, &confinement)?;
     if let Some(user) = launch.user {
         confine::give_files(user, &facts.config, &claim)?;
     }
     let terminal = enter_terminal(&facts, context.quiet)?;
-    let guest = Guest::new(Arc::new(machine.handle()), facts);
+    let commander = Commander::new(machine.handle(), beside.pair, &facts.config.name);
+    let guest = Guest::new(Arc::new(commander), facts);
     let confine = confinement.entry(ThreadKind::Api);
     let sweep = move || root.sweep();
     let service = Service::start(guest, sources, !context.quiet, sweep, confine)
         .map_err(Failure::host("start the API's thread"))?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest starts");
-    begins();
+    let finish = (beside.begin)()?;
     let outcome = machine.run();
+    finish();
     service.finish();
     directory::discard_unfinished();
     drop(terminal);

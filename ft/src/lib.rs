@@ -1,10 +1,17 @@
-//! Protection of a guest: pure protocol cores so far. Whatever they decide depends on what they are
-//! handed; the time is passed in.
+//! Protection of a guest by a second copy of it on another host: quasi-lockstep fault tolerance
+//! (US10579485).
+//!
+//! Both copies run and get the same inputs. Each output of the two is compared and leaves once, when
+//! both produced it, or when a checkpoint that explains it is loaded by the copy.
 
+pub mod announce;
 pub mod arbiter;
 pub mod compare;
 pub mod detector;
+pub mod gate;
 pub mod lease;
+pub mod link;
 pub mod packet;
+pub mod runtime;
 pub mod sequence;
 mod table;

@@ -13,6 +13,7 @@ use tandem_cli::api::types::{MigrationReport, SnapshotReport};
 use tandem_cli::api::{Facts, Guest};
 use tandem_cli::control::Control;
 use tandem_cli::settings::file;
+use tandem_ft::runtime::status::Status;
 use tandem_vmm::control::{ControlError, MachineState, MachineStats, StopMode};
 use tandem_vmm::migration::{Address, MigrationError};
 use tandem_vmm::snapshot::SnapshotError;
@@ -122,6 +123,10 @@ impl Control for Machine {
     fn attach_console(&self, mut client: UnixStream) -> Result<(), ControlError> {
         drop(client.write_all(b"hello from the guest\n"));
         Ok(())
+    }
+
+    fn protection(&self) -> Status {
+        Status::unprotected("fuzz")
     }
 
     fn snapshot(

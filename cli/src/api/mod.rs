@@ -66,6 +66,8 @@ pub enum Endpoint {
     Pause,
     /// Run on.
     Resume,
+    /// How the guest is protected.
+    Protection,
     /// Save the guest to a directory.
     Snapshot,
     /// Move the guest to where a target waits for it.
@@ -98,12 +100,13 @@ const fn route(method: Method, path: &'static str, endpoint: Endpoint) -> Route 
 }
 
 /// Every route that the server has.
-pub static ROUTES: [Route; 10] = [
+pub static ROUTES: [Route; 11] = [
     route(Method::GET, "/api/v1/guest", Endpoint::Info),
     route(Method::GET, "/api/v1/stats", Endpoint::Stats),
     route(Method::GET, "/api/v1/logs", Endpoint::Logs),
     route(Method::POST, "/api/v1/pause", Endpoint::Pause),
     route(Method::POST, "/api/v1/resume", Endpoint::Resume),
+    route(Method::GET, "/api/v1/protection", Endpoint::Protection),
     route(Method::POST, "/api/v1/snapshot", Endpoint::Snapshot),
     route(Method::POST, "/api/v1/migrate", Endpoint::Migrate),
     route(Method::POST, "/api/v1/stop", Endpoint::Stop),
@@ -211,6 +214,7 @@ impl Guest {
                 self.control.resume()?;
                 json(StatusCode::OK, &StateBody::new(MachineState::Running))
             }
+            Endpoint::Protection => json(StatusCode::OK, &self.control.protection()),
             Endpoint::Snapshot => self.snapshot(body),
             Endpoint::Migrate => self.migrate(body),
             Endpoint::Stop => self.stop(body),

@@ -113,6 +113,8 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         log_level: root.text("log-level", value::log_level),
         confine: root.text("confine", value::confine),
         user: root.text("user", value::user),
+        protect: root.text("protect", value::address),
+        arbiter: root.text("arbiter", value::path),
         disks: root.tables("disk", disk),
         nets: root.tables("net", net),
         vsock: root.table("vsock", vsock),

@@ -17,6 +17,7 @@ use tandem_vmm::config::{
     NetConfig, VsockConfig,
 };
 use tandem_vmm::confinement::{Enforcement, User};
+use tandem_vmm::migration::Address;
 use tracing::level_filters::LevelFilter;
 
 pub use problem::{Origin, Problem};
@@ -91,6 +92,8 @@ pub struct Settings {
     pub log_level: Option<Located<LevelFilter>>,
     pub confine: Option<Located<Enforcement>>,
     pub user: Option<Located<User>>,
+    pub protect: Option<Located<Address>>,
+    pub arbiter: Option<Located<PathBuf>>,
     pub disks: Vec<DiskSetting>,
     pub nets: Vec<NetSetting>,
     pub vsock: Option<Located<VsockConfig>>,
@@ -119,6 +122,7 @@ pub fn describe(config: &MachineConfig) -> String {
         log_level: LOG_LEVEL_DEFAULT,
         confine: Enforcement::default(),
         user: None,
+        protection: None,
     };
     let mut settings = Settings::from(launch);
     // Without a working directory paths stay as they are.
@@ -141,6 +145,17 @@ pub struct Launch {
     pub confine: Enforcement,
     /// Whom the VMM runs as once everything is opened.
     pub user: Option<User>,
+    /// How the guest is protected.
+    pub protection: Option<Protection>,
+}
+
+/// How a guest is protected.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Protection {
+    /// Where a standby listens.
+    pub to: Address,
+    /// The directory that decides who owns the guest.
+    pub arbiter: PathBuf,
 }
 
 impl From<DiskConfig> for DiskSetting {
@@ -197,6 +212,8 @@ impl Settings {
             log_level: over.log_level.or(self.log_level),
             confine: over.confine.or(self.confine),
             user: over.user.or(self.user),
+            protect: over.protect.or(self.protect),
+            arbiter: over.arbiter.or(self.arbiter),
             vsock: over.vsock.or(self.vsock),
             disks: self.disks,
             nets: self.nets,
@@ -270,13 +287,21 @@ impl Settings {
             log_level: value(self.log_level).unwrap_or(LOG_LEVEL_DEFAULT),
             confine: value(self.confine).unwrap_or_default(),
             user: value(self.user),
+            protection: self
+                .protect
+                .zip(self.arbiter)
+                .map(|(to, arbiter)| Protection {
+                    to: to.value,
+                    arbiter: arbiter.value,
+                }),
         })
     }
 
     /// Makes every relative path relative to `directory` instead.
     fn rebase(&mut self, directory: &Path) {
         let rebase = |path: &mut PathBuf| *path = directory.join(&*path);
-        for path in [&mut self.kernel, &mut self.initrd, &mut self.api] {
+        let paths = [&mut self.kernel, &mut self.initrd, &mut self.api];
+        for path in paths.into_iter().chain([&mut self.arbiter]) {
             path.iter_mut().for_each(|p| rebase(&mut p.value));
         }
         if let Some(ConsoleConfig::File(path)) = self.console.as_mut().map(|c| &mut c.value) {

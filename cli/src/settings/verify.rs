@@ -31,6 +31,7 @@ pub(super) fn verify(settings: &Settings, use_of_images: Images) -> Vec<Problem>
     places(settings, &mut problems);
     device_count(settings, &mut problems);
     user(settings, &mut problems);
+    protection(settings, &mut problems);
     problems.0.sort_by_key(|p| p.at);
     problems.0
 }
@@ -282,6 +283,34 @@ fn device_count(settings: &Settings, problems: &mut Problems) {
                 "the guest has {count} virtio devices with its entropy device; must be at most {VIRTIO_DEVICES_MAX}"
             ),
         );
+    }
+}
+
+/// Reports protection that is said by half, and devices that cannot be protected.
+fn protection(settings: &Settings, problems: &mut Problems) {
+    match (&settings.protect, &settings.arbiter) {
+        (Some(to), None) => {
+            let message =
+                "a protected guest needs an arbiter: the directory that decides who owns it";
+            problems.add(to.at, "protect", message);
+        }
+        (None, Some(arbiter)) => {
+            let message = "there is nothing to decide for a guest that is not protected; allowed with `protect`";
+            problems.add(arbiter.at, "arbiter", message);
+        }
+        (Some(_), Some(_)) => protected_devices(settings, problems),
+        (None, None) => {}
+    }
+}
+
+fn protected_devices(settings: &Settings, problems: &mut Problems) {
+    for disk in settings.disks.iter().filter(|disk| !disk.config.readonly) {
+        let message = "both copies of a protected guest would write to it; allowed are disks that are readonly";
+        problems.add(disk.path_at, "disk.path", message);
+    }
+    if let Some(vsock) = &settings.vsock {
+        let message = "a protected guest cannot have it: programs of one host are at its other end";
+        problems.add(vsock.at, "vsock", message);
     }
 }
 

@@ -93,6 +93,9 @@ impl Settings {
         out.text("confine", confine);
         let user = self.user.as_ref().map(|u| value::user_text(u.value));
         out.text("user", user.as_deref());
+        let protect = self.protect.as_ref().map(|to| to.value.to_string());
+        out.text("protect", protect.as_deref());
+        out.path("arbiter", self.arbiter.as_ref().map(|p| p.value.as_path()));
     }
 
     fn write_devices(&self, out: &mut Writer) {
@@ -151,6 +154,8 @@ impl From<Launch> for Settings {
             log_level: Some(Located::flag(launch.log_level)),
             confine: Some(Located::flag(launch.confine)),
             user: launch.user.map(Located::flag),
+            protect: launch.protection.clone().map(|p| Located::flag(p.to)),
+            arbiter: launch.protection.map(|p| Located::flag(p.arbiter)),
             disks: machine.disks.into_iter().map(Into::into).collect(),
             nets: machine.nets.into_iter().map(Into::into).collect(),
             vsock: machine.vsock.map(Located::flag),

@@ -14,6 +14,7 @@ use crate::args::{Cli, Format, Verb};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
+use crate::protect;
 use crate::receive;
 use crate::restore;
 use crate::run::{self, RunContext};
@@ -110,6 +111,11 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             let context = context(started, &cli.runtime_dir, style);
             return receive::receive(&args, &context);
         }
+        Verb::Standby(args) => {
+            let context = context(started, &cli.runtime_dir, style);
+            return protect::standby(&args, &context);
+        }
+        Verb::Status { name } => show::status(&root()?.find(&name)?, style)?,
         Verb::Inspect { directory, verify } => saved::inspect(&directory, verify, style)?,
         Verb::Man { directory } => writing::man(&directory)?,
         Verb::Completions { shell } => writing::completions(shell)?,

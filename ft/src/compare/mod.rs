@@ -352,6 +352,16 @@ impl Comparator {
         self.mismatch = None;
     }
 
+    /// The frames that the last cut covers, which leave at [`commit`](Self::commit).
+    pub fn covered(&self) -> impl Iterator<Item = &[u8]> {
+        self.covered.iter().map(Vec::as_slice)
+    }
+
+    /// Whether any frame is held.
+    pub fn holds(&self) -> bool {
+        self.held_count() > 0
+    }
+
     /// What was counted, and what is held.
     pub fn figures(&self) -> Figures {
         Figures {

@@ -35,9 +35,11 @@ pub fn may_take_on() -> bool {
 fn kept(kind: ThreadKind) -> CapabilitySet {
     match kind {
         ThreadKind::DeviceLoop => CapabilitySet::DAC_OVERRIDE,
-        ThreadKind::Vcpu | ThreadKind::BlockWorker | ThreadKind::MemoryLoader | ThreadKind::Api => {
-            CapabilitySet::empty()
-        }
+        ThreadKind::Vcpu
+        | ThreadKind::BlockWorker
+        | ThreadKind::MemoryLoader
+        | ThreadKind::Api
+        | ThreadKind::Protection => CapabilitySet::empty(),
     }
 }
 

@@ -51,16 +51,19 @@ pub enum ThreadKind {
     MemoryLoader,
     /// Serves the API, with the threads that it starts; saves the guest and sends it elsewhere.
     Api,
+    /// Protects the guest, or runs it as a copy, with the threads that it starts.
+    Protection,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::DeviceLoop,
         Self::Vcpu,
         Self::BlockWorker,
         Self::MemoryLoader,
         Self::Api,
+        Self::Protection,
     ];
 
     /// The kind in words.
@@ -71,13 +74,14 @@ impl ThreadKind {
             Self::BlockWorker => "block worker",
             Self::MemoryLoader => "memory loader",
             Self::Api => "API",
+            Self::Protection => "protection",
         }
     }
 
     /// Whether threads of this kind start others.
     fn starts_threads(self) -> bool {
         match self {
-            Self::DeviceLoop | Self::Api => true,
+            Self::DeviceLoop | Self::Api | Self::Protection => true,
             Self::Vcpu | Self::BlockWorker | Self::MemoryLoader => false,
         }
     }
@@ -224,7 +228,7 @@ impl Entry {
             Enforcement::On => {
                 let reach = match self.kind {
                     ThreadKind::DeviceLoop => Reach::Grants(&plan.grants),
-                    ThreadKind::Api => Reach::Saves,
+                    ThreadKind::Api | ThreadKind::Protection => Reach::Saves,
                     ThreadKind::Vcpu | ThreadKind::BlockWorker | ThreadKind::MemoryLoader => {
                         Reach::Nothing
                     }

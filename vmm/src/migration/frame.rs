@@ -73,10 +73,12 @@ pub enum Kind {
     Running = 6,
     /// Either side will not, and says why.
     Refuse = 7,
+    /// What a checkpoint says of outputs.
+    Outputs = 8,
 }
 
 impl Kind {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Hello,
         Self::Accept,
         Self::Pages,
@@ -84,6 +86,7 @@ impl Kind {
         Self::Complete,
         Self::Running,
         Self::Refuse,
+        Self::Outputs,
     ];
 
     fn length_max(self) -> usize {
@@ -91,7 +94,7 @@ impl Kind {
             Self::Accept | Self::Complete | Self::Running => 0,
             Self::Refuse => REASON_MAX,
             Self::Hello => HELLO_MAX,
-            Self::Pages | Self::State => PAYLOAD_MAX,
+            Self::Pages | Self::State | Self::Outputs => PAYLOAD_MAX,
         }
     }
 }

@@ -175,6 +175,23 @@ impl<'a> Session<'a> {
         })
     }
 
+    /// How many pages the guest wrote that are not copied.
+    ///
+    /// # Errors
+    /// When its writes cannot be followed.
+    pub fn pending(&mut self) -> Result<u64, SnapshotError> {
+        self.harvest()?;
+        Ok(self.left.len())
+    }
+
+    /// Copies the pages that [`Session::pending`] counted, while the guest runs; returns their bytes.
+    ///
+    /// # Errors
+    /// When `sink` fails.
+    pub fn copy_pending(&mut self, sink: &mut impl PageSink) -> Result<u64, SnapshotError> {
+        self.copy_left(sink)
+    }
+
     /// Lets a frozen guest go on, if it ran before. Its writes are still followed: it can be frozen
     /// again, and then only what it wrote meanwhile is copied.
     ///

@@ -9,6 +9,7 @@ mod api;
 mod devices;
 mod kvm;
 mod machine;
+mod protection;
 mod runtime;
 mod saving;
 
@@ -38,6 +39,7 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             kvm::SAVE_VCPU,
             kvm::SAVE_MACHINE,
             kvm::GO_ON,
+            kvm::DIRTY_PAGES,
             machine::LOOP,
             machine::RESET,
             machine::END,
@@ -67,6 +69,15 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             api::API,
             saving::SAVING,
             kvm::DIRTY_PAGES,
+        ],
+        ThreadKind::Protection => &[
+            runtime::EVERY_THREAD,
+            runtime::STARTS_THREADS,
+            devices::NETWORKS,
+            saving::SAVING,
+            kvm::DIRTY_PAGES,
+            protection::PAIR,
+            protection::ARBITER,
         ],
     }
 }

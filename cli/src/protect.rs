@@ -1,0 +1,203 @@
+//! Protection of a guest by a second copy of it: `tandem run --protect` and `tandem standby`.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tandem_ft::arbiter::{Arbiter, ArbiterError, Claim, Claimant, DirectoryArbiter, Owner, Term};
+use tandem_ft::runtime::{Invitation, Pair, Protect, ProtectionError, Protector, Standby};
+use tandem_vmm::confinement::{Confinement, ThreadKind};
+use tandem_vmm::gates::Surroundings;
+use tandem_vmm::machine::{Machine, SavedMemory};
+use tandem_vmm::memory;
+use tandem_vmm::migration::address::Listener;
+
+use crate::args::StandbyArgs;
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output;
+use crate::run::{Beside, RunContext, accept, run_machine};
+use crate::settings::{Launch, Protection, describe, file};
+
+/// Host name when the host has none that can be told.
+const NO_NAME: &str = "unnamed";
+
+/// Runs `launch` as a guest that is protected as `protection` says.
+///
+/// # Errors
+/// When the guest cannot be started or protected, or does not end well.
+pub(crate) fn run(
+    launch: Launch,
+    protection: &Protection,
+    context: &RunContext,
+) -> Result<Exit, Failure> {
+    let to = protection.to.resolved()?;
+    let (arbiter, owner) = open_arbiter(&protection.arbiter)?;
+    let name = launch.machine.name.clone();
+    let term = claim_next(arbiter.as_ref(), &name, &owner)?;
+    let pair = Pair::new(&name, launch.machine.nets.len())
+        .map_err(Failure::host("make gates for the guest"))?;
+    let pair = Arc::new(pair);
+    let started = context.started;
+    run_machine(launch, context, |config, confinement| {
+        let description = describe(&config);
+        let surroundings = surroundings(confinement, &pair);
+        let machine = Machine::open(config, surroundings, started)?;
+        let protect = Protect {
+            name,
+            description,
+            to,
+            arbiter,
+            owner,
+            term,
+            confinement: confinement.entry(ThreadKind::Protection),
+        };
+        let handle = machine.handle();
+        let beside = Beside {
+            pair: Some(Arc::clone(&pair)),
+            begin: Box::new(move || {
+                let protector = Protector::start(pair, handle, protect)?;
+                Ok(Box::new(move || protector.finish()))
+            }),
+        };
+        Ok::<_, Failure>((machine, beside))
+    })
+}
+
+/// Waits for a guest that is to be protected, and runs its copy.
+///
+/// # Errors
+/// When no guest comes, its copy cannot run here, or does not end well.
+pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure> {
+    let (arbiter, owner) = open_arbiter(&args.arbiter)?;
+    let listener = args.listen.listen()?;
+    let invitation = wait_for_primary(&listener, context.quiet)?;
+    let launch = match plan(args, &invitation) {
+        Ok(launch) => launch,
+        Err(failure) => {
+            invitation.refuse(&failure.report());
+            return Err(failure);
+        }
+    };
+    let mut invitation = Some(invitation);
+    let ran = run_machine(launch, context, |config, confinement| {
+        let memory = memory::allocate(config.memory, config.hugepages)?;
+        let base = memory::allocate(config.memory, config.hugepages)?;
+        let pair = Pair::new(&config.name, config.nets.len())
+            .map_err(Failure::host("make gates for the guest"))?;
+        let pair = Arc::new(pair);
+        let Some(invitation) = invitation.take() else {
+            return Err(Failure::host("take a guest")(
+                std::io::ErrorKind::NotFound.into(),
+            ));
+        };
+        let joined = invitation.accept(&listener, &memory, base)?;
+        pair.become_secondary();
+        let surroundings = surroundings(confinement, &pair);
+        let memory = SavedMemory::Loaded(memory);
+        let restored =
+            Machine::restore(config, &joined.state, memory, surroundings, Instant::now());
+        let mut machine = match restored {
+            Ok(machine) => machine,
+            Err(error) => {
+                let failure = Failure::from(error);
+                joined.refuse(&failure.report());
+                return Err(failure);
+            }
+        };
+        machine.become_copy();
+        machine.start_paused();
+        let standby = Standby {
+            arbiter,
+            owner,
+            confinement: confinement.entry(ThreadKind::Protection),
+        };
+        let handle = machine.handle();
+        let beside = Beside {
+            pair: Some(Arc::clone(&pair)),
+            begin: Box::new(move || {
+                let thread = standby.start(joined, pair, handle)?;
+                Ok(Box::new(move || drop(thread)))
+            }),
+        };
+        Ok((machine, beside))
+    });
+    if let (Some(invitation), Err(failure)) = (invitation, &ran) {
+        invitation.refuse(&failure.report());
+    }
+    ran
+}
+
+fn surroundings(confinement: &Confinement, pair: &Arc<Pair>) -> Surroundings {
+    Surroundings {
+        confinement: confinement.clone(),
+        gates: pair.clone(),
+    }
+}
+
+fn open_arbiter(directory: &Path) -> Result<(Box<dyn Arbiter>, Owner), Failure> {
+    let arbiter = DirectoryArbiter::open(directory)?;
+    let owner = Owner {
+        claimant: Claimant::random().map_err(Failure::host("draw a random number"))?,
+        host: host_name(),
+    };
+    Ok((Box::new(arbiter), owner))
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname();
+    match name.nodename().to_str() {
+        Ok(name) if !name.is_empty() => name.into(),
+        _ => NO_NAME.into(),
+    }
+}
+
+/// Wins the next term of the guest, which takes it from whoever owned it before.
+fn claim_next(arbiter: &dyn Arbiter, name: &str, owner: &Owner) -> Result<Term, Failure> {
+    let current = arbiter.current(name)?;
+    let term = current.map_or(Term::FIRST, |tenure| tenure.term.next());
+    match arbiter.claim(name, term, owner)? {
+        Claim::Won => Ok(term),
+        Claim::Lost(tenure) => Err(Failure::Owned {
+            name: name.to_owned(),
+            tenure: tenure.to_string(),
+        }),
+    }
+}
+
+/// Whoever connects and is no primary is told so, and does not keep others from coming.
+fn wait_for_primary(listener: &Listener, quiet: bool) -> Result<Invitation, Failure> {
+    if !quiet {
+        output::tell(&format!("tandem: standing by on {}", listener.address()));
+    }
+    loop {
+        let link = listener
+            .accept()
+            .map_err(Failure::host("wait for a connection"))?;
+        match Invitation::hear(link) {
+            Ok(invitation) => return Ok(invitation),
+            Err(error) => output::tell(&format!("tandem: a primary was refused: {error}")),
+        }
+    }
+}
+
+/// Lays the flags over what the primary says.
+fn plan(args: &StandbyArgs, invitation: &Invitation) -> Result<Launch, Failure> {
+    let hello = &invitation.offer.hello;
+    let (described, problems) = file::parse(&hello.description);
+    let name = hello.hardware.name.clone();
+    let settings = described.replace(args.place.settings());
+    accept(settings.launch_restored(name), problems, None)
+}
+
+impl From<ArbiterError> for Failure {
+    fn from(error: ArbiterError) -> Self {
+        Self::Protection(Box::new(error.into()))
+    }
+}
+
+impl From<ProtectionError> for Failure {
+    fn from(error: ProtectionError) -> Self {
+        Self::Protection(Box::new(error))
+    }
+}

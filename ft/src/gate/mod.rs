@@ -1,0 +1,9 @@
+//! Gates between a guest's devices and the outside: outputs are held here, and inputs pass here on
+//! their way to both copies.
+
+mod console;
+mod net;
+pub(crate) mod net_backend;
+
+pub use console::{CONSOLE, ConsoleGate};
+pub use net::{NetCut, NetFigures, NetGate};

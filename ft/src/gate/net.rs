@@ -1,0 +1,527 @@
+//! The gate of one network device.
+//!
+//! ```text
+//!   alone       guest TX > outside                             outside > guest RX
+//!   primary     guest TX > comparator > [released] > outside   outside > the other side, guest RX
+//!   secondary   guest TX > kept, the other side                the other side > guest RX
+//! ```
+//!
+//! The device, the thread that reads the link and the thread that drives checkpoints share it behind one
+//! lock, which is held for the time of one frame, its copy to the other side included.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tandem_devices::virtio::net::{FRAME_MAX, HEADER_SIZE, NetBackend, Offloads, Transmit};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::announce::Announcer;
+use crate::compare::{Comparator, Figures, Limits};
+use crate::link::{Kind, Outbox};
+use crate::sequence::{self, Mapper, StateError};
+
+/// Frames that a secondary keeps until they are settled, at most; its guest waits beyond that.
+const KEPT_MAX: usize = 16 << 10;
+/// Connections whose sequence numbers differ between guest and outside, at most.
+const CONNECTIONS_MAX: usize = 16 << 10;
+/// Inputs that wait for a secondary's guest, at most, in bytes. More than the primary may be ahead.
+const INBOX_MAX: usize = 64 << 20;
+/// How far the time stamps of a guest that goes on elsewhere are moved ahead, in ticks of its own (1 ms
+/// in Linux): its clock may be behind the other's by as long as a checkpoint takes to load.
+const SLACK_TICKS: u32 = 1000;
+
+/// Figures of a gate.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NetFigures {
+    /// What the comparator counted.
+    pub compared: Figures,
+    /// Frames that went out while they were compared.
+    pub released: u64,
+}
+
+/// What the gate does.
+#[derive(Debug)]
+enum Side {
+    Alone,
+    Primary(Box<Primary>),
+    Secondary(Secondary),
+}
+
+/// A primary's side.
+#[derive(Debug)]
+struct Primary {
+    comparator: Comparator,
+    /// A checkpoint is under way: what the copy sends is of before.
+    cut: bool,
+}
+
+/// A secondary's side.
+#[derive(Debug, Default)]
+struct Secondary {
+    /// Frames for the guest.
+    inbox: VecDeque<Vec<u8>>,
+    inbox_bytes: usize,
+    /// Frames in front of the inbox that the checkpoint under way has seen.
+    before_cut: Option<usize>,
+    /// Frames of the guest that may not be out, and the number of the first of them since the checkpoint.
+    kept: VecDeque<Vec<u8>>,
+    settled: u64,
+    /// Frames that the last checkpoint explains, and that may not be out.
+    covered: Vec<Vec<u8>>,
+}
+
+/// What a checkpoint says of a network device besides the device's own state.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetCut {
+    /// Outputs that it explains and that are not out.
+    pub covered: Vec<serde_bytes::ByteBuf>,
+    /// How the outside's sequence numbers differ from the guest's.
+    pub mapping: sequence::State,
+}
+
+pub(super) struct State {
+    pub(super) outside: Option<Box<dyn NetBackend>>,
+    side: Side,
+    mapper: Mapper,
+    /// Inputs from the time as a copy that the guest has not seen.
+    left: VecDeque<Vec<u8>>,
+    announcer: Announcer,
+    /// Released frames that the outside had no room for.
+    blocked: VecDeque<Vec<u8>>,
+    /// Room for a frame from the outside.
+    room: Vec<u8>,
+    /// What the driver takes, while it is ready.
+    pub(super) started: Option<Offloads>,
+    /// The outside is to be started by the device.
+    pub(super) to_start: bool,
+    pub(super) waits_for_room: bool,
+    released: u64,
+}
+
+/// The gate of one network device.
+pub struct NetGate {
+    device: u8,
+    state: Mutex<State>,
+    event: EventFd,
+    outbox: Arc<Outbox>,
+}
+
+impl NetGate {
+    /// A gate that is open, for network device `device`; messages of a pair go to `outbox`.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn new(device: u8, outbox: Arc<Outbox>) -> io::Result<Self> {
+        Ok(Self {
+            device,
+            state: Mutex::new(State {
+                outside: None,
+                side: Side::Alone,
+                mapper: Mapper::new(CONNECTIONS_MAX),
+                left: VecDeque::new(),
+                announcer: Announcer::default(),
+                blocked: VecDeque::new(),
+                room: vec![0; HEADER_SIZE + FRAME_MAX],
+                started: None,
+                to_start: false,
+                waits_for_room: false,
+                released: 0,
+            }),
+            event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            outbox,
+        })
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn set_outside(&self, outside: Option<Box<dyn NetBackend>>) {
+        self.lock().outside = outside;
+    }
+
+    #[allow(unsafe_code)]
+    // UNSAFETY: `EventFd` does not implement `AsFd`.
+    pub(super) fn event(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor stays open while `self` is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
+    }
+
+    /// Takes the events that came.
+    pub(super) fn take_event(&self) {
+        // None may have come.
+        drop(self.event.read());
+    }
+
+    pub(super) fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    fn wake_device(&self) {
+        if let Err(error) = self.event.write(1) {
+            tracing::error!(%error, "cannot wake a network device");
+        }
+    }
+
+    // What the primary does.
+
+    /// A checkpoint begins, while the guest stands: outputs from now on are of the next epoch.
+    pub fn cut(&self, patience: Duration) -> NetCut {
+        let mut state = self.lock();
+        if matches!(state.side, Side::Alone) {
+            let mut comparator = Comparator::new(Limits::default());
+            comparator.set_patience(patience);
+            let cut = true;
+            state.side = Side::Primary(Box::new(Primary { comparator, cut }));
+        }
+        let Side::Primary(primary) = &mut state.side else {
+            return NetCut::default();
+        };
+        primary.cut = true;
+        primary.comparator.cut();
+        let covered = primary.comparator.covered();
+        let covered = covered.map(|frame| frame.to_vec().into());
+        NetCut {
+            covered: covered.collect(),
+            mapping: state.mapper.state(),
+        }
+    }
+
+    /// The checkpoint is loaded: the outputs that it explains leave.
+    pub fn commit(&self, now: Instant) {
+        self.with_primary(|primary| {
+            primary.cut = false;
+            primary.comparator.commit(now);
+        });
+    }
+
+    /// A frame of the secondary. True if it does not match: then a checkpoint is due.
+    pub fn secondary_output(&self, now: Instant, frame: &[u8]) -> bool {
+        self.with_primary(|primary| {
+            if !primary.cut {
+                primary.comparator.secondary(now, frame.to_vec());
+            }
+        })
+    }
+
+    /// Looks for outputs that one side has waited for too long. True if there is a mismatch.
+    pub fn expire(&self, now: Instant) -> bool {
+        self.with_primary(|primary| {
+            if !primary.cut {
+                primary.comparator.expire(now);
+            }
+        })
+    }
+
+    /// When [`NetGate::expire`] is due.
+    pub fn deadline(&self) -> Option<Instant> {
+        match &self.lock().side {
+            Side::Primary(primary) if !primary.cut => primary.comparator.deadline(),
+            _ => None,
+        }
+    }
+
+    /// What does not match, in words.
+    pub fn mismatch(&self) -> Option<String> {
+        match &self.lock().side {
+            Side::Primary(primary) => primary.comparator.mismatch().map(ToString::to_string),
+            _ => None,
+        }
+    }
+
+    /// Nobody compares any more: all that is held leaves.
+    pub fn open(&self) {
+        let mut state = self.lock();
+        if let Side::Primary(mut primary) = std::mem::replace(&mut state.side, Side::Alone) {
+            primary.comparator.alone();
+            while let Some(frame) = primary.comparator.release() {
+                state.leave(frame);
+            }
+        }
+        drop(state);
+        self.wake_device();
+    }
+
+    /// Whether outputs are held.
+    pub fn holds(&self) -> bool {
+        let state = self.lock();
+        let held = match &state.side {
+            Side::Primary(primary) => primary.comparator.holds(),
+            _ => false,
+        };
+        held || !state.blocked.is_empty()
+    }
+
+    /// Lets out what may leave after `act`. True if something does not match.
+    fn with_primary(&self, act: impl FnOnce(&mut Primary)) -> bool {
+        let mut state = self.lock();
+        let Side::Primary(primary) = &mut state.side else {
+            return false;
+        };
+        act(primary);
+        let settled = primary.comparator.settled();
+        let differs = primary.comparator.mismatch().is_some();
+        let released = state.release();
+        if released {
+            self.outbox
+                .put(Kind::Settled, self.device, &settled.to_le_bytes());
+        }
+        let wake =
+            (released && std::mem::take(&mut state.waits_for_room)) || !state.blocked.is_empty();
+        drop(state);
+        if wake {
+            self.wake_device();
+        }
+        differs
+    }
+
+    // What the secondary does.
+
+    /// The guest is a copy: nothing of it leaves.
+    pub fn become_secondary(&self) {
+        self.lock().side = Side::Secondary(Secondary::default());
+    }
+
+    /// A frame for the guest. False if too many wait.
+    pub fn input(&self, frame: &[u8]) -> bool {
+        let mut state = self.lock();
+        let Side::Secondary(secondary) = &mut state.side else {
+            return false;
+        };
+        secondary.inbox_bytes += frame.len();
+        secondary.inbox.push_back(frame.to_vec());
+        let room = secondary.inbox_bytes <= INBOX_MAX;
+        drop(state);
+        self.wake_device();
+        room
+    }
+
+    /// The first `count` outputs since the checkpoint are out.
+    pub fn settle(&self, count: u64) {
+        let mut state = self.lock();
+        let Side::Secondary(secondary) = &mut state.side else {
+            return;
+        };
+        let out = count.saturating_sub(secondary.settled) as usize;
+        let out = out.min(secondary.kept.len());
+        secondary.kept.drain(..out);
+        secondary.settled += out as u64;
+        let wake = out > 0 && std::mem::take(&mut state.waits_for_room);
+        drop(state);
+        if wake {
+            self.wake_device();
+        }
+    }
+
+    /// What came so far, the checkpoint under way has seen.
+    pub fn mark_cut(&self) {
+        if let Side::Secondary(secondary) = &mut self.lock().side {
+            secondary.before_cut = Some(secondary.inbox.len());
+        }
+    }
+
+    /// The guest goes on from the checkpoint.
+    ///
+    /// # Errors
+    /// When the primary's mappings cannot be.
+    pub fn loaded(&self, cut: NetCut) -> Result<(), StateError> {
+        let mapper = Mapper::from_state(&cut.mapping, CONNECTIONS_MAX)?;
+        let mut state = self.lock();
+        let Side::Secondary(secondary) = &mut state.side else {
+            return Ok(());
+        };
+        let seen = secondary.before_cut.take().unwrap_or(0);
+        let seen = seen.min(secondary.inbox.len());
+        secondary.inbox.drain(..seen);
+        secondary.inbox_bytes = secondary.inbox.iter().map(Vec::len).sum();
+        secondary.kept.clear();
+        secondary.settled = 0;
+        secondary.covered = cut
+            .covered
+            .into_iter()
+            .map(|frame| frame.into_vec())
+            .collect();
+        state.mapper = mapper;
+        Ok(())
+    }
+
+    /// The outputs that the last checkpoint explains are out.
+    pub fn committed(&self) {
+        if let Side::Secondary(secondary) = &mut self.lock().side {
+            secondary.covered.clear();
+        }
+    }
+
+    /// The guest is the only one now: what it kept leaves, and it talks to the outside itself.
+    /// Returns how many frames those were.
+    pub fn go_live(&self) -> usize {
+        let mut state = self.lock();
+        let Side::Secondary(secondary) = std::mem::replace(&mut state.side, Side::Alone) else {
+            return 0;
+        };
+        state.mapper.go_live(SLACK_TICKS);
+        let announcements = state.announcer.announcements();
+        state.blocked.extend(announcements);
+        let mut count = 0;
+        for mut frame in secondary.covered.into_iter().chain(secondary.kept) {
+            state.mapper.outbound(&mut frame);
+            state.blocked.push_back(frame);
+            count += 1;
+        }
+        state.left = secondary.inbox;
+        state.to_start = state.started.is_some();
+        state.send_blocked();
+        drop(state);
+        self.wake_device();
+        count
+    }
+
+    /// Figures.
+    pub fn figures(&self) -> NetFigures {
+        let state = self.lock();
+        let compared = match &state.side {
+            Side::Primary(primary) => primary.comparator.figures(),
+            _ => Figures::default(),
+        };
+        NetFigures {
+            compared,
+            released: state.released,
+        }
+    }
+}
+
+impl State {
+    /// Lets out what may leave, and is not compared any more. True if something left.
+    fn release(&mut self) -> bool {
+        self.send_blocked();
+        let mut any = false;
+        while self.blocked.is_empty() {
+            let Side::Primary(primary) = &mut self.side else {
+                break;
+            };
+            let Some(frame) = primary.comparator.release() else {
+                break;
+            };
+            any = true;
+            self.released += 1;
+            self.leave(frame);
+        }
+        if any && let Some(outside) = &mut self.outside {
+            outside.flush();
+        }
+        any
+    }
+
+    /// Hands a frame of the guest to the outside.
+    fn leave(&mut self, mut frame: Vec<u8>) {
+        self.mapper.outbound(&mut frame);
+        self.blocked.push_back(frame);
+        self.send_blocked();
+    }
+
+    /// Sends what the outside had no room for.
+    pub(super) fn send_blocked(&mut self) {
+        while let (Some(frame), Some(outside)) = (self.blocked.front(), &mut self.outside) {
+            match outside.send(frame) {
+                Transmit::Full => return,
+                // A link that is down loses frames.
+                Transmit::Sent | Transmit::Pending | Transmit::Refused => {
+                    drop(self.blocked.pop_front());
+                }
+            }
+        }
+    }
+
+    /// Whether released frames wait for the outside.
+    pub(super) fn is_blocked(&self) -> bool {
+        !self.blocked.is_empty()
+    }
+
+    /// Whether frames go between device and outside as they are.
+    pub(super) fn is_open(&self) -> bool {
+        matches!(self.side, Side::Alone)
+            && self.mapper.is_empty()
+            && self.blocked.is_empty()
+            && self.left.is_empty()
+    }
+
+    /// Whether the guest is a copy, which the outside knows nothing of.
+    pub(super) fn is_secondary(&self) -> bool {
+        matches!(self.side, Side::Secondary(_))
+    }
+
+    /// Takes a frame of the guest.
+    pub(super) fn transmit(&mut self, gate: &NetGate, frame: Vec<u8>) -> Transmit {
+        self.announcer.see(&frame);
+        match &mut self.side {
+            Side::Alone if self.blocked.is_empty() => {
+                self.leave(frame);
+                return Transmit::Sent;
+            }
+            Side::Primary(primary) if primary.comparator.has_room() && self.blocked.is_empty() => {
+                primary.comparator.primary(Instant::now(), frame);
+                self.release();
+                return Transmit::Sent;
+            }
+            Side::Secondary(secondary)
+                if secondary.kept.len() < KEPT_MAX && !gate.outbox.is_full() =>
+            {
+                gate.outbox.put(Kind::Output, gate.device, &frame);
+                self.mapper.note_outbound(&frame);
+                secondary.kept.push_back(frame);
+                return Transmit::Sent;
+            }
+            _ => {}
+        }
+        self.waits_for_room = true;
+        Transmit::Full
+    }
+
+    /// Room that the next frame for the guest may need.
+    pub(super) fn next_room(&mut self, gate: &NetGate) -> Option<usize> {
+        if let Some(frame) = self.left.front() {
+            return Some(frame.len());
+        }
+        match &self.side {
+            Side::Secondary(secondary) => secondary.inbox.front().map(Vec::len),
+            Side::Primary(_) if gate.outbox.is_full() => None,
+            _ => self.outside.as_mut()?.next_room(),
+        }
+    }
+
+    /// The next frame for the guest, which is the outside's or the other side's.
+    pub(super) fn receive(&mut self, gate: &NetGate) -> Option<&[u8]> {
+        let waiting = match &mut self.side {
+            Side::Secondary(secondary) => {
+                let frame = secondary.inbox.pop_front()?;
+                secondary.inbox_bytes -= frame.len();
+                secondary.before_cut = secondary.before_cut.map(|n| n.saturating_sub(1));
+                Some(frame)
+            }
+            _ => self.left.pop_front(),
+        };
+        let len = match waiting {
+            Some(frame) => {
+                self.room[..frame.len()].copy_from_slice(&frame);
+                frame.len()
+            }
+            None => {
+                let len = self.outside.as_mut()?.take(&mut self.room)?;
+                if matches!(self.side, Side::Primary(_)) {
+                    gate.outbox.put(Kind::Input, gate.device, &self.room[..len]);
+                }
+                len
+            }
+        };
+        self.mapper.inbound(&mut self.room[..len]);
+        if let Side::Primary(primary) = &mut self.side {
+            primary.comparator.inbound(&self.room[..len]);
+        }
+        Some(&self.room[..len])
+    }
+}

@@ -1,0 +1,23 @@
+//! What a protected guest and its copy tell each other while both run: one ordered stream of messages
+//! in each direction.
+//!
+//! ```text
+//!   primary                                       secondary
+//!   Input, ConsoleInput              ---------->  to its devices, in this order
+//!   Settled                          ---------->  outputs that it need not keep any more
+//!   Cut                              ---------->  a checkpoint begins: it stands, and waits for it
+//!   Committed                        ---------->  outputs that were covered are out
+//!   Beat                             ---------->
+//!                                    <----------  Answer
+//!                                    <----------  Output, ConsoleOutput
+//!                                    <----------  Loaded: it runs on from the checkpoint
+//!   End                              ---------->  the guest ended, or is not protected any more
+//! ```
+//!
+//! Checkpoints go over a connection of their own, so that nothing waits behind them.
+
+pub mod message;
+pub mod outbox;
+
+pub use message::{Kind, Message, MessageError, Reader};
+pub use outbox::Outbox;

@@ -1,0 +1,107 @@
+//! Messages on their way out. Devices and threads put them in; nobody waits for the other side.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rustix::net::{SendFlags, send};
+use tandem_vmm::migration::Link;
+
+use super::message::{self, Kind};
+
+/// Bytes that may wait; with more, who sends inputs or outputs has to wait.
+pub const WAITING_MAX: usize = 8 << 20;
+
+#[derive(Debug, Default)]
+struct State {
+    link: Option<Link>,
+    bytes: Vec<u8>,
+    start: usize,
+    broken: bool,
+}
+
+/// The way to the other side, while there is one.
+#[derive(Debug, Default)]
+pub struct Outbox(Mutex<State>);
+
+impl Outbox {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on messages go to `link`.
+    pub fn connect(&self, link: Link) {
+        *self.lock() = State {
+            link: Some(link),
+            ..State::default()
+        };
+    }
+
+    /// From now on messages go nowhere.
+    pub fn disconnect(&self) {
+        *self.lock() = State::default();
+    }
+
+    /// Whether more than [`WAITING_MAX`] bytes wait.
+    pub fn is_full(&self) -> bool {
+        self.lock().waiting() > WAITING_MAX
+    }
+
+    /// Whether bytes wait for the other side to take them.
+    pub fn has_waiting(&self) -> bool {
+        self.lock().waiting() > 0
+    }
+
+    /// Adds a message; [`Outbox::flush`] sends it.
+    pub fn put(&self, kind: Kind, device: u8, payload: &[u8]) {
+        let mut state = self.lock();
+        if state.link.is_some() && !state.broken {
+            message::put(&mut state.bytes, kind, device, payload);
+        }
+    }
+
+    /// Adds a message with a number, and sends what waits.
+    pub fn tell(&self, kind: Kind, device: u8, number: u64) {
+        self.put(kind, device, &number.to_le_bytes());
+        self.flush();
+    }
+
+    /// Sends what waits, as far as the other side takes it now.
+    pub fn flush(&self) {
+        self.lock().flush();
+    }
+}
+
+impl State {
+    fn waiting(&self) -> usize {
+        self.bytes.len() - self.start
+    }
+
+    fn flush(&mut self) {
+        let Some(link) = &self.link else {
+            return;
+        };
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        while self.start < self.bytes.len() {
+            match send(link.as_fd(), &self.bytes[self.start..], flags) {
+                Ok(sent) => self.start += sent,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(rustix::io::Errno::AGAIN) => break,
+                Err(error) => {
+                    // Whoever reads finds out, and decides.
+                    tracing::debug!(error = %io::Error::from(error), "the other side is gone");
+                    self.broken = true;
+                    self.start = self.bytes.len();
+                }
+            }
+        }
+        // Moved together rarely, and little by little.
+        if self.start == self.bytes.len() {
+            self.bytes.clear();
+            self.start = 0;
+        } else if self.start > WAITING_MAX {
+            self.bytes.drain(..self.start);
+            self.start = 0;
+        }
+    }
+}

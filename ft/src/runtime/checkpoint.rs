@@ -1,0 +1,150 @@
+//! Checkpoints on their connection: what is said first, and how each is sent and received.
+
+use serde::{Deserialize, Serialize};
+use tandem_vmm::migration::frame::{self, Kind, Purpose};
+use tandem_vmm::migration::{Hello, Link, MigrationError};
+use tandem_vmm::snapshot::{GuestState, Sections, Writer};
+
+use super::ProtectionError;
+use super::pair::PairCut;
+
+/// What a primary says of its guest first.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Offer {
+    /// By which its two connections are known to belong together.
+    pub token: u128,
+    /// Number of the guest's owner.
+    pub term: u64,
+    /// The guest.
+    pub hello: Hello,
+}
+
+/// What a primary says on its second connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Greeting {
+    pub(super) token: u128,
+}
+
+fn encode(value: &impl Serialize) -> Result<Vec<u8>, ProtectionError> {
+    rmp_serde::to_vec_named(value).map_err(|e| ProtectionError::Garbled(e.to_string()))
+}
+
+fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, ProtectionError> {
+    rmp_serde::from_slice(bytes)
+        .map_err(|e| ProtectionError::Garbled(format!("{what} that cannot be understood: {e}")))
+}
+
+/// Says first what a connection is for, and then `value`.
+pub(super) fn greet(
+    link: &mut Link,
+    purpose: Purpose,
+    value: &impl Serialize,
+) -> Result<(), ProtectionError> {
+    frame::send_preface(link, purpose)?;
+    Ok(frame::send(link, Kind::Hello, &encode(value)?)?)
+}
+
+/// Hears what [`greet`] says.
+pub(super) fn hear<T: for<'a> Deserialize<'a>>(
+    link: &mut Link,
+    purpose: Purpose,
+) -> Result<T, ProtectionError> {
+    frame::receive_preface(link, purpose)?;
+    let mut payload = Vec::new();
+    match frame::receive(link, &mut payload)? {
+        Kind::Hello => decode(&payload, "a greeting"),
+        kind => Err(ProtectionError::Garbled(format!("{kind:?} first"))),
+    }
+}
+
+pub(super) fn expect(link: &mut Link, wanted: Kind) -> Result<(), ProtectionError> {
+    match frame::receive(link, &mut Vec::new())? {
+        kind if kind == wanted => Ok(()),
+        kind => Err(ProtectionError::Garbled(format!(
+            "{kind:?} instead of {wanted:?}"
+        ))),
+    }
+}
+
+/// The end of a checkpoint, after its pages.
+pub(super) fn encode_rest(state: &GuestState, cut: &PairCut) -> Result<Vec<u8>, ProtectionError> {
+    let mut bytes = Vec::new();
+    let mut writer = Writer::new(Vec::new())?;
+    state.write(&mut writer)?;
+    frame::send(&mut bytes, Kind::State, &writer.finish()?)?;
+    frame::send(&mut bytes, Kind::Outputs, &encode(cut)?)?;
+    frame::send(&mut bytes, Kind::Complete, &[])?;
+    Ok(bytes)
+}
+
+/// A part of a checkpoint.
+pub(super) enum Part<'a> {
+    Pages(&'a [u8]),
+    Whole(Box<GuestState>, PairCut),
+}
+
+/// Receives checkpoints.
+pub(super) struct Receiver {
+    link: Link,
+    payload: Vec<u8>,
+    state: Option<Box<GuestState>>,
+    cut: Option<PairCut>,
+}
+
+impl Receiver {
+    pub(super) fn new(link: Link) -> Self {
+        Self {
+            link,
+            payload: Vec::new(),
+            state: None,
+            cut: None,
+        }
+    }
+
+    pub(super) fn shared_link(&self) -> &Link {
+        &self.link
+    }
+
+    pub(super) fn link(&mut self) -> &mut Link {
+        &mut self.link
+    }
+
+    /// The next part that matters, whenever it comes.
+    pub(super) fn next(&mut self) -> Result<Part<'_>, ProtectionError> {
+        loop {
+            let kind = match frame::receive(&mut self.link, &mut self.payload) {
+                Ok(kind) => kind,
+                Err(error) if is_silence(&error) => continue,
+                Err(error) => return Err(error.into()),
+            };
+            match kind {
+                Kind::Pages => return Ok(Part::Pages(&self.payload)),
+                Kind::State => self.state = Some(Box::new(understand(&self.payload)?)),
+                Kind::Outputs => self.cut = Some(decode(&self.payload, "outputs")?),
+                Kind::Complete => match (self.state.take(), self.cut.take()) {
+                    (Some(state), Some(cut)) => return Ok(Part::Whole(state, cut)),
+                    _ => return Err(wrong(kind)),
+                },
+                kind => return Err(wrong(kind)),
+            }
+        }
+    }
+}
+
+fn wrong(kind: Kind) -> ProtectionError {
+    ProtectionError::Garbled(format!("{kind:?} at the wrong time"))
+}
+
+/// Whether nothing came for a while, which between checkpoints is as it should be.
+fn is_silence(error: &MigrationError) -> bool {
+    matches!(error, MigrationError::Broken(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+fn understand(bytes: &[u8]) -> Result<GuestState, ProtectionError> {
+    let mut sections = Sections::read_all(bytes)?;
+    let state = GuestState::take(&mut sections)?;
+    sections.finish()?;
+    Ok(state)
+}

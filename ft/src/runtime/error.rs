@@ -1,0 +1,60 @@
+//! Why a guest is not protected.
+
+use tandem_vmm::control::ControlError;
+use tandem_vmm::error::Error;
+use tandem_vmm::migration::MigrationError;
+use tandem_vmm::snapshot::SnapshotError;
+
+use crate::arbiter::ArbiterError;
+use crate::link::MessageError;
+
+/// Why a guest is not protected, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum ProtectionError {
+    /// The connection of checkpoints failed.
+    #[error(transparent)]
+    Transfer(#[from] MigrationError),
+    /// The connection of inputs and outputs failed.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    /// The guest's state cannot be read or set.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// The guest's VMM refused.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// The machine cannot be built.
+    #[error(transparent)]
+    Machine(#[from] Box<Error>),
+    /// The arbiter cannot be used.
+    #[error(transparent)]
+    Arbiter(#[from] ArbiterError),
+    /// The other side did not load a checkpoint in time.
+    #[error("the secondary did not load a checkpoint within {0} s")]
+    Slow(u64),
+    /// The other side said what does not fit.
+    #[error("the other side sent {0}")]
+    Garbled(String),
+    /// The guest has a device that cannot be protected.
+    #[error("{device} cannot be protected: {why}")]
+    Device {
+        /// The device.
+        device: String,
+        /// Why not, and what is allowed.
+        why: &'static str,
+    },
+    /// The host has no threads or descriptors left.
+    #[error("cannot {action}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// Why not.
+        source: std::io::Error,
+    },
+}
+
+impl ProtectionError {
+    pub(super) fn host(action: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Host { action, source }
+    }
+}

@@ -1,0 +1,24 @@
+//! A protected guest at work: threads and connections around its gates.
+//!
+//! ```text
+//!   primary                                        secondary
+//!   device loop --- gates --- outbox  ==========>  link thread --- gates --- device loop
+//!   link thread --- gates             <==========  outbox
+//!   protector --- checkpoints         ==========>  follower --- the guest is replaced
+//! ```
+
+mod base;
+mod checkpoint;
+mod error;
+mod follower;
+mod link_thread;
+mod pair;
+mod primary;
+mod secondary;
+pub mod status;
+
+pub use checkpoint::Offer;
+pub use error::ProtectionError;
+pub use pair::Pair;
+pub use primary::{Protect, Protector};
+pub use secondary::{Invitation, Joined, Standby};

@@ -1,0 +1,230 @@
+//! What all threads of a protected guest share: its gates, the way to the other side, its figures.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+use tandem_devices::virtio::net::NetBackend;
+use tandem_vmm::console::ConsoleHub;
+use tandem_vmm::gates::Gates;
+
+use super::ProtectionError;
+use super::status::Status;
+use crate::gate::net_backend::GatedBackend;
+use crate::gate::{CONSOLE, ConsoleGate, NetCut, NetGate};
+use crate::link::{Kind, Outbox};
+
+/// What a checkpoint says of a guest's outputs, besides its state.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct PairCut {
+    /// Number of the checkpoint.
+    pub(super) epoch: u64,
+    /// Per network device.
+    pub(super) nets: Vec<NetCut>,
+    /// Console output that it explains and that is not out.
+    #[serde(with = "serde_bytes")]
+    pub(super) console: Vec<u8>,
+}
+
+/// The gates of one guest, and what belongs to them.
+pub struct Pair {
+    nets: Vec<Arc<NetGate>>,
+    console: Arc<ConsoleGate>,
+    outbox: Arc<Outbox>,
+    status: Mutex<Status>,
+    epoch: AtomicU64,
+    /// Number of the checkpoint under way, or 0.
+    cutting: AtomicU64,
+}
+
+impl Pair {
+    /// Gates, open, for a guest with `nets` network devices.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn new(name: &str, nets: usize) -> io::Result<Self> {
+        let outbox = Arc::new(Outbox::default());
+        let gates = (0..nets).map(|index| {
+            let device = u8::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
+            NetGate::new(device, Arc::clone(&outbox)).map(Arc::new)
+        });
+        Ok(Self {
+            nets: gates.collect::<io::Result<_>>()?,
+            console: Arc::new(ConsoleGate::new(Arc::clone(&outbox))),
+            outbox,
+            status: Mutex::new(Status::unprotected(name)),
+            epoch: AtomicU64::new(0),
+            cutting: AtomicU64::new(0),
+        })
+    }
+
+    /// Its figures.
+    pub fn status(&self) -> Status {
+        let mut status = self.lock_status().clone();
+        for net in &self.nets {
+            status.add(&net.figures());
+        }
+        status
+    }
+
+    pub(super) fn lock_status(&self) -> MutexGuard<'_, Status> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// Number of the checkpoint that both copies went on from last.
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn set_epoch(&self, epoch: u64) {
+        self.epoch.store(epoch, Ordering::SeqCst);
+        self.lock_status().epoch = epoch;
+    }
+
+    /// Whether outputs are held.
+    pub fn holds(&self) -> bool {
+        self.console.holds() || self.nets.iter().any(|net| net.holds())
+    }
+
+    // Primary.
+
+    pub(super) fn cut(&self, epoch: u64, patience: Duration) -> PairCut {
+        self.cutting.store(epoch, Ordering::SeqCst);
+        PairCut {
+            epoch,
+            nets: self.nets.iter().map(|net| net.cut(patience)).collect(),
+            console: self.console.cut(patience),
+        }
+    }
+
+    /// The checkpoint of `epoch` is loaded: the outputs that it explains leave, and the secondary is told.
+    pub(super) fn commit(&self, epoch: u64) -> Result<(), String> {
+        let cutting = self.cutting.swap(0, Ordering::SeqCst);
+        if cutting != epoch || epoch == 0 {
+            return Err(format!(
+                "the secondary loaded checkpoint {epoch}, not {cutting}"
+            ));
+        }
+        self.set_epoch(epoch);
+        self.console.commit();
+        let now = Instant::now();
+        self.nets.iter().for_each(|net| net.commit(now));
+        self.outbox.tell(Kind::Committed, 0, epoch);
+        Ok(())
+    }
+
+    /// Outputs of the other side. What does not match, in words.
+    pub(super) fn secondary_output(
+        &self,
+        now: Instant,
+        device: u8,
+        frame: &[u8],
+    ) -> Option<String> {
+        let net = self.nets.get(usize::from(device))?;
+        let differs = net.secondary_output(now, frame);
+        differs.then(|| net.mismatch().unwrap_or_default())
+    }
+
+    pub(super) fn secondary_console(&self, now: Instant, bytes: &[u8]) -> Option<String> {
+        let differs = self.console.secondary_output(now, bytes);
+        differs.then(|| self.console.mismatch().unwrap_or_default())
+    }
+
+    pub(super) fn expire(&self, now: Instant) -> Option<String> {
+        let net = self.nets.iter().find(|net| net.expire(now));
+        if let Some(net) = net {
+            return Some(net.mismatch().unwrap_or_default());
+        }
+        let console = self.console.expire(now);
+        console.then(|| self.console.mismatch().unwrap_or_default())
+    }
+
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        let nets = self.nets.iter().filter_map(|net| net.deadline());
+        nets.chain(self.console.deadline()).min()
+    }
+
+    /// Nobody compares any more: all that is held leaves.
+    pub(super) fn open(&self) {
+        self.outbox.disconnect();
+        self.console.open();
+        self.nets.iter().for_each(|net| net.open());
+    }
+
+    // Secondary.
+
+    /// Nothing of the guest leaves from now on.
+    pub fn become_secondary(&self) {
+        self.console.become_secondary();
+        self.nets.iter().for_each(|net| net.become_secondary());
+    }
+
+    /// A frame for the guest. False if too many wait, or there is no such device.
+    pub(super) fn input(&self, device: u8, frame: &[u8]) -> bool {
+        let net = self.nets.get(usize::from(device));
+        net.is_some_and(|net| net.input(frame))
+    }
+
+    pub(super) fn console_input(&self, bytes: &[u8]) {
+        self.console.input(bytes);
+    }
+
+    pub(super) fn settle(&self, device: u8, count: u64) {
+        if device == CONSOLE {
+            self.console.settle(count);
+        } else if let Some(net) = self.nets.get(usize::from(device)) {
+            net.settle(count);
+        }
+    }
+
+    pub(super) fn mark_cut(&self) {
+        self.nets.iter().for_each(|net| net.mark_cut());
+    }
+
+    /// The guest goes on from a checkpoint; the other side is told.
+    pub(super) fn loaded(&self, cut: PairCut) -> Result<(), ProtectionError> {
+        let mut nets = cut.nets.into_iter();
+        for net in &self.nets {
+            net.loaded(nets.next().unwrap_or_default())
+                .map_err(|e| ProtectionError::Garbled(e.to_string()))?;
+        }
+        self.console.loaded(cut.console);
+        self.set_epoch(cut.epoch);
+        self.outbox.tell(Kind::Loaded, 0, cut.epoch);
+        Ok(())
+    }
+
+    pub(super) fn committed(&self) {
+        self.console.committed();
+        self.nets.iter().for_each(|net| net.committed());
+    }
+
+    /// The guest is the only one now. Returns how many frames left that it had kept.
+    pub(super) fn go_live(&self) -> usize {
+        self.outbox.disconnect();
+        self.console.go_live();
+        self.nets.iter().map(|net| net.go_live()).sum()
+    }
+}
+
+impl Gates for Pair {
+    fn net(&self, index: usize, outside: Box<dyn NetBackend>) -> Box<dyn NetBackend> {
+        match self.nets.get(index) {
+            Some(gate) => Box::new(GatedBackend::new(Arc::clone(gate), outside)),
+            None => outside,
+        }
+    }
+
+    fn console(&self, console: &ConsoleHub) {
+        self.console.connect(console.clone());
+        let gate: Arc<dyn tandem_vmm::console::ConsoleGate> = self.console.clone();
+        console.guard(gate);
+    }
+}

@@ -1,0 +1,133 @@
+//! How the protection of a guest stands, for people and programs.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::gate::NetFigures;
+
+/// Samples of which percentiles are taken.
+const SAMPLES_MAX: usize = 4096;
+
+/// What a copy of the guest is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// The guest that the outside talks to.
+    Primary,
+    /// The copy.
+    Secondary,
+}
+
+/// Percentiles of some samples, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Percentiles {
+    /// Median.
+    pub p50: u64,
+    /// 99th percentile.
+    pub p99: u64,
+    /// Largest.
+    pub max: u64,
+    /// How many there are, of the last 4,096.
+    pub samples: u64,
+}
+
+/// Durations, the last ones.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Samples(VecDeque<u64>);
+
+impl Samples {
+    pub(super) fn add(&mut self, sample: Duration) {
+        if self.0.len() >= SAMPLES_MAX {
+            self.0.pop_front();
+        }
+        self.0.push_back(sample.as_micros() as u64);
+    }
+
+    fn percentiles(&self) -> Percentiles {
+        let mut sorted: Vec<u64> = self.0.iter().copied().collect();
+        sorted.sort_unstable();
+        let at = |percent: usize| {
+            let index = sorted.len().saturating_sub(1) * percent / 100;
+            sorted.get(index).copied().unwrap_or(0)
+        };
+        Percentiles {
+            p50: at(50),
+            p99: at(99),
+            max: at(100),
+            samples: sorted.len() as u64,
+        }
+    }
+}
+
+/// How the protection of a guest stands.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The guest.
+    pub name: String,
+    /// What this copy is.
+    pub role: Role,
+    /// Whether a second copy could go on now.
+    pub protected: bool,
+    /// Why it is protected or not.
+    pub reason: String,
+    /// How a resync holds the guest up: `running`.
+    pub mode: String,
+    /// Number of the owner.
+    pub term: u64,
+    /// Number of the last checkpoint.
+    pub epoch: u64,
+    /// Where the other side is.
+    pub peer: Option<String>,
+    /// Frames that were compared and left.
+    pub matched_outputs: u64,
+    /// Checkpoints after the first of a protection.
+    pub resyncs: u64,
+    /// Why the last of them was made.
+    pub last_resync: Option<String>,
+    /// How long the guest stood for them.
+    pub pause_us: Percentiles,
+    /// From the cut until the secondary ran on.
+    pub resync_us: Percentiles,
+    /// Pages that they copied while the guest stood.
+    pub resync_pages: u64,
+    /// Bytes sent for them.
+    pub resync_bytes: u64,
+    #[serde(skip)]
+    pub(super) pauses: Samples,
+    #[serde(skip)]
+    pub(super) resync_times: Samples,
+}
+
+impl Status {
+    /// Of a guest whose protection nobody asked for.
+    pub fn unprotected(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            role: Role::Primary,
+            protected: false,
+            reason: "protection was not asked for".into(),
+            mode: "running".into(),
+            term: 0,
+            epoch: 0,
+            peer: None,
+            matched_outputs: 0,
+            resyncs: 0,
+            last_resync: None,
+            pause_us: Percentiles::default(),
+            resync_us: Percentiles::default(),
+            resync_pages: 0,
+            resync_bytes: 0,
+            pauses: Samples::default(),
+            resync_times: Samples::default(),
+        }
+    }
+
+    /// Counts the figures of a network device in.
+    pub(super) fn add(&mut self, figures: &NetFigures) {
+        self.matched_outputs += figures.released;
+        self.pause_us = self.pauses.percentiles();
+        self.resync_us = self.resync_times.percentiles();
+    }
+}
