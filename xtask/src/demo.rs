@@ -1,22 +1,36 @@
-//! `cargo xtask demo`: guests under `tandem run`, and clients of the host that talk to them.
+//! `cargo xtask demo`: a protected guest serves clients, its primary is killed, and the service carries
+//! on.
+
+mod clients;
+mod hosts;
 
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::guest::Guest;
+use crate::process::Background;
 use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
 use crate::{images, netns, process, tandem};
+use clients::{Clients, Seen};
+use hosts::{Host, TAP};
 
-/// Name of the tap.
-const TAP: &str = "tap0";
-/// Longest wait for a guest to say that it is ready.
-const READY_MAX: Duration = Duration::from_secs(20);
-/// Requests per run of redis-benchmark: a few seconds at most.
-const REQUESTS: &str = "50000";
+/// Longest wait for the guest to be protected, or to be taken over.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Requests of redis-benchmark: enough that it is at work when the primary is killed.
+const REQUESTS: &str = "300000";
+/// How long the service is watched before the primary is killed, and after.
+const WATCH: Duration = Duration::from_millis(1500);
+/// Connections that check every reply.
+const CONNECTIONS: usize = 8;
+/// The guest.
+const NAME: &str = "kv";
+const HOST_A: &str = "10.99.0.11";
+const HOST_B: &str = "10.99.0.12";
+const STANDBY: &str = "10.99.0.12:7000";
 
 /// How to run the demonstration.
 #[derive(Debug, clap::Args)]
@@ -26,7 +40,7 @@ pub(crate) struct Arguments {
     inside: bool,
 }
 
-/// Builds what is shown, then shows it in a network of its own.
+/// Builds what is shown, then shows it in networks of its own.
 pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCode> {
     if arguments.inside {
         show(workspace)?;
@@ -36,52 +50,142 @@ pub(crate) fn run(workspace: &Workspace, arguments: &Arguments) -> Result<ExitCo
     if let Err(why) = setup::kvm() {
         anyhow::bail!("the demonstration needs /dev/kvm, which {why}");
     }
-    images::run(workspace, &images::Arguments::only(["kv", "http"]))?;
+    images::run(workspace, &images::Arguments::only(["kv"]))?;
     tandem::build(workspace)?;
     netns::run_again(&["demo", "--inside"])
 }
 
 fn show(workspace: &Workspace) -> Result<()> {
     let started = Instant::now();
-    netns::make_tap(TAP)?;
-    let runtime = tempfile::Builder::new().prefix("tandem-demo-").tempdir()?;
-    let stage = Stage { workspace, runtime };
-    let pace = stage.key_value_store()?;
-    let page = stage.web_server()?;
+    hosts::make_network()?;
+    let stage = Stage {
+        workspace,
+        a: Host::new("a", HOST_A)?,
+        b: Host::new("b", HOST_B)?,
+        directory: tempfile::Builder::new().prefix("tandem-demo-").tempdir()?,
+    };
+    let told = stage.show()?;
     println!(
-        "\ndemo: redis-cli and curl talked to guests under tandem run ({pace}; {page}); all is \
-         removed again after {:.1} s",
+        "\ndemo: {told}; all is removed again after {:.1} s",
         started.elapsed().as_secs_f64()
     );
     Ok(())
 }
 
-/// Where guests of the demonstration live.
+/// Two hosts, and what they share.
 struct Stage<'a> {
     workspace: &'a Workspace,
-    runtime: TempDir,
+    a: Host,
+    b: Host,
+    directory: TempDir,
 }
 
 impl Stage<'_> {
-    /// Runs the `kv` guest and talks to it; returns words for its pace.
-    fn key_value_store(&self) -> Result<String> {
-        let guest = self.start("kv", "256MiB")?;
-        println!();
-        for (words, answer) in [
-            ("PING", "PONG"),
-            ("SET greeting hello", "OK"),
-            ("GET greeting", "hello"),
-            ("INCR visits", "1"),
-            ("INCR visits", "2"),
-        ] {
-            self.ask(words, answer)?;
+    fn show(&self) -> Result<String> {
+        std::fs::create_dir(self.directory.path().join("shared"))?;
+        let mut standby = self.standby()?;
+        let mut primary = self.primary()?;
+        self.wait_until("a", &mut primary, |status| status["protected"] == true)?;
+        println!("\nThe guest is protected:\n{}", self.status("a")?);
+        self.ask("SET greeting hello", "OK")?;
+        let clients = Clients::start(CONNECTIONS)?;
+        let mut load = redis_benchmark();
+        println!(
+            "\n{CONNECTIONS} connections check every reply; beside them\n$ {}",
+            process::quoted(&load)
+        );
+        let load = Background::start(load.stdout(Stdio::piped()))?;
+        std::thread::sleep(WATCH);
+        println!("\nThe primary is killed:\n$ kill -9 {}", primary.pid());
+        let killed = Instant::now();
+        primary.child().kill()?;
+        self.wait_until("b", &mut standby, |status| status["role"] == "primary")?;
+        let said = finish_load(load)?;
+        std::thread::sleep(WATCH);
+        let seen = clients.finish()?;
+        println!("\nThe copy has taken over:\n{}", self.status("b")?);
+        println!("  redis-benchmark {said}");
+        self.ask("GET greeting", "hello")?;
+        Ok(account(&seen, killed))
+    }
+
+    /// Starts the standby on host b.
+    fn standby(&self) -> Result<Background> {
+        let mut command = self.tandem("b", &["standby", "--listen", STANDBY]);
+        command.arg("--arbiter").arg(self.arbiter());
+        command.args(["--net", &format!("tap={TAP}"), "--console", "off"]);
+        println!("\nhost b$ {}", self.shown(&command));
+        Background::start(command.stderr(Stdio::null()))
+    }
+
+    /// Starts the guest on host a.
+    fn primary(&self) -> Result<Background> {
+        let mut command = self.tandem("a", &["run", "--name", NAME, "--memory", "256MiB"]);
+        command
+            .arg("--kernel")
+            .arg(self.workspace.images().join("kv"))
+            .args(["--cmdline", netns::GUEST_WORDS])
+            .args(["--net", &format!("tap={TAP}"), "--console", "off"])
+            .args(["--protect", STANDBY, "--arbiter"])
+            .arg(self.arbiter());
+        println!("host a$ {}", self.shown(&command));
+        Background::start(command.stderr(Stdio::null()))
+    }
+
+    fn arbiter(&self) -> std::path::PathBuf {
+        self.directory.path().join("shared")
+    }
+
+    fn tandem(&self, host: &str, arguments: &[&str]) -> Command {
+        let on = if host == "a" { &self.a } else { &self.b };
+        let mut command = on.command(tandem::program(self.workspace));
+        command
+            .arg("--runtime-dir")
+            .arg(self.directory.path().join(host))
+            .args(arguments)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// A command as a user of the host would type it.
+    fn shown(&self, command: &Command) -> String {
+        let words = command
+            .get_args()
+            .skip(5)
+            .map(|word| word.to_string_lossy());
+        let words: Vec<_> = words.map(|word| word.into_owned()).collect();
+        format!("tandem {}", words.join(" "))
+    }
+
+    fn status(&self, host: &str) -> Result<String> {
+        let said = process::capture(&mut self.tandem(host, &["status", NAME]))?;
+        Ok(said.lines().map(|line| format!("  {line}\n")).collect())
+    }
+
+    /// Waits until the guest's status on `host`, where `monitor` runs it, is as wanted.
+    fn wait_until(
+        &self,
+        host: &str,
+        monitor: &mut Background,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let said =
+                process::capture(&mut self.tandem(host, &["status", NAME, "--format", "json"]));
+            let status = said.ok().and_then(|said| serde_json::from_str(&said).ok());
+            if status.as_ref().is_some_and(&wanted) {
+                return Ok(());
+            }
+            if let Some(ended) = monitor.poll()? {
+                bail!("tandem on host {host} ended with {ended}");
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "the guest on host {host} is not as it should be: {status:?}"
+            );
+            std::thread::sleep(Duration::from_millis(20));
         }
-        let mut pace = String::new();
-        for depth in ["1", "16"] {
-            pace = self.benchmark(depth)?;
-        }
-        self.stop("kv", guest)?;
-        Ok(pace)
     }
 
     /// Sends one command by redis-cli and checks the answer.
@@ -96,108 +200,47 @@ impl Stage<'_> {
         );
         Ok(())
     }
-
-    /// Measures by redis-benchmark with `depth` commands in flight per connection.
-    fn benchmark(&self, depth: &str) -> Result<String> {
-        let mut command = process::command("redis-benchmark", ["-h", netns::GUEST, "-q"]);
-        command.args(["-t", "set,get", "-c", "50", "-n", REQUESTS, "-P", depth]);
-        let said = process::capture(&mut command)?;
-        // Progress is overwritten by carriage returns; what is last on a line is the result.
-        let results = said.lines().filter_map(|line| line.rsplit('\r').next());
-        let mut pace = String::new();
-        for result in results.map(str::trim).filter(|result| !result.is_empty()) {
-            println!("  redis-benchmark -P {depth:<4} {result}");
-            pace = result.split(',').next().unwrap_or_default().to_owned();
-        }
-        ensure!(!pace.is_empty(), "redis-benchmark printed no result");
-        Ok(pace)
-    }
-
-    /// Runs the `http` guest and fetches pages; returns words for what it served.
-    fn web_server(&self) -> Result<String> {
-        let guest = self.start("http", "128MiB")?;
-        println!();
-        let mut words = String::new();
-        for (path, size) in [
-            ("/", None),
-            ("/size/1024", Some(1024)),
-            ("/size/4194304", Some(4 << 20)),
-        ] {
-            words = fetch(path, size)?;
-        }
-        self.stop("http", guest)?;
-        Ok(words)
-    }
-
-    /// Starts a guest by name and waits until it serves.
-    fn start(&self, name: &str, memory: &str) -> Result<Guest> {
-        let image = self.workspace.images().join(name);
-        let mut command = self.tandem(&["run", "--name", name, "--memory", memory]);
-        command
-            .arg("--kernel")
-            .arg(image)
-            .arg(format!("--net=tap={TAP}"));
-        command.args(["--cmdline", netns::GUEST_WORDS]);
-        println!("\n$ {}", process::quoted(&command));
-        let started = Instant::now();
-        let mut guest = Guest::start(&mut command)?;
-        guest.wait_for(&format!("{name}: ready"), READY_MAX)?;
-        println!(
-            "  {name} is ready after {:.0} ms",
-            started.elapsed().as_secs_f64() * 1e3
-        );
-        print!(
-            "{}",
-            indented(&process::capture(&mut self.tandem(&["list"]))?)
-        );
-        Ok(guest)
-    }
-
-    /// Stops a guest as a user would.
-    fn stop(&self, name: &str, guest: Guest) -> Result<()> {
-        process::quiet(&mut self.tandem(&["stop", name, "--force"]))?;
-        let (status, _) = guest.wait(READY_MAX)?;
-        ensure!(status.success(), "tandem run of {name} ended with {status}");
-        Ok(())
-    }
-
-    fn tandem(&self, arguments: &[&str]) -> Command {
-        let mut command = process::command(tandem::program(self.workspace), ["--runtime-dir"]);
-        command
-            .arg(self.runtime.path())
-            .args(arguments)
-            .stdin(Stdio::null());
-        command
-    }
 }
 
-/// Fetches a page by curl and checks its size.
-fn fetch(path: &str, size: Option<u64>) -> Result<String> {
-    let url = format!("http://{}{path}", netns::GUEST);
-    let wanted = "%{http_code} %{size_download} bytes in %{time_total} s";
-    let mut command = process::command("curl", ["--silent", "--show-error", "--fail"]);
-    command.args([
-        "--max-time",
-        "20",
-        "--output",
-        "/dev/null",
-        "--write-out",
-        wanted,
-        &url,
-    ]);
-    let said = process::capture(&mut command)?;
-    println!("  curl {url:<34} {said}");
-    let words = said.trim_start_matches("200 ").to_owned();
-    if let Some(size) = size {
-        let expected = format!("200 {size} bytes");
-        ensure!(
-            said.starts_with(&expected),
-            "curl got `{said}`, not {expected}"
-        );
-    }
-    Ok(words)
+fn redis_benchmark() -> Command {
+    let mut command = process::command("redis-benchmark", ["-h", netns::GUEST, "-q"]);
+    command.args(["-t", "set", "-c", "20", "-n", REQUESTS]);
+    command.stdin(Stdio::null());
+    command
 }
 
-fn indented(text: &str) -> String {
-    text.lines().map(|line| format!("  {line}\n")).collect()
+/// Waits for redis-benchmark; what it says of its pace.
+fn finish_load(mut load: Background) -> Result<String> {
+    let output = load.child().stdout.take().context("it has no output")?;
+    let said = std::io::read_to_string(output)?;
+    let status = load.wait(PATIENCE)?;
+    ensure!(
+        status.success(),
+        "redis-benchmark ended with {status}: {said}"
+    );
+    let mut lines = said.lines().filter_map(|line| line.rsplit('\r').next());
+    let result = lines.find(|line| line.contains("requests per second"));
+    Ok(result.unwrap_or("printed no result").trim().to_owned())
+}
+
+/// What the clients saw, in a sentence.
+fn account(seen: &[Seen], killed: Instant) -> String {
+    let replies: u64 = seen.iter().map(|seen| seen.replies).sum();
+    let mut blackouts: Vec<_> = seen
+        .iter()
+        .filter_map(|seen| seen.blackout(killed))
+        .collect();
+    blackouts.sort_unstable();
+    let ms = |at: usize| {
+        blackouts
+            .get(at)
+            .map_or(0.0, |time| time.as_secs_f64() * 1e3)
+    };
+    format!(
+        "a protected guest lost its primary under load and went on: {} connections, {replies} replies, none lost, \
+         repeated or wrong; blackout {:.1} ms (median), {:.1} ms (longest)",
+        seen.len(),
+        ms(blackouts.len() / 2),
+        ms(blackouts.len().saturating_sub(1)),
+    )
 }

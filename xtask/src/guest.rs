@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -67,15 +67,6 @@ impl Guest {
             }
         }
         Ok(())
-    }
-
-    /// Waits for the guest to end by itself, and returns what it printed.
-    pub(crate) fn wait(mut self, at_most: Duration) -> Result<(ExitStatus, String)> {
-        let deadline = Instant::now() + at_most;
-        while self.take(deadline)? {}
-        let left = deadline.saturating_duration_since(Instant::now());
-        let status = self.monitor.wait(left)?;
-        Ok((status, self.console))
     }
 
     /// What the guest printed, as far as it was waited for.
@@ -164,16 +155,5 @@ mod tests {
             .expect_err("never ready")
             .to_string();
         assert!(error.contains("no kernel"), "{error}");
-    }
-
-    #[test]
-    fn all_output_is_kept_to_the_end() {
-        let script = "for i in 1 2 3; do echo line $i; done";
-        let guest = Guest::start(&mut process::command("sh", ["-c", script])).expect("starts");
-        let (status, console) = guest.wait(SOON).expect("ends");
-        assert!(
-            status.success() && console.ends_with("line 3\n"),
-            "{console}"
-        );
     }
 }

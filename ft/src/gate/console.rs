@@ -101,9 +101,10 @@ impl ConsoleGate {
     }
 
     /// The checkpoint is loaded: the output that it explains leaves.
-    pub fn commit(&self) {
+    pub fn commit(&self, now: Instant) {
         if let Side::Primary(primary) = &mut *self.lock() {
             primary.cut = false;
+            primary.since = primary.since.map(|_| now);
             self.emit(&std::mem::take(&mut primary.covered));
         }
     }

@@ -57,6 +57,20 @@ struct Primary {
     comparator: Comparator,
     /// A checkpoint is under way: what the copy sends is of before.
     cut: bool,
+    /// How many of the secondary's outputs it was told are out.
+    told: u64,
+}
+
+impl Primary {
+    /// Tells the secondary how many of its outputs are out, if those are more than it knows.
+    fn tell_settled(&mut self, gate: &NetGate) {
+        let settled = self.comparator.settled();
+        if settled > self.told {
+            self.told = settled;
+            gate.outbox
+                .put(Kind::Settled, gate.device, &settled.to_le_bytes());
+        }
+    }
 }
 
 /// A secondary's side.
@@ -176,8 +190,11 @@ impl NetGate {
         if matches!(state.side, Side::Alone) {
             let mut comparator = Comparator::new(Limits::default());
             comparator.set_patience(patience);
-            let cut = true;
-            state.side = Side::Primary(Box::new(Primary { comparator, cut }));
+            state.side = Side::Primary(Box::new(Primary {
+                comparator,
+                cut: true,
+                told: 0,
+            }));
         }
         let Side::Primary(primary) = &mut state.side else {
             return NetCut::default();
@@ -196,6 +213,7 @@ impl NetGate {
     pub fn commit(&self, now: Instant) {
         self.with_primary(|primary| {
             primary.cut = false;
+            primary.told = 0;
             primary.comparator.commit(now);
         });
     }
@@ -264,13 +282,8 @@ impl NetGate {
             return false;
         };
         act(primary);
-        let settled = primary.comparator.settled();
         let differs = primary.comparator.mismatch().is_some();
-        let released = state.release();
-        if released {
-            self.outbox
-                .put(Kind::Settled, self.device, &settled.to_le_bytes());
-        }
+        let released = state.release(self);
         let wake =
             (released && std::mem::take(&mut state.waits_for_room)) || !state.blocked.is_empty();
         drop(state);
@@ -396,8 +409,8 @@ impl NetGate {
 }
 
 impl State {
-    /// Lets out what may leave, and is not compared any more. True if something left.
-    fn release(&mut self) -> bool {
+    /// Lets out what may leave, and tells the other side what it need not keep. True if something left.
+    fn release(&mut self, gate: &NetGate) -> bool {
         self.send_blocked();
         let mut any = false;
         while self.blocked.is_empty() {
@@ -413,6 +426,11 @@ impl State {
         }
         if any && let Some(outside) = &mut self.outside {
             outside.flush();
+        }
+        if let Side::Primary(primary) = &mut self.side
+            && self.blocked.is_empty()
+        {
+            primary.tell_settled(gate);
         }
         any
     }
@@ -465,7 +483,7 @@ impl State {
             }
             Side::Primary(primary) if primary.comparator.has_room() && self.blocked.is_empty() => {
                 primary.comparator.primary(Instant::now(), frame);
-                self.release();
+                self.release(gate);
                 return Transmit::Sent;
             }
             Side::Secondary(secondary)

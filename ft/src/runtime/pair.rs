@@ -113,8 +113,8 @@ impl Pair {
             ));
         }
         self.set_epoch(epoch);
-        self.console.commit();
         let now = Instant::now();
+        self.console.commit(now);
         self.nets.iter().for_each(|net| net.commit(now));
         self.outbox.tell(Kind::Committed, 0, epoch);
         Ok(())

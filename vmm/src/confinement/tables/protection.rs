@@ -1,24 +1,38 @@
-//! What protecting a guest takes.
+//! What protecting a guest takes, at the primary and at the secondary.
 
 use syscalls::Sysno;
 
-use super::super::rules::{Rule, allow};
+use super::super::rules::Condition::Is;
+use super::super::rules::{Rule, allow, allow_if};
 
 /// The connections of a pair, and outputs that leave.
 pub(super) const PAIR: &[Rule] = &[
-    allow(Sysno::poll, "waits for what the other side says"),
     allow(Sysno::ppoll, "waits for what the other side says"),
     allow(Sysno::recvfrom, "what the other side says"),
-    allow(Sysno::read, "events"),
-    allow(Sysno::clock_nanosleep, "waits before trying again"),
     allow(
         Sysno::shutdown,
         "connections of a pair that is none any more",
     ),
+    allow_if(
+        Sysno::fcntl,
+        &[Is(1, libc::F_DUPFD_CLOEXEC as u32)],
+        "a connection is read by one thread and written by others",
+    ),
+    allow_if(
+        Sysno::ioctl,
+        &[Is(1, libc::FIONBIO as u32)],
+        "another host is waited for so long",
+    )
+    .rare("the tests' standbys are on this host"),
+    allow(
+        Sysno::clock_nanosleep,
+        "waits before a standby is tried again",
+    )
+    .rare("only while there is none"),
 ];
 
 /// The arbiter's directory.
 pub(super) const ARBITER: &[Rule] = &[
     allow(Sysno::linkat, "a term is won by a link"),
-    allow(Sysno::unlink, "terms of old are removed"),
+    allow(Sysno::read, "who owns a guest"),
 ];
