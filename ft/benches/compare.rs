@@ -1,5 +1,6 @@
 //! How fast frames of two copies are compared: frames per second, and the time from the second copy's
-//! frame going in to the first copy's coming out, of one core.
+//! frame going in to the first copy's coming out, of one core. And how long the numbers of a frame take to
+//! be mapped.
 //!
 //! `cargo bench -p tandem-ft --bench compare -- [FRAMES]`. Prints one line of JSON for each load.
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
@@ -11,6 +12,7 @@ mod testing;
 use std::time::{Duration, Instant};
 
 use tandem_ft::compare::{Comparator, Limits};
+use tandem_ft::sequence::{CONNECTIONS_MAX, Mapper, State};
 use testing::{ACK, Path, SYN, Tcp};
 
 /// Frames of each side per load, unless told otherwise.
@@ -142,6 +144,35 @@ fn run(load: &Load, frames: usize) -> Measured {
     measured
 }
 
+/// Nanoseconds that a frame of a live guest takes, each way, if `known` or none of its connections is mapped.
+fn map(known: bool, frames: usize) -> [f64; 2] {
+    let load = &LOADS[1];
+    let mut mapper = Mapper::from_state(&State::default(), CONNECTIONS_MAX).unwrap();
+    for number in 0..load.connections {
+        let open = Tcp::new(load.path(number, 0), 7, 1, b"").flags(SYN | ACK);
+        if known {
+            mapper.note_outbound(&open.times(3, 1).frame());
+        }
+        let mut answer = Tcp::new(load.path(number, 0).back(), 1, 1, b"").times(1, 9);
+        answer.seq = number as u32;
+        if known {
+            mapper.inbound(&mut answer.frame());
+        }
+    }
+    mapper.go_live(0);
+    assert_eq!(mapper.len(), if known { load.connections } else { 0 });
+    let mut out: Vec<_> = (0..BATCH).map(|n| load.frame(n, 0)).collect();
+    let mut back: Vec<_> = (0..BATCH).map(|n| load.acknowledgement(n)).collect();
+    let rounds = (frames / BATCH).max(1);
+    let per_frame = |begun: Instant| begun.elapsed().as_nanos() as f64 / (rounds * BATCH) as f64;
+    let begun = Instant::now();
+    (0..rounds).for_each(|_| out.iter_mut().for_each(|frame| mapper.outbound(frame)));
+    let outbound = per_frame(begun);
+    let begun = Instant::now();
+    (0..rounds).for_each(|_| back.iter_mut().for_each(|frame| mapper.inbound(frame)));
+    [outbound, per_frame(begun)]
+}
+
 fn main() {
     let given = std::env::args().skip(1).find_map(|word| word.parse().ok());
     let frames = given.unwrap_or(FRAMES).max(2 * BATCH);
@@ -160,6 +191,13 @@ fn main() {
             rate,
             measured.percentile(0.5),
             measured.percentile(0.99)
+        );
+    }
+    for known in [false, true] {
+        let [outbound, inbound] = map(known, frames);
+        let name = if known { "mapped" } else { "nothing mapped" };
+        println!(
+            "{{\"load\":\"{name}\",\"outbound_ns\":{outbound:.1},\"inbound_ns\":{inbound:.1}}}"
         );
     }
 }

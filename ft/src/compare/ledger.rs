@@ -175,13 +175,29 @@ impl<T> Ledger<T> {
 
     /// Takes all entries out, in the order of arrival. The queues of flows are void from then on.
     pub(super) fn take_all(&mut self) -> Vec<T> {
-        let slots = self.slots.drain(..);
-        let mut items: Vec<(u64, T)> = slots
-            .filter_map(|slot| Some((slot.serial, slot.item?)))
-            .collect();
-        items.sort_unstable_by_key(|(serial, _)| *serial);
-        *self = Self::new();
-        items.into_iter().map(|(_, item)| item).collect()
+        let mut items = Vec::with_capacity(self.len);
+        let mut heads = self.ages.map(|queue| queue.first);
+        while let Some(age) = self.earlier(heads) {
+            let slot = &mut self.slots[heads[age] as usize];
+            heads[age] = slot.newer;
+            items.extend(slot.item.take());
+        }
+        self.slots.clear();
+        self.free.clear();
+        self.ages = [Queue::default(); 2];
+        self.len = 0;
+        items
+    }
+
+    /// Which of two entries came first.
+    fn earlier(&self, heads: [u32; 2]) -> Option<usize> {
+        let serial = |id: u32| self.slots.get(id as usize).map(|slot| slot.serial);
+        match heads.map(serial) {
+            [None, None] => None,
+            [Some(_), None] => Some(0),
+            [None, Some(_)] => Some(1),
+            [Some(one), Some(two)] => Some(usize::from(two < one)),
+        }
     }
 
     fn link(&mut self, id: u32, age: Age) {
@@ -236,7 +252,10 @@ mod tests {
         ledger.push(&mut two, 2, (5, now), 'e');
         assert_eq!(ledger.slots.len(), 3, "slots are used again");
         assert_eq!(ledger.len(), 3);
-        assert_eq!(ledger.take_all(), ['b', 'd', 'e']);
+        // b and d are late, e and f fresh.
+        ledger.defer();
+        ledger.push(&mut one, 1, (6, now), 'f');
+        assert_eq!(ledger.take_all(), ['b', 'd', 'e', 'f']);
         assert_eq!((ledger.len(), ledger.first_serial()), (0, None));
     }
 }

@@ -6,7 +6,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::*;
-use crate::packet::testing::{ACK, FIN, Path, SYN, Tcp};
+use crate::packet::testing::{ACK, FIN, Path, RST, SYN, Tcp};
 
 const PATH: Path = Path::new(80, 4000);
 const ACKED: u32 = 5;
@@ -60,8 +60,9 @@ impl Sending {
         for &(after, from, count) in &self.repeats {
             let after = after.min(parts.len());
             let sent = parts[..after].iter().map(|(at, len)| at + len).max();
-            let from = from.min(len);
-            let count = count.min(sent.unwrap_or(0).saturating_sub(from));
+            let sent = sent.unwrap_or(0);
+            let from = from.min(sent);
+            let count = count.min(sent - from);
             parts.insert(after, (from, count));
         }
         parts
@@ -213,6 +214,132 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn a_copy_goes_on_in_its_own_way_after_a_cut(
+        bytes in vec(any::<u8>(), 0..3000), at: prop::sample::Index, wrong: bool,
+        primary in sending(), secondary in sending(), order in order(),
+    ) {
+        let mut comparator = comparing(Limits::default());
+        let at = at.index(bytes.len() + 1);
+        let mut frames = primary.frames(&bytes[..at]);
+        frames.pop();
+        let mut others = bytes[..at].to_vec();
+        if let (true, Some(byte)) = (wrong, others.last_mut()) {
+            *byte ^= 1;
+        }
+        let mut released = compare(&mut comparator, &order, &frames, &secondary.frames(&others));
+        comparator.cut();
+        comparator.commit(Instant::now());
+        let tail = |sending: &Sending| -> Vec<Vec<u8>> {
+            let copy = Sending { isn: primary.isn.wrapping_add(at as u32), ..sending.clone() };
+            copy.frames(&bytes[at..]).split_off(1)
+        };
+        let rest = tail(&primary);
+        released.extend(compare(&mut comparator, &order, &rest, &tail(&secondary)));
+        frames.extend(rest);
+        prop_assert_eq!(comparator.mismatch(), None);
+        prop_assert_eq!(released, frames);
+    }
+}
+
+/// A segment of one side at a position: its bytes, acknowledgement and flags.
+#[derive(Clone, Debug)]
+struct Sent {
+    ours: bool,
+    at: u32,
+    bytes: Vec<u8>,
+    ack: u32,
+    flags: u8,
+}
+
+fn sent() -> impl Strategy<Value = Sent> {
+    let flags = prop::sample::select(vec![ACK, ACK, ACK, ACK, ACK, ACK, ACK | FIN, RST]);
+    let bytes = vec(prop::sample::select(vec![0u8, 0, 0, 0, 0, 1]), 0..6);
+    (any::<bool>(), 1u32..24, bytes, 0u32..3, flags).prop_map(|(ours, at, bytes, ack, flags)| {
+        let bytes = if flags == RST { Vec::new() } else { bytes };
+        Sent {
+            ours,
+            at,
+            bytes,
+            ack,
+            flags,
+        }
+    })
+}
+
+/// What the secondary has said so far, in the plainest way.
+#[derive(Default)]
+struct Said {
+    bytes: Vec<(u32, u8)>,
+    ends: Vec<u32>,
+    ack: u32,
+    reset: bool,
+}
+
+impl Said {
+    fn note(&mut self, sent: &Sent) {
+        self.bytes
+            .extend((sent.at..).zip(sent.bytes.iter().copied()));
+        if sent.flags & FIN != 0 {
+            self.ends.push(sent.at + sent.bytes.len() as u32);
+        }
+        self.reset |= sent.flags & RST != 0;
+        if sent.flags & ACK != 0 {
+            self.ack = self.ack.max(sent.ack);
+        }
+    }
+
+    fn explains(&self, sent: &Sent) -> bool {
+        if sent.flags & RST != 0 {
+            return self.reset;
+        }
+        let end = sent.at + sent.bytes.len() as u32;
+        (sent.at..)
+            .zip(sent.bytes.iter().copied())
+            .all(|byte| self.bytes.contains(&byte))
+            && (sent.flags & FIN == 0 || self.ends.contains(&end))
+            && sent.ack <= self.ack
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn nothing_leaves_that_the_secondary_did_not_say(
+        all in vec(sent(), 0..60), known in 0usize..12,
+    ) {
+        let limits = Limits { known_bytes_per_flow: known, ..Limits::default() };
+        let mut comparator = comparing(limits);
+        let now = Instant::now();
+        let open = |isn| Tcp::new(PATH, isn, 0, b"").flags(SYN | ACK).frame();
+        comparator.primary(now, open(0));
+        comparator.secondary(now, open(1000));
+        prop_assert!(comparator.release().is_some());
+        let mut said = Said::default();
+        let mut waiting = std::collections::VecDeque::new();
+        for sent in all {
+            let isn = if sent.ours { 0 } else { 1000 };
+            let tcp = Tcp::new(PATH, isn + sent.at, sent.ack, &sent.bytes).flags(sent.flags);
+            if sent.ours {
+                comparator.primary(now, tcp.frame());
+                waiting.push_back(sent);
+            } else {
+                comparator.secondary(now, tcp.frame());
+                said.note(&sent);
+            }
+            while comparator.release().is_some() {
+                let left = waiting.pop_front().expect("frames leave in order");
+                prop_assert!(said.explains(&left), "{left:?}");
+            }
+            prop_assert!(comparator.settled() <= comparator.figures().secondary_frames);
+        }
+    }
+}
+
 /// An act against the comparator.
 #[derive(Clone, Debug)]
 enum Act {
@@ -272,7 +399,7 @@ fn act() -> impl Strategy<Value = Act> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(600))]
+    #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
     fn nothing_hostile_panics_or_goes_beyond_limits(acts in vec(act(), 0..200)) {

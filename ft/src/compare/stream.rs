@@ -458,13 +458,22 @@ impl Stream {
         self.skip_common_hole();
         for role in [Role::Primary, Role::Secondary] {
             while let Some(piece) = self.next_piece(role) {
-                if self.data(role, piece.at, &piece.bytes, false)?.is_some() {
-                    return Err(Cause::Limit(Limit::Pieces));
-                }
-                if piece.fin {
-                    self.finish(role, piece.at + piece.bytes.len() as i64)?;
+                if let Err(cause) = self.join(role, &piece) {
+                    // It was sent all the same.
+                    self.sides[role as usize].pieces.push(piece);
+                    return Err(cause);
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn join(&mut self, role: Role, piece: &Piece) -> Result<(), Cause> {
+        if self.data(role, piece.at, &piece.bytes, false)?.is_some() {
+            return Err(Cause::Limit(Limit::Pieces));
+        }
+        if piece.fin {
+            self.finish(role, piece.at + piece.bytes.len() as i64)?;
         }
         Ok(())
     }
@@ -476,9 +485,12 @@ impl Stream {
         Some(side.pieces.swap_remove(index))
     }
 
-    /// What neither side sent, as both go on behind it at the same place, was sent before the
-    /// comparator looked. Sent again, it counts as forgotten.
+    /// What neither side sent of a stream that was met midway, as both go on behind it at the same place,
+    /// was sent before. Sent again, it counts as forgotten.
     fn skip_common_hole(&mut self) {
+        if self.beginning != Beginning::Midway {
+            return;
+        }
         let [primary, secondary] = &mut self.sides;
         let first = |side: &Side| side.pieces.iter().map(|piece| piece.at).min();
         let (one, two) = (first(primary), first(secondary));
