@@ -122,13 +122,6 @@ impl Detector {
         }
     }
 
-    /// Begins anew to count the silence; what was learned stays. For a peer that is known to be busy.
-    pub fn excuse(&mut self, now: Instant) {
-        self.looked = now;
-        self.heard = now;
-        self.silence = Duration::ZERO;
-    }
-
     /// Silence longer than this is reported.
     pub fn limit(&self) -> Duration {
         let learned = self.gaps.as_ref().map_or(Duration::ZERO, Gaps::limit);

@@ -12,6 +12,7 @@ pub mod gate;
 pub mod lease;
 pub mod link;
 pub mod packet;
+pub mod pair;
 pub mod runtime;
 pub mod sequence;
 mod table;
