@@ -117,7 +117,10 @@ impl fmt::Display for Tenure {
 pub enum Claim {
     /// The term is the claimant's, and stays so over a crash of the arbiter.
     Won,
-    /// Another has this term, or there is a newer one: the newest, whose owner may be the claimant.
+    /// Another has this term, or there is a newer one; this is the newest, whose owner may be the claimant.
+    ///
+    /// Who got the term and was overtaken before it knew is told of the newer one: a term has at most one
+    /// winner, and none if its holder was overtaken.
     Lost(Tenure),
 }
 

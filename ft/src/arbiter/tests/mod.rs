@@ -178,45 +178,84 @@ fn a_claimant_that_slept_over_takeovers_does_not_win_an_old_term() {
     assert_eq!(arbiter.current(GUEST).unwrap(), Some(found));
 }
 
-/// Claims the next term `rounds` times; gives the terms won.
-fn claim_terms(root: &Path, rounds: usize, start: &Barrier) -> Vec<(Term, Claimant)> {
-    let mut arbiter = open(root);
-    arbiter.settle_within(RACE_SETTLE_TIME);
-    let me = owner("racer");
-    start.wait();
-    let mut won = Vec::new();
-    for _ in 0..rounds {
-        let (term, claim) = claim_next(&arbiter, &me);
-        match claim {
-            Ok(Claim::Won) => won.push((term, me.claimant)),
-            Ok(Claim::Lost(found)) => assert!(found.term >= term),
-            // Two takeovers came between the look and the claim.
-            Err(error) => panic!("{term}: {error:?}"),
-        }
-    }
-    won
+/// What a racer was told of a term that it claimed.
+struct Report {
+    term: Term,
+    claimant: Claimant,
+    claim: Claim,
 }
 
-#[test]
-fn of_many_threads_one_wins_each_term() {
+/// Claims the next term `rounds` times.
+fn claim_terms(root: &Path, rounds: usize, settle: Duration, start: &Barrier) -> Vec<Report> {
+    let mut arbiter = open(root);
+    arbiter.settle_within(settle);
+    let me = owner("racer");
+    start.wait();
+    let claim = || {
+        let (term, claim) = claim_next(&arbiter, &me);
+        Report {
+            term,
+            claimant: me.claimant,
+            claim: claim.unwrap_or_else(|error| panic!("{term}: {error:?}")),
+        }
+    };
+    (0..rounds).map(|_| claim()).collect()
+}
+
+/// Lets threads race; gives all that they were told, and the newest term.
+fn race(root: &Path, settle: Duration) -> (Vec<Report>, Term) {
     const THREADS: usize = 8;
     const ROUNDS: usize = 60;
-    let root = directory();
     let start = Barrier::new(THREADS);
-    let won: Vec<(Term, Claimant)> = thread::scope(|scope| {
+    let reports = thread::scope(|scope| {
         let racers: Vec<_> = (0..THREADS)
-            .map(|_| scope.spawn(|| claim_terms(root.path(), ROUNDS, &start)))
+            .map(|_| scope.spawn(|| claim_terms(root, ROUNDS, settle, &start)))
             .collect();
         let racers = racers.into_iter();
         racers.flat_map(|racer| racer.join().unwrap()).collect()
     });
-    let mut winners = HashMap::new();
-    for (term, claimant) in &won {
-        let other = winners.insert(*term, *claimant);
-        assert_eq!(other, None, "term {term} was won twice");
-    }
-    let newest = open(root.path()).current(GUEST).unwrap().unwrap().term;
+    let newest = open(root).current(GUEST).unwrap().unwrap().term;
     assert!(newest.0 >= ROUNDS as u64);
-    assert_eq!(won.len() as u64, newest.0, "each term has a winner");
-    assert!(names(root.path()).iter().all(|n| n.starts_with("term-")));
+    assert!(names(root).iter().all(|name| name.starts_with("term-")));
+    (reports, newest)
+}
+
+/// Who was told to have won each term.
+fn winners(reports: &[Report]) -> HashMap<Term, Claimant> {
+    let mut winners = HashMap::new();
+    for report in reports.iter().filter(|report| report.claim == Claim::Won) {
+        let other = winners.insert(report.term, report.claimant);
+        assert_eq!(other, None, "term {} was won twice", report.term);
+    }
+    winners
+}
+
+#[test]
+fn no_term_is_won_twice_while_old_ones_are_removed() {
+    let root = directory();
+    let (reports, _) = race(root.path(), RACE_SETTLE_TIME);
+    assert!(!winners(&reports).is_empty());
+}
+
+/// Each term is in one claimant's hands. That one was told so, or, if another took over before it had
+/// looked again, of the newer term; and nobody else was told to have won.
+#[test]
+fn of_many_threads_one_has_each_term_and_knows() {
+    let root = directory();
+    let (reports, newest) = race(root.path(), Duration::MAX);
+    let winners = winners(&reports);
+    for term in (1..=newest.0).map(Term) {
+        let bytes = fs::read(term_file(root.path(), term.0)).expect("nothing is removed");
+        let holder = record::decode(&bytes, GUEST, term).unwrap().owner.claimant;
+        let mut told = reports
+            .iter()
+            .filter(|r| (r.term, r.claimant) == (term, holder));
+        match (winners.get(&term), told.next().map(|report| &report.claim)) {
+            (Some(winner), Some(Claim::Won)) => assert_eq!(*winner, holder),
+            (None, Some(Claim::Lost(found))) => assert!(found.term > term, "{term}: {found}"),
+            other => panic!("term {term} of {holder}: {other:?}"),
+        }
+    }
+    let last = winners.get(&newest);
+    assert!(last.is_some(), "nobody can have overtaken the newest");
 }

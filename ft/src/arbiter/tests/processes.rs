@@ -1,5 +1,6 @@
 //! Claimants that are processes, and are killed at any moment.
 
+use std::collections::HashSet;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
@@ -37,8 +38,12 @@ fn claim_until_killed(root: &Path) {
     let me = owner("process");
     loop {
         let (term, claim) = claim_next(&arbiter, &me);
-        if claim.expect("storage works") == Claim::Won {
-            println!("\nwon {term} {}", me.claimant);
+        match claim.expect("storage works") {
+            Claim::Won => println!("\nwon {term} {}", me.claimant),
+            Claim::Lost(found) if found.term > term => {
+                println!("\novertaken {term} {}", me.claimant);
+            }
+            Claim::Lost(_) => (),
         }
     }
 }
@@ -62,24 +67,39 @@ impl Claiming {
         Self { child, dies }
     }
 
-    /// Kills it; gives what it said it won.
-    fn kill(mut self) -> Vec<(u64, String)> {
+    /// Kills it; gives what it said of the terms it claimed.
+    fn kill(mut self) -> Vec<Said> {
         self.child.kill().expect("it runs until it is killed");
         let output = self.child.stdout.take().expect("a pipe");
-        let won = BufReader::new(output)
-            .lines()
-            .map_while(Result::ok)
-            .filter_map(|line| won(&line))
-            .collect();
+        let lines = BufReader::new(output).lines().map_while(Result::ok);
+        let said = lines.filter_map(|line| said(&line)).collect();
         self.child.wait().expect("it was killed");
-        won
+        said
     }
 }
 
-/// Term and winner of a line that was written to its end.
-fn won(line: &str) -> Option<(u64, String)> {
-    let (term, claimant) = line.strip_prefix("won ")?.split_once(' ')?;
-    (claimant.len() == 32).then(|| (term.parse().expect("a number"), claimant.to_owned()))
+/// A term, by whom it was claimed, and whether that one won it; else there was a newer one.
+struct Said {
+    term: u64,
+    claimant: String,
+    won: bool,
+}
+
+/// What a line says, if it was written to its end.
+fn said(line: &str) -> Option<Said> {
+    let mut words = line.split(' ');
+    let won = match words.next() {
+        Some("won") => true,
+        Some("overtaken") => false,
+        _ => return None,
+    };
+    let term = words.next()?.parse().ok()?;
+    let claimant = words.next().filter(|id| id.len() == 32)?.to_owned();
+    Some(Said {
+        term,
+        claimant,
+        won,
+    })
 }
 
 #[test]
@@ -87,17 +107,22 @@ fn processes_that_are_killed_leave_one_winner_per_term() {
     let root = directory();
     let end = Instant::now() + STORM;
     let mut winners: HashMap<u64, String> = HashMap::new();
-    let mut note = |won: Vec<(u64, String)>| {
-        for (term, claimant) in won {
-            let other = winners.insert(term, claimant);
-            assert_eq!(other, None, "term {term} was won twice");
+    let mut overtaken = HashSet::new();
+    let mut note = |all: Vec<Said>| {
+        for said in all {
+            if said.won {
+                let other = winners.insert(said.term, said.claimant);
+                assert_eq!(other, None, "term {} was won twice", said.term);
+            } else {
+                overtaken.insert(said.term);
+            }
         }
     };
-    let (mut kills, mut running) = (0_u32, Vec::new());
+    let (mut kills, mut running) = (0_usize, Vec::new());
     while Instant::now() < end {
         while running.len() < PROCESSES {
             kills += 1;
-            let life = LIFE_MAX * (kills % 7 + 1) / 7;
+            let life = LIFE_MAX * (kills as u32 % 7 + 1) / 7;
             running.push(Claiming::start(root.path(), life));
         }
         thread::sleep(Duration::from_millis(1));
@@ -108,15 +133,13 @@ fn processes_that_are_killed_leave_one_winner_per_term() {
     let arbiter = open(root.path());
     let (term, claim) = claim_next(&arbiter, &owner("after the storm"));
     assert_eq!(claim.unwrap(), Claim::Won);
-    // Whoever was killed may have won a term and not said so; nobody else may have.
-    let silent = term.0 - 1 - winners.len() as u64;
-    assert!(
-        silent <= u64::from(kills),
-        "{silent} of {term}, {kills} kills"
-    );
+    // Who had a term and did not win it was overtaken, or killed before it could say so.
+    let known = |term: &u64| winners.contains_key(term) || overtaken.contains(term);
+    let silent = (1..term.0).filter(|term| !known(term)).count();
+    assert!(silent <= kills, "{silent} of {term}, {kills} kills");
     assert!(!winners.is_empty(), "nobody lived long enough to win");
     println!(
-        "{} terms told of, {silent} not, {kills} kills",
+        "{} terms won, {silent} silent, {kills} kills",
         winners.len()
     );
 }
