@@ -15,4 +15,6 @@ pub mod packet;
 pub mod pair;
 pub mod runtime;
 pub mod sequence;
+#[cfg(any(test, feature = "simulator"))]
+pub mod simulator;
 mod table;

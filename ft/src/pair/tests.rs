@@ -1,4 +1,4 @@
-//! Each role, event by event.
+//! Each role, event by event. What both do together is simulated in [`crate::simulator`].
 
 use super::*;
 use crate::arbiter::{Claimant, Owner};
