@@ -49,12 +49,10 @@ pub enum Failure {
     #[error(transparent)]
     Protection(Box<ProtectionError>),
     /// Another won a guest.
-    #[error("guest `{name}` was won by another just now: {tenure}")]
+    #[error("guest `{name}` was won by another host just now")]
     Owned {
         /// Its name.
         name: String,
-        /// The newest owner.
-        tenure: String,
     },
     /// A running guest did not do what was asked.
     #[error(transparent)]

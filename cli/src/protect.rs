@@ -4,8 +4,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tandem_ft::arbiter::{Arbiter, ArbiterError, Claim, Claimant, DirectoryArbiter, Owner, Term};
-use tandem_ft::runtime::{Invitation, Pair, Protect, ProtectionError, Protector, Standby};
+use tandem_ft::arbiter::{ArbiterError, Claimant, DirectoryArbiter, Owner};
+use tandem_ft::runtime::{Claims, Invitation, Pair, Protect, ProtectionError, Protector, Standby};
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::{Machine, SavedMemory};
@@ -32,9 +32,11 @@ pub(crate) fn run(
     context: &RunContext,
 ) -> Result<Exit, Failure> {
     let to = protection.to.resolved()?;
-    let (arbiter, owner) = open_arbiter(&protection.arbiter)?;
     let name = launch.machine.name.clone();
-    let term = claim_next(arbiter.as_ref(), &name, &owner)?;
+    let claims = open_arbiter(&protection.arbiter, &name)?;
+    let Some(term) = claims.claim_next()? else {
+        return Err(Failure::Owned { name });
+    };
     let pair = Pair::new(&name, launch.machine.nets.len())
         .map_err(Failure::host("make gates for the guest"))?;
     let pair = Arc::new(pair);
@@ -44,12 +46,11 @@ pub(crate) fn run(
         let surroundings = surroundings(confinement, &pair);
         let machine = Machine::open(config, surroundings, started)?;
         let protect = Protect {
-            name,
             description,
             to,
-            arbiter,
-            owner,
+            claims,
             term,
+            epoch: 0,
             confinement: confinement.entry(ThreadKind::Protection),
         };
         let handle = machine.handle();
@@ -69,9 +70,11 @@ pub(crate) fn run(
 /// # Errors
 /// When no guest comes, its copy cannot run here, or does not end well.
 pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure> {
-    let (arbiter, owner) = open_arbiter(&args.arbiter)?;
+    // Before anybody comes: what is wrong with it is told now.
+    drop(DirectoryArbiter::open(&args.arbiter)?);
     let listener = args.listen.listen()?;
     let invitation = wait_for_primary(&listener, context.quiet)?;
+    let claims = open_arbiter(&args.arbiter, &invitation.offer.hello.hardware.name)?;
     let launch = match plan(args, &invitation) {
         Ok(launch) => launch,
         Err(failure) => {
@@ -91,8 +94,11 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
                 std::io::ErrorKind::NotFound.into(),
             ));
         };
-        let joined = invitation.accept(&listener, &memory, base)?;
-        pair.become_secondary();
+        let standby = Standby {
+            claims,
+            confinement: confinement.entry(ThreadKind::Protection),
+        };
+        let joined = invitation.accept(&listener, &memory, base, standby, &pair)?;
         let surroundings = surroundings(confinement, &pair);
         let memory = SavedMemory::Loaded(memory);
         let restored =
@@ -107,16 +113,11 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
         };
         machine.become_copy();
         machine.start_paused();
-        let standby = Standby {
-            arbiter,
-            owner,
-            confinement: confinement.entry(ThreadKind::Protection),
-        };
         let handle = machine.handle();
         let beside = Beside {
-            pair: Some(Arc::clone(&pair)),
+            pair: Some(pair),
             begin: Box::new(move || {
-                let thread = standby.start(joined, pair, handle)?;
+                let thread = joined.start(handle)?;
                 Ok(Box::new(move || drop(thread)))
             }),
         };
@@ -135,13 +136,13 @@ fn surroundings(confinement: &Confinement, pair: &Arc<Pair>) -> Surroundings {
     }
 }
 
-fn open_arbiter(directory: &Path) -> Result<(Box<dyn Arbiter>, Owner), Failure> {
+fn open_arbiter(directory: &Path, guest: &str) -> Result<Claims, Failure> {
     let arbiter = DirectoryArbiter::open(directory)?;
     let owner = Owner {
         claimant: Claimant::random().map_err(Failure::host("draw a random number"))?,
         host: host_name(),
     };
-    Ok((Box::new(arbiter), owner))
+    Ok(Claims::new(Box::new(arbiter), guest, owner))
 }
 
 fn host_name() -> String {
@@ -149,19 +150,6 @@ fn host_name() -> String {
     match name.nodename().to_str() {
         Ok(name) if !name.is_empty() => name.into(),
         _ => NO_NAME.into(),
-    }
-}
-
-/// Wins the next term of the guest, which takes it from whoever owned it before.
-fn claim_next(arbiter: &dyn Arbiter, name: &str, owner: &Owner) -> Result<Term, Failure> {
-    let current = arbiter.current(name)?;
-    let term = current.map_or(Term::FIRST, |tenure| tenure.term.next());
-    match arbiter.claim(name, term, owner)? {
-        Claim::Won => Ok(term),
-        Claim::Lost(tenure) => Err(Failure::Owned {
-            name: name.to_owned(),
-            tenure: tenure.to_string(),
-        }),
     }
 }
 

@@ -357,6 +357,11 @@ impl Comparator {
         self.covered.iter().map(Vec::as_slice)
     }
 
+    /// Whether [`release`](Self::release) has a frame.
+    pub fn has_ready(&self) -> bool {
+        !self.ready.is_empty()
+    }
+
     /// Whether any frame is held.
     pub fn holds(&self) -> bool {
         self.held_count() > 0

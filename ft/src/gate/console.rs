@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use tandem_vmm::console::{self, ConsoleHub};
 
+use super::Permit;
 use crate::link::message::PAYLOAD_MAX;
 use crate::link::{Kind, Outbox};
 
@@ -18,6 +19,9 @@ pub const CONSOLE: u8 = u8::MAX;
 struct Primary {
     /// What a checkpoint explains that is not loaded yet.
     covered: Vec<u8>,
+    /// What may leave once the permit says so, and how much of it the copy printed too.
+    ready: Vec<u8>,
+    ready_matched: u64,
     /// What the guest printed and the copy has not, and since when.
     ahead: VecDeque<u8>,
     /// What the copy printed and the guest has not.
@@ -51,15 +55,17 @@ pub struct ConsoleGate {
     side: Mutex<Side>,
     hub: OnceLock<ConsoleHub>,
     outbox: Arc<Outbox>,
+    permit: Arc<Permit>,
 }
 
 impl ConsoleGate {
-    /// A gate that is open; messages of a pair go to `outbox`.
-    pub fn new(outbox: Arc<Outbox>) -> Self {
+    /// A gate that is open; messages of a pair go to `outbox`, and what was matched leaves as `permit` says.
+    pub fn new(outbox: Arc<Outbox>, permit: Arc<Permit>) -> Self {
         Self {
             side: Mutex::default(),
             hub: OnceLock::new(),
             outbox,
+            permit,
         }
     }
 
@@ -89,8 +95,9 @@ impl ConsoleGate {
         let Side::Primary(primary) = &mut *side else {
             return Vec::new();
         };
-        primary.covered.extend(primary.ahead.drain(..));
-        let covered = std::mem::take(&mut primary.covered);
+        let mut covered = std::mem::take(&mut primary.ready);
+        covered.append(&mut primary.covered);
+        covered.extend(primary.ahead.drain(..));
         *primary = Primary {
             covered: covered.clone(),
             cut: true,
@@ -105,7 +112,30 @@ impl ConsoleGate {
         if let Side::Primary(primary) = &mut *self.lock() {
             primary.cut = false;
             primary.since = primary.since.map(|_| now);
-            self.emit(&std::mem::take(&mut primary.covered));
+            primary.ready = std::mem::take(&mut primary.covered);
+            self.release_from(primary);
+        }
+    }
+
+    /// Lets out what may leave now.
+    pub fn release(&self) {
+        if let Side::Primary(primary) = &mut *self.lock() {
+            self.release_from(primary);
+        }
+    }
+
+    fn release_from(&self, primary: &mut Primary) {
+        if primary.ready.is_empty() {
+            return;
+        }
+        if !self.permit.lets_out(Instant::now()) {
+            return self.permit.call();
+        }
+        self.emit(&std::mem::take(&mut primary.ready));
+        let matched = std::mem::take(&mut primary.ready_matched);
+        if matched > 0 {
+            primary.settled += matched;
+            self.outbox.tell(Kind::Settled, CONSOLE, primary.settled);
         }
     }
 
@@ -118,12 +148,8 @@ impl ConsoleGate {
         if primary.cut {
             return false;
         }
-        let before = primary.settled;
-        let out = primary.compare(now, bytes, false);
-        self.emit(&out);
-        if primary.settled != before {
-            self.outbox.tell(Kind::Settled, CONSOLE, primary.settled);
-        }
+        primary.compare(now, bytes, false);
+        self.release_from(primary);
         primary.mismatch.is_some()
     }
 
@@ -154,7 +180,7 @@ impl ConsoleGate {
     /// What does not match, in words.
     pub fn mismatch(&self) -> Option<String> {
         match &*self.lock() {
-            Side::Primary(primary) => primary.mismatch.clone(),
+            Side::Primary(primary) if !primary.cut => primary.mismatch.clone(),
             _ => None,
         }
     }
@@ -164,6 +190,7 @@ impl ConsoleGate {
         let mut side = self.lock();
         if let Side::Primary(primary) = &mut *side {
             primary.covered.extend(primary.ahead.drain(..));
+            self.emit(&primary.ready);
             self.emit(&primary.covered);
             *side = Side::Alone;
         }
@@ -172,7 +199,14 @@ impl ConsoleGate {
     /// Whether output is held.
     pub fn holds(&self) -> bool {
         match &*self.lock() {
-            Side::Primary(primary) => !primary.ahead.is_empty() || !primary.covered.is_empty(),
+            Side::Primary(primary) => {
+                let held = [
+                    primary.ahead.len(),
+                    primary.covered.len(),
+                    primary.ready.len(),
+                ];
+                held.iter().any(|length| *length > 0)
+            }
             _ => false,
         }
     }
@@ -232,12 +266,11 @@ impl console::ConsoleGate for ConsoleGate {
         match &mut *side {
             Side::Alone => return false,
             Side::Primary(primary) => {
-                let before = primary.settled;
-                let out = primary.compare(Instant::now(), bytes, true);
-                self.emit(&out);
-                if primary.settled != before {
-                    self.outbox.tell(Kind::Settled, CONSOLE, primary.settled);
+                primary.compare(Instant::now(), bytes, true);
+                if primary.mismatch.is_some() {
+                    self.permit.call();
                 }
+                self.release_from(primary);
             }
             Side::Secondary(secondary) => {
                 for part in bytes.chunks(PAYLOAD_MAX) {
@@ -253,7 +286,7 @@ impl console::ConsoleGate for ConsoleGate {
     fn is_full(&self) -> bool {
         match &*self.lock() {
             Side::Alone => false,
-            Side::Primary(primary) => primary.ahead.len() >= HELD_MAX,
+            Side::Primary(primary) => primary.ahead.len() + primary.ready.len() >= HELD_MAX,
             Side::Secondary(secondary) => secondary.kept.len() >= HELD_MAX,
         }
     }
@@ -280,13 +313,13 @@ impl Primary {
         since.map(|since| since + self.patience)
     }
 
-    /// Compares output of one side with what the other is ahead; returns what may leave.
-    fn compare(&mut self, now: Instant, bytes: &[u8], own: bool) -> Vec<u8> {
-        if self.mismatch.is_some() {
+    /// Compares output of one side with what the other is ahead; what both printed becomes ready.
+    fn compare(&mut self, now: Instant, bytes: &[u8], own: bool) {
+        if self.mismatch.is_some() || self.cut {
             if own {
                 self.ahead.extend(bytes);
             }
-            return Vec::new();
+            return;
         }
         let (mine, other) = if own {
             (&mut self.ahead, &mut self.behind)
@@ -296,16 +329,16 @@ impl Primary {
         let common = bytes.len().min(other.len());
         let same = bytes.iter().zip(other.iter()).take_while(|(a, b)| a == b);
         let same = same.count();
-        let out: Vec<u8> = other.drain(..same).collect();
-        self.settled += same as u64;
+        self.ready.extend(other.drain(..same));
+        self.ready_matched += same as u64;
         if same < common {
-            let at = self.settled;
+            let at = self.settled + self.ready_matched;
             self.mismatch = Some(format!("console: byte {at} differs"));
             if own {
                 self.ahead.extend(&bytes[same..]);
             }
             self.since = None;
-            return out;
+            return;
         }
         mine.extend(&bytes[same..]);
         let waits = !mine.is_empty() || !other.is_empty();
@@ -316,7 +349,6 @@ impl Primary {
         if waits {
             self.since.get_or_insert(now);
         }
-        out
     }
 }
 
@@ -331,25 +363,38 @@ mod tests {
         }
     }
 
+    fn out(primary: &mut Primary) -> Vec<u8> {
+        std::mem::take(&mut primary.ready)
+    }
+
     #[test]
     fn bytes_leave_when_both_printed_them_however_they_were_cut() {
         let now = Instant::now();
         let mut p = primary();
-        assert!(p.compare(now, b"hel", true).is_empty());
-        assert_eq!(p.compare(now, b"hello", false), b"hel");
-        assert_eq!(p.compare(now, b"lo there", true), b"lo");
-        assert_eq!(p.compare(now, b" there", false), b" there");
-        assert_eq!((p.settled, p.deadline(), p.mismatch), (11, None, None));
+        p.compare(now, b"hel", true);
+        assert!(out(&mut p).is_empty());
+        p.compare(now, b"hello", false);
+        assert_eq!(out(&mut p), b"hel");
+        p.compare(now, b"lo there", true);
+        assert_eq!(out(&mut p), b"lo");
+        p.compare(now, b" there", false);
+        assert_eq!(out(&mut p), b" there");
+        assert_eq!(
+            (p.ready_matched, p.deadline(), p.mismatch),
+            (11, None, None)
+        );
     }
 
     #[test]
     fn nothing_leaves_behind_a_difference() {
         let now = Instant::now();
         let mut p = primary();
-        assert!(p.compare(now, b"one", true).is_empty());
-        assert_eq!(p.compare(now, b"oXe", false), b"o");
+        p.compare(now, b"one", true);
+        p.compare(now, b"oXe", false);
+        assert_eq!(out(&mut p), b"o");
         assert!(p.mismatch.is_some());
-        assert!(p.compare(now, b" two", true).is_empty());
+        p.compare(now, b" two", true);
+        assert!(out(&mut p).is_empty());
         assert_eq!(Vec::from(p.ahead), b"ne two");
     }
 

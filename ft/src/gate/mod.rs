@@ -4,6 +4,8 @@
 mod console;
 mod net;
 pub(crate) mod net_backend;
+mod permit;
 
 pub use console::{CONSOLE, ConsoleGate};
 pub use net::{NetCut, NetFigures, NetGate};
+pub use permit::Permit;

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use tandem_devices::virtio::net::{FRAME_MAX, HEADER_SIZE, NetBackend, Offloads, Transmit};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Permit;
 use crate::announce::Announcer;
 use crate::compare::{Comparator, Figures, Limits};
 use crate::link::{Kind, Outbox};
@@ -123,14 +124,16 @@ pub struct NetGate {
     state: Mutex<State>,
     event: EventFd,
     outbox: Arc<Outbox>,
+    permit: Arc<Permit>,
 }
 
 impl NetGate {
-    /// A gate that is open, for network device `device`; messages of a pair go to `outbox`.
+    /// A gate that is open, for network device `device`; messages of a pair go to `outbox`, and what
+    /// was matched leaves as `permit` says.
     ///
     /// # Errors
     /// When the host has no descriptors left.
-    pub fn new(device: u8, outbox: Arc<Outbox>) -> io::Result<Self> {
+    pub fn new(device: u8, outbox: Arc<Outbox>, permit: Arc<Permit>) -> io::Result<Self> {
         Ok(Self {
             device,
             state: Mutex::new(State {
@@ -148,6 +151,7 @@ impl NetGate {
             }),
             event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             outbox,
+            permit,
         })
     }
 
@@ -227,6 +231,11 @@ impl NetGate {
         })
     }
 
+    /// Lets out what may leave now.
+    pub fn release(&self) {
+        self.with_primary(|_| ());
+    }
+
     /// Looks for outputs that one side has waited for too long. True if there is a mismatch.
     pub fn expire(&self, now: Instant) -> bool {
         self.with_primary(|primary| {
@@ -247,7 +256,9 @@ impl NetGate {
     /// What does not match, in words.
     pub fn mismatch(&self) -> Option<String> {
         match &self.lock().side {
-            Side::Primary(primary) => primary.comparator.mismatch().map(ToString::to_string),
+            Side::Primary(primary) if !primary.cut => {
+                primary.comparator.mismatch().map(ToString::to_string)
+            }
             _ => None,
         }
     }
@@ -417,6 +428,13 @@ impl State {
             let Side::Primary(primary) = &mut self.side else {
                 break;
             };
+            if !primary.comparator.has_ready() {
+                break;
+            }
+            if !gate.permit.lets_out(Instant::now()) {
+                gate.permit.call();
+                break;
+            }
             let Some(frame) = primary.comparator.release() else {
                 break;
             };
@@ -483,6 +501,9 @@ impl State {
             }
             Side::Primary(primary) if primary.comparator.has_room() && self.blocked.is_empty() => {
                 primary.comparator.primary(Instant::now(), frame);
+                if primary.comparator.mismatch().is_some() {
+                    gate.permit.call();
+                }
                 self.release(gate);
                 return Transmit::Sent;
             }

@@ -46,10 +46,12 @@ pub enum Kind {
     Loaded = 10,
     /// The answer to the beat of this number.
     Answer = 11,
+    /// The number of the guest's owner is now this.
+    Term = 12,
 }
 
 impl Kind {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Input,
         Self::ConsoleInput,
         Self::Settled,
@@ -61,6 +63,7 @@ impl Kind {
         Self::ConsoleOutput,
         Self::Loaded,
         Self::Answer,
+        Self::Term,
     ];
 
     fn of(number: u8) -> Option<Self> {
@@ -72,7 +75,7 @@ impl Kind {
             Self::Input | Self::ConsoleInput => PAYLOAD_MAX,
             Self::Output | Self::ConsoleOutput => PAYLOAD_MAX,
             Self::Settled | Self::Cut | Self::Committed => 8,
-            Self::Beat | Self::Loaded | Self::Answer => 8,
+            Self::Beat | Self::Loaded | Self::Answer | Self::Term => 8,
             Self::End => 0,
         }
     }
@@ -117,6 +120,9 @@ pub enum MessageError {
     /// It is damaged.
     #[error("the other side sent a message whose checksum is another")]
     Damaged,
+    /// It is a message, but says what does not fit.
+    #[error("{0}")]
+    Refused(String),
     /// Nothing comes any more.
     #[error("the other side closed the connection")]
     Closed,
@@ -265,7 +271,7 @@ mod tests {
 
     #[test]
     fn lengths_and_kinds_that_cannot_be_are_refused_at_once() {
-        for (kind, length) in [(0, 0), (12, 0), (7, 1), (1, PAYLOAD_MAX as u32 + 1)] {
+        for (kind, length) in [(0, 0), (13, 0), (7, 1), (1, PAYLOAD_MAX as u32 + 1)] {
             let mut head = [0; HEAD_SIZE];
             head[0] = kind;
             head[4..8].copy_from_slice(&length.to_le_bytes());

@@ -7,7 +7,7 @@
 //!   Settled                          ---------->  outputs that it need not keep any more
 //!   Cut                              ---------->  a checkpoint begins: it stands, and waits for it
 //!   Committed                        ---------->  outputs that were covered are out
-//!   Beat                             ---------->
+//!   Beat, Term                       ---------->
 //!                                    <----------  Answer
 //!                                    <----------  Output, ConsoleOutput
 //!                                    <----------  Loaded: it runs on from the checkpoint

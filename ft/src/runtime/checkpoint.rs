@@ -103,10 +103,6 @@ impl Receiver {
         }
     }
 
-    pub(super) fn shared_link(&self) -> &Link {
-        &self.link
-    }
-
     pub(super) fn link(&mut self) -> &mut Link {
         &mut self.link
     }

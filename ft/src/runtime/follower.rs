@@ -1,49 +1,95 @@
 //! The secondary's thread that receives checkpoints and lets the guest go on from them.
 
-use std::io;
 use std::time::Instant;
 
+use tandem_vmm::control::ControlError;
 use tandem_vmm::machine::Replacement;
+use tandem_vmm::snapshot::GuestState;
 
 use super::ProtectionError;
 use super::base::Base;
 use super::checkpoint::{Part, Receiver};
-use super::secondary::{Phase, Shared};
+use super::pair::PairCut;
+use super::secondary::Core;
+use crate::pair::{Epoch, SecondaryEvent};
 
-/// Receives checkpoints until no more come.
-pub(super) fn follow(shared: &Shared, mut receiver: Receiver, mut base: Base) {
-    let error = loop {
-        let step = match receiver.next() {
-            Ok(Part::Pages(batch)) => base.apply(batch),
-            Ok(Part::Whole(state, cut)) => load(shared, &mut base, *state, cut),
-            Err(error) => Err(error),
-        };
-        if let Err(error) = step {
-            break error;
-        }
+/// Lets the guest, which is there with its first checkpoint, run, and receives checkpoints until no more
+/// come.
+pub(super) fn follow(core: &Core, mut receiver: Receiver, mut base: Base, first: PairCut) {
+    let error = match begin(core, first) {
+        Ok(()) => loop {
+            let step = match receiver.next() {
+                Ok(Part::Pages(batch)) => base.apply(batch),
+                Ok(Part::Whole(state, cut)) => load(core, &mut base, *state, cut),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = step {
+                break error;
+            }
+        },
+        Err(error) => error,
     };
     let why = tandem_vmm::error::causes(&error);
     tracing::info!(%why, "no more checkpoints come");
-    shared.set_phase(Phase::Over);
 }
 
+/// The guest was built from its first checkpoint.
+fn begin(core: &Core, cut: PairCut) -> Result<(), ProtectionError> {
+    let epoch = Epoch(cut.epoch);
+    if core.wait_mark(epoch).is_none() {
+        return Err(ProtectionError::Garbled("no mark of its checkpoint".into()));
+    }
+    if core.event(SecondaryEvent::Staged(epoch)).is_none() {
+        return Err(ControlError::Gone.into());
+    }
+    let handle = core.handle().ok_or(ControlError::Gone)?;
+    let begun = handle.begin_save().map_err(ProtectionError::from);
+    finish(core, begun.map(drop), cut)
+}
+
+/// Makes the guest that of a checkpoint.
 fn load(
-    shared: &Shared,
+    core: &Core,
     base: &mut Base,
-    state: tandem_vmm::snapshot::GuestState,
-    cut: super::pair::PairCut,
+    state: GuestState,
+    cut: PairCut,
 ) -> Result<(), ProtectionError> {
-    let stood = shared.wait_cut().ok_or_else(|| {
-        ProtectionError::host("load a checkpoint")(io::ErrorKind::TimedOut.into())
-    })?;
+    let epoch = Epoch(cut.epoch);
+    let Some(stood) = core.wait_mark(epoch) else {
+        return Err(ProtectionError::Garbled("no mark of its checkpoint".into()));
+    };
+    if core.event(SecondaryEvent::Staged(epoch)).is_none() {
+        // The guest goes on without it.
+        return Err(ControlError::Gone.into());
+    }
     let begun = Instant::now();
-    shared.handle.replace(Replacement {
+    let handle = core.handle().ok_or(ControlError::Gone)?;
+    let replaced = handle.replace(Replacement {
         state,
         age: stood.elapsed(),
         load: Box::new(base.loader()),
-    })?;
-    tracing::debug!(epoch = cut.epoch, waited = ?begun - stood, took = ?begun.elapsed(), "loaded");
-    shared.set_phase(Phase::Following);
-    shared.pair.loaded(cut)?;
-    Ok(shared.handle.resume()?)
+    });
+    tracing::debug!(%epoch, waited = ?begun - stood, took = ?begun.elapsed(), "loaded");
+    finish(core, replaced.map_err(Into::into), cut)
+}
+
+/// The checkpoint is loaded: the guest runs on from it.
+fn finish(
+    core: &Core,
+    loaded: Result<(), ProtectionError>,
+    cut: PairCut,
+) -> Result<(), ProtectionError> {
+    let epoch = Epoch(cut.epoch);
+    if let Err(error) = loaded.and_then(|()| core.pair.loaded(cut)) {
+        core.fail();
+        return Err(error);
+    }
+    // If the primary was lost meanwhile the guest goes live by this.
+    core.event(SecondaryEvent::Loaded(epoch));
+    match core.handle() {
+        // It may run already.
+        Some(handle) => drop(handle.resume()),
+        None => return Err(ControlError::Gone.into()),
+    }
+    Ok(())
 }

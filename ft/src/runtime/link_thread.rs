@@ -1,11 +1,12 @@
 //! The thread that reads what the other side says, and looks at the clock.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
 use tandem_vmm::migration::Link;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::link::{Message, MessageError, Outbox, Reader};
 
@@ -14,80 +15,80 @@ const SLEEP_MAX: Duration = Duration::from_millis(5);
 
 /// What the thread does with what it reads.
 pub(super) trait Talk {
-    /// Whether to end when nobody says anything: an error, or an end that was asked for.
-    type End;
+    /// The other side said `message`. An error ends the connection: what it said cannot be.
+    fn hear(&mut self, now: Instant, message: Message<'_>) -> Result<(), String>;
 
-    /// The other side said `message`.
-    fn hear(&mut self, now: Instant, message: Message<'_>) -> Result<(), Self::End>;
+    /// Everything that came was heard. When to call again, at the latest; none to end.
+    fn tick(&mut self, now: Instant) -> Option<Instant>;
 
-    /// Time went by. When to call again, at the latest.
-    fn tick(&mut self, now: Instant) -> Result<Option<Instant>, Self::End>;
-
-    /// The connection ended.
-    fn lost(&mut self, error: MessageError) -> Self::End;
+    /// The connection ended or failed, and nothing more comes.
+    fn lost(&mut self, now: Instant, error: &MessageError);
 }
 
-/// Reads `link` until `talk` ends it.
-pub(super) fn listen<T: Talk>(link: &Link, outbox: &Outbox, talk: &mut T) -> T::End {
+/// Reads `link` until `talk` ends it; `event` wakes the thread.
+pub(super) fn listen(link: &Link, outbox: &Outbox, event: &EventFd, talk: &mut impl Talk) {
     let mut reader = Reader::default();
-    loop {
-        let due = match talk.tick(Instant::now()) {
-            Ok(due) => due,
-            Err(end) => return end,
-        };
+    let mut open = true;
+    while let Some(due) = talk.tick(Instant::now()) {
         outbox.flush();
-        if wait(link, outbox, due) {
-            match read(link, &mut reader, talk) {
-                Ok(()) => {}
-                Err(Stop::End(end)) => return end,
-                Err(Stop::Lost(error)) => return talk.lost(error),
-            }
+        let ready = wait(open.then_some(link), outbox, event, due);
+        if !(ready && open) {
+            continue;
+        }
+        if let Err(error) = read(link, &mut reader, talk) {
+            open = false;
+            talk.lost(Instant::now(), &error);
         }
     }
-}
-
-enum Stop<E> {
-    End(E),
-    Lost(MessageError),
+    outbox.flush();
 }
 
 /// Reads what there is, all of it.
-fn read<T: Talk>(link: &Link, reader: &mut Reader, talk: &mut T) -> Result<(), Stop<T::End>> {
+fn read(link: &Link, reader: &mut Reader, talk: &mut impl Talk) -> Result<(), MessageError> {
     loop {
-        let more = reader
-            .fill(|room| {
-                let (_, length) = recv(link.as_fd(), room, RecvFlags::DONTWAIT)?;
-                Ok(length)
-            })
-            .map_err(Stop::Lost)?;
+        let more = reader.fill(|room| {
+            let (_, length) = recv(link.as_fd(), room, RecvFlags::DONTWAIT)?;
+            Ok(length)
+        })?;
         if !more {
             return Ok(());
         }
         let now = Instant::now();
-        while let Some(message) = reader.take().map_err(Stop::Lost)? {
-            talk.hear(now, message).map_err(Stop::End)?;
+        while let Some(message) = reader.take()? {
+            talk.hear(now, message).map_err(MessageError::Refused)?;
         }
     }
 }
 
-/// Waits until there is something to read, or until `due`. True if there may be something.
-fn wait(link: &Link, outbox: &Outbox, due: Option<Instant>) -> bool {
-    let sleep = due.map_or(SLEEP_MAX, |due| {
-        due.saturating_duration_since(Instant::now()).min(SLEEP_MAX)
-    });
-    let mut flags = PollFlags::IN;
-    if outbox.has_waiting() {
-        flags |= PollFlags::OUT;
-    }
-    let mut fds = [PollFd::new(link, flags)];
+/// Waits until there is something to read or to look at, or until `due`. True if there may be something
+/// to read.
+fn wait(link: Option<&Link>, outbox: &Outbox, event: &EventFd, due: Instant) -> bool {
+    let sleep = due.saturating_duration_since(Instant::now()).min(SLEEP_MAX);
     let timeout = Timespec {
         tv_sec: 0,
         tv_nsec: i64::from(sleep.subsec_nanos()),
     };
-    match poll(&mut fds, Some(&timeout)) {
-        Ok(0) => false,
-        Ok(_) => !(fds[0].revents() - PollFlags::OUT).is_empty(),
-        // Tried again soon.
-        Err(_) => false,
+    let wake = borrow(event);
+    let mut flags = PollFlags::IN;
+    if outbox.has_waiting() {
+        flags |= PollFlags::OUT;
     }
+    let mut fds = vec![PollFd::from_borrowed_fd(wake, PollFlags::IN)];
+    fds.extend(link.map(|link| PollFd::new(link, flags)));
+    if !matches!(poll(&mut fds, Some(&timeout)), Ok(1..)) {
+        return false;
+    }
+    if !fds[0].revents().is_empty() {
+        // It was there a moment ago.
+        drop(event.read());
+    }
+    let link = fds.get(1).map(|fd| fd.revents() - PollFlags::OUT);
+    link.is_some_and(|events| !events.is_empty())
+}
+
+#[allow(unsafe_code)]
+// UNSAFETY: `EventFd` does not implement `AsFd`.
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor stays open while `event` is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -6,10 +6,15 @@
 //!   link thread --- gates             <==========  outbox
 //!   protector --- checkpoints         ==========>  follower --- the guest is replaced
 //! ```
+//!
+//! Who runs the guest is decided by the machines of [`crate::pair`]: each side's threads tell its machine what
+//! happened and carry out what it says.
 
+mod asking;
 mod base;
 mod checkpoint;
 mod error;
+pub mod events;
 mod follower;
 mod link_thread;
 mod pair;
@@ -17,6 +22,7 @@ mod primary;
 mod secondary;
 pub mod status;
 
+pub use asking::Claims;
 pub use checkpoint::Offer;
 pub use error::ProtectionError;
 pub use pair::Pair;

@@ -9,12 +9,15 @@ use serde::{Deserialize, Serialize};
 use tandem_devices::virtio::net::NetBackend;
 use tandem_vmm::console::ConsoleHub;
 use tandem_vmm::gates::Gates;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::ProtectionError;
+use super::events::{Event, Events, describe};
 use super::status::Status;
 use crate::gate::net_backend::GatedBackend;
-use crate::gate::{CONSOLE, ConsoleGate, NetCut, NetGate};
+use crate::gate::{CONSOLE, ConsoleGate, NetCut, NetGate, Permit};
 use crate::link::{Kind, Outbox};
+use crate::pair::Notice;
 
 /// What a checkpoint says of a guest's outputs, besides its state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -36,8 +39,8 @@ pub struct Pair {
     outbox: Arc<Outbox>,
     status: Mutex<Status>,
     epoch: AtomicU64,
-    /// Number of the checkpoint under way, or 0.
-    cutting: AtomicU64,
+    permit: Arc<Permit>,
+    events: Mutex<Events>,
 }
 
 impl Pair {
@@ -47,17 +50,20 @@ impl Pair {
     /// When the host has no descriptors left.
     pub fn new(name: &str, nets: usize) -> io::Result<Self> {
         let outbox = Arc::new(Outbox::default());
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let permit = Arc::new(Permit::new(event));
         let gates = (0..nets).map(|index| {
             let device = u8::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
-            NetGate::new(device, Arc::clone(&outbox)).map(Arc::new)
+            NetGate::new(device, Arc::clone(&outbox), Arc::clone(&permit)).map(Arc::new)
         });
         Ok(Self {
             nets: gates.collect::<io::Result<_>>()?,
-            console: Arc::new(ConsoleGate::new(Arc::clone(&outbox))),
+            console: Arc::new(ConsoleGate::new(Arc::clone(&outbox), Arc::clone(&permit))),
             outbox,
             status: Mutex::new(Status::unprotected(name)),
             epoch: AtomicU64::new(0),
-            cutting: AtomicU64::new(0),
+            permit,
+            events: Mutex::default(),
         })
     }
 
@@ -72,6 +78,28 @@ impl Pair {
 
     pub(super) fn lock_status(&self) -> MutexGuard<'_, Status> {
         self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn permit(&self) -> &Permit {
+        &self.permit
+    }
+
+    /// The last events after number `since`.
+    pub fn events(&self, since: u64) -> Vec<Event> {
+        self.lock_events().after(since)
+    }
+
+    fn lock_events(&self) -> MutexGuard<'_, Events> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn report(&self, notice: &Notice) {
+        let (event, text) = describe(notice);
+        self.happened(event, text);
+    }
+
+    pub(super) fn happened(&self, event: &str, text: String) {
+        self.lock_events().add(event, text);
     }
 
     pub(super) fn outbox(&self) -> &Outbox {
@@ -96,7 +124,6 @@ impl Pair {
     // Primary.
 
     pub(super) fn cut(&self, epoch: u64, patience: Duration) -> PairCut {
-        self.cutting.store(epoch, Ordering::SeqCst);
         PairCut {
             epoch,
             nets: self.nets.iter().map(|net| net.cut(patience)).collect(),
@@ -105,45 +132,42 @@ impl Pair {
     }
 
     /// The checkpoint of `epoch` is loaded: the outputs that it explains leave, and the secondary is told.
-    pub(super) fn commit(&self, epoch: u64) -> Result<(), String> {
-        let cutting = self.cutting.swap(0, Ordering::SeqCst);
-        if cutting != epoch || epoch == 0 {
-            return Err(format!(
-                "the secondary loaded checkpoint {epoch}, not {cutting}"
-            ));
-        }
+    pub(super) fn commit(&self, epoch: u64) {
         self.set_epoch(epoch);
         let now = Instant::now();
         self.console.commit(now);
         self.nets.iter().for_each(|net| net.commit(now));
         self.outbox.tell(Kind::Committed, 0, epoch);
-        Ok(())
     }
 
-    /// Outputs of the other side. What does not match, in words.
-    pub(super) fn secondary_output(
-        &self,
-        now: Instant,
-        device: u8,
-        frame: &[u8],
-    ) -> Option<String> {
-        let net = self.nets.get(usize::from(device))?;
-        let differs = net.secondary_output(now, frame);
-        differs.then(|| net.mismatch().unwrap_or_default())
+    /// Outputs of the other side. True if they do not match.
+    pub(super) fn secondary_output(&self, now: Instant, device: u8, frame: &[u8]) -> bool {
+        let net = self.nets.get(usize::from(device));
+        net.is_some_and(|net| net.secondary_output(now, frame))
     }
 
-    pub(super) fn secondary_console(&self, now: Instant, bytes: &[u8]) -> Option<String> {
-        let differs = self.console.secondary_output(now, bytes);
-        differs.then(|| self.console.mismatch().unwrap_or_default())
+    pub(super) fn secondary_console(&self, now: Instant, bytes: &[u8]) -> bool {
+        self.console.secondary_output(now, bytes)
     }
 
-    pub(super) fn expire(&self, now: Instant) -> Option<String> {
-        let net = self.nets.iter().find(|net| net.expire(now));
-        if let Some(net) = net {
-            return Some(net.mismatch().unwrap_or_default());
+    /// Lets out what may leave now.
+    pub(super) fn release(&self) {
+        self.console.release();
+        self.nets.iter().for_each(|net| net.release());
+    }
+
+    /// Looks for outputs that one side has waited for too long.
+    pub(super) fn expire(&self, now: Instant) {
+        self.console.expire(now);
+        for net in &self.nets {
+            net.expire(now);
         }
-        let console = self.console.expire(now);
-        console.then(|| self.console.mismatch().unwrap_or_default())
+    }
+
+    /// What does not match, in words.
+    pub(super) fn mismatch(&self) -> Option<String> {
+        let nets = self.nets.iter().filter_map(|net| net.mismatch());
+        nets.chain(self.console.mismatch()).next()
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
@@ -188,7 +212,7 @@ impl Pair {
         self.nets.iter().for_each(|net| net.mark_cut());
     }
 
-    /// The guest goes on from a checkpoint; the other side is told.
+    /// The guest goes on from a checkpoint.
     pub(super) fn loaded(&self, cut: PairCut) -> Result<(), ProtectionError> {
         let mut nets = cut.nets.into_iter();
         for net in &self.nets {
@@ -197,7 +221,6 @@ impl Pair {
         }
         self.console.loaded(cut.console);
         self.set_epoch(cut.epoch);
-        self.outbox.tell(Kind::Loaded, 0, cut.epoch);
         Ok(())
     }
 

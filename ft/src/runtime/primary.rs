@@ -1,25 +1,31 @@
-//! The primary's threads: one that makes checkpoints, and one that reads what the secondary says.
+//! The primary's threads. One makes checkpoints (`protect`), one reads what the secondary says and looks at
+//! the clock (`pair`), one per question asks the arbiter (`ask`). What they do is decided by
+//! [`pair::Primary`], behind one lock.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, StopMode};
-use tandem_vmm::migration::frame::{Kind as FrameKind, Purpose};
+use tandem_vmm::error::causes;
+use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::PageSender;
 use tandem_vmm::migration::{Address, Hello, Link};
 use tandem_vmm::snapshot::save::Session;
 
+use super::asking::Claims;
 use super::checkpoint::{Greeting, Offer, encode_rest, expect, greet};
 use super::link_thread::{Talk, listen};
 use super::{Pair, ProtectionError};
-use crate::arbiter::{Arbiter, Claim, Owner, Term};
+use crate::arbiter::Term;
+use crate::detector::Scheduling;
 use crate::link::{Kind, Message, MessageError};
+use crate::pair::{self, Action, Actions, Cause, Epoch, Notice, PrimaryEvent, PrimaryState};
 
 /// How long the copy of one side may stay behind the other with an output.
 const PATIENCE: Duration = Duration::from_millis(50);
@@ -27,6 +33,8 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const FIRST_STAND_BUDGET: Duration = Duration::from_millis(5);
 /// Pages that are copied while the guest runs before a checkpoint, if it wrote more than that.
 const STAGED_PAGES_MAX: u64 = 16 << 10;
+/// Rounds of that at most: a guest may write faster than memory is copied.
+const ROUNDS_MAX: u32 = 8;
 /// Longest time between checkpoints: what a secondary must undo stays little.
 const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// How long the secondary may take to load a checkpoint.
@@ -35,44 +43,160 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
 /// How often a thread that waits looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
-/// Time between beats.
-const BEAT: Duration = Duration::from_millis(10);
 /// How long the last outputs may take to be compared when the guest has ended.
 const LAST_OUTPUTS: Duration = Duration::from_millis(500);
 
 /// What it takes to protect a guest.
 pub struct Protect {
-    /// The guest's name.
-    pub name: String,
     /// The guest's file, as `tandem run` takes it.
     pub description: String,
     /// Where a standby listens.
     pub to: Address,
     /// Who decides who owns the guest.
-    pub arbiter: Box<dyn Arbiter>,
-    /// Who claims to own it.
-    pub owner: Owner,
+    pub claims: Claims,
     /// Number of this owner.
     pub term: Term,
+    /// Number of the guest's last checkpoint.
+    pub epoch: u64,
     /// What the threads may still do.
     pub confinement: Entry,
 }
 
-/// What the protecting thread is told.
-enum Notice {
-    /// The secondary runs on from the checkpoint of this epoch.
-    Loaded(u64),
-    /// In this epoch something did not match.
-    Mismatch(u64, String),
-    /// The secondary is gone.
-    Lost(String),
+/// What the thread that makes checkpoints is to do.
+enum Order {
+    Resync(Epoch, Cause),
+    /// There is no secondary any more.
+    Alone,
+}
+
+/// The roles' core and what carries out what it says.
+struct Core {
+    this: Weak<Self>,
+    pair: Arc<Pair>,
+    handle: Handle,
+    claims: Claims,
+    machine: Mutex<pair::Primary>,
+    orders: Mutex<Option<Sender<Order>>>,
+    link: Mutex<Option<Link>>,
+    /// The guest stands because the core said so.
+    suspended: AtomicBool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Core {
+    /// Tells the core of `event` and carries out what it says, in its order. True if the checkpoint is to be
+    /// sent that was just cut.
+    fn event(&self, event: PrimaryEvent) -> bool {
+        let mut machine = lock(&self.machine);
+        let actions = machine.handle(Instant::now(), event);
+        self.pair.permit().set(machine.gate());
+        self.pair.lock_status().term = machine.term().0;
+        let send = self.carry_out(actions);
+        drop(machine);
+        send
+    }
+
+    fn state(&self) -> PrimaryState {
+        lock(&self.machine).state()
+    }
+
+    fn carry_out(&self, actions: Actions) -> bool {
+        let mut send = false;
+        for action in actions {
+            match action {
+                Action::SendBeat(number) => self.pair.outbox().tell(Kind::Beat, 0, number),
+                Action::Release => self.pair.release(),
+                Action::StartResync(epoch, cause) => self.order(Order::Resync(epoch, cause)),
+                Action::SendCheckpoint(_) => send = true,
+                Action::Commit(epoch) => self.pair.commit(epoch.0),
+                Action::StopGuest => {
+                    let stands = self.handle.pause().is_ok();
+                    self.suspended.store(stands, Ordering::SeqCst);
+                }
+                Action::ResumeGuest => {
+                    if self.suspended.swap(false, Ordering::SeqCst) {
+                        // It may have ended.
+                        drop(self.handle.resume());
+                    }
+                }
+                Action::GoAlone(_) => {
+                    self.pair.open();
+                    self.order(Order::Alone);
+                }
+                Action::Dismiss => {
+                    self.pair.outbox().put(Kind::End, 0, &[]);
+                    self.pair.outbox().flush();
+                }
+                Action::TellTerm(term) => self.pair.outbox().tell(Kind::Term, 0, term.0),
+                Action::Ask(term) => self.ask(term),
+                Action::End(_) => {
+                    self.order(Order::Alone);
+                    // It may have ended by itself.
+                    drop(self.handle.stop(StopMode::Force));
+                }
+                Action::Report(notice) => self.report(&notice),
+                Action::Answer(_)
+                | Action::Restore(_)
+                | Action::SendLoaded(_)
+                | Action::GoLive(..) => unreachable!("those are a secondary's"),
+            }
+        }
+        send
+    }
+
+    fn order(&self, order: Order) {
+        if let Some(orders) = &*lock(&self.orders) {
+            // It may have ended.
+            drop(orders.send(order));
+        }
+    }
+
+    fn ask(&self, term: Term) {
+        let Some(core) = self.this.upgrade() else {
+            return;
+        };
+        self.claims.ask(term, move |outcome| {
+            core.event(PrimaryEvent::Claimed(term, outcome));
+            core.pair.permit().wake();
+        });
+    }
+
+    fn report(&self, notice: &Notice) {
+        self.pair.report(notice);
+        let mut status = self.pair.lock_status();
+        match notice {
+            Notice::Protected(_) => {
+                status.protected = true;
+                status.reason = "both copies run".into();
+            }
+            Notice::Alone(_) | Notice::Ended(_) => {
+                status.protected = false;
+                status.peer = None;
+                if status.reason == "both copies run" {
+                    status.reason = "the secondary was lost".into();
+                }
+            }
+            Notice::Deciding(..) => {
+                status.protected = false;
+                status.reason = "the secondary is lost: the arbiter is asked".into();
+            }
+            Notice::HeardAgain => {
+                status.protected = true;
+                status.reason = "both copies run".into();
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Protects a guest for as long as it lives.
 pub struct Protector {
     thread: JoinHandle<()>,
     stop: Arc<AtomicBool>,
-    pair: Arc<Pair>,
+    core: Arc<Core>,
 }
 
 impl Protector {
@@ -86,9 +210,20 @@ impl Protector {
         options: Protect,
     ) -> Result<Self, ProtectionError> {
         let stop = Arc::new(AtomicBool::new(false));
-        let mut driver = Driver {
-            pair: Arc::clone(&pair),
+        let machine = pair::Primary::alone(options.term, Epoch(options.epoch), Scheduling::Normal);
+        let core = Arc::new_cyclic(|this| Core {
+            this: this.clone(),
+            pair,
             handle,
+            claims: options.claims.clone(),
+            machine: Mutex::new(machine),
+            orders: Mutex::new(None),
+            link: Mutex::new(None),
+            suspended: AtomicBool::new(false),
+        });
+        core.pair.lock_status().term = options.term.0;
+        let mut driver = Driver {
+            core: Arc::clone(&core),
             options,
             stop: Arc::clone(&stop),
         };
@@ -96,26 +231,24 @@ impl Protector {
             .name("protect".into())
             .spawn(move || driver.run())
             .map_err(ProtectionError::host("start the protecting thread"))?;
-        Ok(Self { thread, stop, pair })
+        Ok(Self { thread, stop, core })
     }
 
     /// The guest has ended: its last outputs are compared, and the secondary is told.
     pub fn finish(self) {
         let deadline = Instant::now() + LAST_OUTPUTS;
-        while self.pair.holds() && Instant::now() < deadline {
+        while self.core.pair.holds() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
         self.stop.store(true, Ordering::SeqCst);
-        self.pair.outbox().put(Kind::End, 0, &[]);
-        self.pair.outbox().flush();
+        self.core.event(PrimaryEvent::GuestEnded);
         // It may be in the middle of a checkpoint of a guest that is gone, and finds out.
         drop(self.thread.join());
     }
 }
 
 struct Driver {
-    pair: Arc<Pair>,
-    handle: Handle,
+    core: Arc<Core>,
     options: Protect,
     stop: Arc<AtomicBool>,
 }
@@ -124,9 +257,8 @@ struct Driver {
 struct Connected<'a> {
     session: Session<'a>,
     checkpoints: Link,
-    notices: Receiver<Notice>,
-    link_thread: Option<JoinHandle<()>>,
-    link: Link,
+    orders: Receiver<Order>,
+    thread: JoinHandle<()>,
 }
 
 impl Driver {
@@ -135,24 +267,25 @@ impl Driver {
             tracing::error!(%error, "the protecting thread cannot be confined");
             return;
         }
-        self.pair.lock_status().term = self.options.term.0;
         while !self.stopped() {
-            let error = match self.protect() {
-                Ok(()) => continue,
-                Err(error) => error,
-            };
-            if self.stopped() {
-                return;
-            }
-            if !self.go_on_alone(&error) {
-                return;
+            match self.connect() {
+                Ok(connected) => self.serve(connected),
+                Err(error) => {
+                    let why = causes(&error);
+                    tracing::debug!(%why, "the guest is not protected yet");
+                    self.core.pair.lock_status().reason = format!("no secondary: {why}");
+                }
             }
             self.rest();
         }
     }
 
     fn stopped(&self) -> bool {
-        self.stop.load(Ordering::SeqCst)
+        let over = matches!(
+            self.core.state(),
+            PrimaryState::Fenced | PrimaryState::Ended
+        );
+        over || self.stop.load(Ordering::SeqCst)
     }
 
     fn rest(&self) {
@@ -162,81 +295,14 @@ impl Driver {
         }
     }
 
-    /// The guest is not protected. If it was, the arbiter is asked whether it may go on alone; false if not.
-    fn go_on_alone(&mut self, why: &ProtectionError) -> bool {
-        let why = tandem_vmm::error::causes(why);
-        let was = self.pair.lock_status().protected;
-        if was {
-            tracing::warn!(%why, "the secondary is lost");
-            if !self.claim_next_term() {
-                return false;
-            }
-        } else {
-            tracing::debug!(%why, "the guest is not protected yet");
-        }
-        self.pair.open();
-        let mut status = self.pair.lock_status();
-        status.protected = false;
-        status.reason = why;
-        status.peer = None;
-        true
-    }
-
-    /// Asks until there is an answer: outputs are held meanwhile.
-    fn claim_next_term(&mut self) -> bool {
-        let next = Term(self.options.term.0 + 1);
-        loop {
-            match self
-                .options
-                .arbiter
-                .claim(&self.options.name, next, &self.options.owner)
-            {
-                Ok(Claim::Won) => {
-                    self.options.term = next;
-                    self.pair.lock_status().term = next.0;
-                    return true;
-                }
-                Ok(Claim::Lost(owner)) => {
-                    tracing::error!(?owner, "another owns the guest now: it ends here");
-                    self.fence();
-                    return false;
-                }
-                Err(error) => {
-                    tracing::error!(%error, "the arbiter does not answer: outputs are held");
-                    if self.stopped() {
-                        return false;
-                    }
-                    std::thread::sleep(LOOK);
-                }
-            }
-        }
-    }
-
-    fn fence(&self) {
-        self.pair.lock_status().reason = "another owns the guest now".into();
-        // It has ended by itself then.
-        drop(self.handle.stop(StopMode::Force));
-    }
-
-    /// Protects the guest until something fails or it is to end.
-    fn protect(&self) -> Result<(), ProtectionError> {
-        let mut connected = self.connect()?;
-        let result = self.serve(&mut connected);
-        connected.link.shut_down();
-        connected.checkpoints.shut_down();
-        if let Some(thread) = connected.link_thread.take() {
-            drop(thread.join());
-        }
-        result
-    }
-
     fn connect(&self) -> Result<Connected<'_>, ProtectionError> {
+        let core = &self.core;
         let mut checkpoints = self.options.to.connect()?;
-        let session = Session::begin(&self.handle)?;
+        let session = Session::begin(&core.handle)?;
         let token = token();
         let offer = Offer {
             token,
-            term: self.options.term.0,
+            term: lock(&core.machine).term().0,
             hello: Hello {
                 description: self.options.description.clone(),
                 hardware: session.saving().hardware.clone(),
@@ -246,215 +312,224 @@ impl Driver {
         expect(&mut checkpoints, FrameKind::Accept)?;
         let mut link = self.options.to.connect()?;
         greet(&mut link, Purpose::Pairing, &Greeting { token })?;
-        let (tell, notices) = channel();
-        let outbox = link
-            .try_clone()
-            .map_err(ProtectionError::host("share a connection"))?;
-        self.pair.outbox().connect(outbox);
-        let heard = link
-            .try_clone()
-            .map_err(ProtectionError::host("share a connection"))?;
-        let pair = Arc::clone(&self.pair);
+        let share = |link: &Link| {
+            link.try_clone()
+                .map_err(ProtectionError::host("share a connection"))
+        };
+        core.pair.outbox().connect(share(&link)?);
+        *lock(&core.link) = Some(share(&checkpoints)?);
+        let (tell, orders) = channel();
+        *lock(&core.orders) = Some(tell);
+        core.pair.lock_status().peer = Some(self.options.to.to_string());
+        core.event(PrimaryEvent::Joined);
+        let talking = Arc::clone(core);
         let thread = std::thread::Builder::new()
             .name("pair".into())
-            .spawn(move || {
-                let mut talk = PrimaryTalk::new(Arc::clone(&pair), tell.clone());
-                let why = listen(&heard, pair.outbox(), &mut talk);
-                // The protecting thread may have ended.
-                drop(tell.send(Notice::Lost(why)));
-            })
+            .spawn(move || talk(&talking, &link))
             .map_err(ProtectionError::host("start the thread of a link"))?;
         Ok(Connected {
             session,
             checkpoints,
-            notices,
-            link_thread: Some(thread),
-            link,
+            orders,
+            thread,
         })
     }
 
-    fn serve(&self, connected: &mut Connected<'_>) -> Result<(), ProtectionError> {
-        let saving = connected.session.saving().clone();
-        let mut sender = PageSender::new(&mut connected.checkpoints, saving);
-        connected.session.precopy(&mut sender, FIRST_STAND_BUDGET)?;
-        self.checkpoint(connected, None)?;
-        {
-            let mut status = self.pair.lock_status();
-            status.protected = true;
-            status.reason = "both copies run".into();
-            status.peer = Some(self.options.to.to_string());
-        }
-        tracing::info!(peer = %self.options.to, "the guest is protected");
+    /// Makes checkpoints until the secondary is lost or the guest is to end.
+    fn serve(&self, mut connected: Connected<'_>) {
         let mut last = Instant::now();
-        while !self.stopped() {
-            let cause = match connected.notices.recv_timeout(LOOK) {
-                Ok(Notice::Mismatch(epoch, cause)) if epoch == self.pair.epoch() => cause,
-                Ok(Notice::Mismatch(..) | Notice::Loaded(_)) => continue,
-                Ok(Notice::Lost(why)) => return Err(lost(why)),
-                Err(RecvTimeoutError::Disconnected) => return Err(lost("the link ended".into())),
-                Err(RecvTimeoutError::Timeout) if last.elapsed() >= CHECKPOINT_INTERVAL_MAX => {
-                    "time".into()
+        loop {
+            match connected.orders.recv_timeout(LOOK) {
+                Ok(Order::Resync(epoch, cause)) => {
+                    if let Err(error) = self.checkpoint(&mut connected, epoch, cause) {
+                        let why = causes(&error);
+                        tracing::warn!(%epoch, %why, "a checkpoint failed");
+                        self.core.pair.lock_status().reason = why;
+                        self.core.event(PrimaryEvent::GivenUp);
+                    }
+                    last = Instant::now();
                 }
-                Err(RecvTimeoutError::Timeout) => continue,
-            };
-            self.checkpoint(connected, Some(cause))?;
-            last = Instant::now();
+                Ok(Order::Alone) | Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => self.look(&mut last),
+            }
         }
-        Ok(())
+        if let Some(link) = lock(&self.core.link).take() {
+            link.shut_down();
+        }
+        *lock(&self.core.orders) = None;
+        self.core.pair.permit().wake();
+        drop(connected.thread.join());
+    }
+
+    /// Nothing is to be done for a while.
+    fn look(&self, last: &mut Instant) {
+        let event = match self.core.state() {
+            PrimaryState::Protected(_) if last.elapsed() >= CHECKPOINT_INTERVAL_MAX => {
+                *last = Instant::now();
+                PrimaryEvent::BoundReached
+            }
+            PrimaryState::Joining | PrimaryState::Resyncing(..)
+                if last.elapsed() >= LOAD_TIMEOUT =>
+            {
+                self.core.pair.lock_status().reason =
+                    ProtectionError::Slow(LOAD_TIMEOUT.as_secs()).to_string();
+                PrimaryEvent::GivenUp
+            }
+            _ => return,
+        };
+        self.core.event(event);
     }
 
     /// Makes the secondary the same as the primary.
     fn checkpoint(
         &self,
         connected: &mut Connected<'_>,
-        cause: Option<String>,
+        epoch: Epoch,
+        cause: Cause,
     ) -> Result<(), ProtectionError> {
-        let saving = connected.session.saving().clone();
-        while cause.is_some() && connected.session.pending()? > STAGED_PAGES_MAX {
-            let mut sender = PageSender::new(&mut connected.checkpoints, saving.clone());
-            connected.session.copy_pending(&mut sender)?;
+        let core = &self.core;
+        let why = core.pair.mismatch();
+        let Connected {
+            session,
+            checkpoints,
+            ..
+        } = connected;
+        let saving = session.saving().clone();
+        if cause == Cause::Join {
+            let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
+            session.precopy(&mut sender, FIRST_STAND_BUDGET)?;
+        }
+        for _ in 0..ROUNDS_MAX {
+            if session.pending()? <= STAGED_PAGES_MAX {
+                break;
+            }
+            let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
+            session.copy_pending(&mut sender)?;
         }
         let mut staged = PageSender::new(Vec::new(), saving);
-        let stopped = connected.session.freeze(&mut staged)?;
-        let epoch = self.pair.epoch() + 1;
-        let cut = self.pair.cut(epoch, PATIENCE);
-        self.pair.outbox().tell(Kind::Cut, 0, epoch);
-        let cut_at = Instant::now();
-        connected.session.thaw()?;
+        let stopped = session.freeze(&mut staged)?;
+        if !core.event(PrimaryEvent::CutDone(epoch)) {
+            // The secondary is gone meanwhile.
+            session.thaw()?;
+            return Ok(());
+        }
+        let cut = core.pair.cut(epoch.0, PATIENCE);
+        core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
+        session.thaw()?;
         let pause = stopped.frozen.since.elapsed();
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
         let staged = staged.into_inner();
-        connected
-            .checkpoints
+        checkpoints
             .write_all(&staged)
-            .and_then(|()| connected.checkpoints.write_all(&rest))
-            .map_err(tandem_vmm::migration::frame::broken)?;
-        self.wait_loaded(connected, epoch)?;
-        let mut status = self.pair.lock_status();
-        if let Some(cause) = cause {
-            tracing::debug!(epoch, %cause, ?pause, pages = stopped.pages, "resynchronised");
+            .and_then(|()| checkpoints.write_all(&rest))
+            .map_err(frame::broken)?;
+        if cause != Cause::Join {
+            let why = why.unwrap_or_else(|| format!("{cause:?}").to_lowercase());
+            tracing::debug!(%epoch, %why, ?pause, pages = stopped.pages, "checkpoint");
+            let mut status = core.pair.lock_status();
             status.resyncs += 1;
-            status.last_resync = Some(cause);
+            status.last_resync = Some(why);
             status.pauses.add(pause);
-            status.resync_times.add(cut_at.elapsed());
             status.resync_pages += stopped.pages;
             status.resync_bytes += (staged.len() + rest.len()) as u64;
         }
         Ok(())
     }
-
-    fn wait_loaded(&self, connected: &Connected<'_>, epoch: u64) -> Result<(), ProtectionError> {
-        let deadline = Instant::now() + LOAD_TIMEOUT;
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match connected.notices.recv_timeout(left) {
-                Ok(Notice::Loaded(loaded)) if loaded == epoch => return Ok(()),
-                // Of the epoch before.
-                Ok(Notice::Mismatch(..)) => {}
-                Ok(Notice::Loaded(other)) => {
-                    let what = format!("that checkpoint {other} is loaded, not {epoch}");
-                    return Err(ProtectionError::Garbled(what));
-                }
-                Ok(Notice::Lost(why)) => return Err(lost(why)),
-                Err(_) => return Err(ProtectionError::Slow(LOAD_TIMEOUT.as_secs())),
-            }
-        }
-    }
 }
 
-fn lost(why: String) -> ProtectionError {
-    ProtectionError::Host {
-        action: "hear the secondary",
-        source: std::io::Error::other(why),
-    }
+/// Reads what the secondary says until it is gone for good.
+fn talk(core: &Arc<Core>, link: &Link) {
+    let mut talk = PrimaryTalk {
+        core: Arc::clone(core),
+        mismatch_in: None,
+    };
+    let event = core.pair.permit().event();
+    listen(link, core.pair.outbox(), event, &mut talk);
+    link.shut_down();
 }
 
 /// What the primary does with what the secondary says.
 struct PrimaryTalk {
-    pair: Arc<Pair>,
-    tell: Sender<Notice>,
-    /// The epoch whose mismatch was told.
-    told: Option<u64>,
-    beat: u64,
-    next_beat: Instant,
+    core: Arc<Core>,
+    /// The epoch in which a mismatch was told.
+    mismatch_in: Option<u64>,
 }
 
 impl PrimaryTalk {
-    fn new(pair: Arc<Pair>, tell: Sender<Notice>) -> Self {
-        Self {
-            pair,
-            tell,
-            told: None,
-            beat: 0,
-            next_beat: Instant::now(),
+    fn look_at_gates(&mut self, now: Instant) {
+        let pair = &self.core.pair;
+        let called = pair.permit().take_call();
+        if pair.deadline().is_some_and(|due| now >= due) {
+            pair.expire(now);
+        } else if !called {
+            return;
+        }
+        if pair.mismatch().is_some() {
+            self.differs();
+        }
+        if called {
+            self.core.event(PrimaryEvent::OutputsQueued);
         }
     }
 
-    fn notice(&self, notice: Notice) -> Result<(), String> {
-        self.tell
-            .send(notice)
-            .map_err(|_| "the guest is not protected any more".into())
-    }
-
-    fn differs(&mut self, cause: Option<String>) -> Result<(), String> {
-        let epoch = self.pair.epoch();
-        match cause.filter(|_| self.told != Some(epoch)) {
-            Some(cause) => {
-                self.told = Some(epoch);
-                self.notice(Notice::Mismatch(epoch, cause))
-            }
-            None => Ok(()),
+    fn differs(&mut self) {
+        let epoch = self.core.pair.epoch();
+        if self.mismatch_in.replace(epoch) != Some(epoch) {
+            self.core.event(PrimaryEvent::Mismatch);
         }
     }
 }
 
 impl Talk for PrimaryTalk {
-    type End = String;
-
     fn hear(&mut self, now: Instant, message: Message<'_>) -> Result<(), String> {
+        let core = &self.core;
         let number = || message.number().map_err(|e| e.to_string());
-        match message.kind {
-            Kind::Output => {
-                let cause = self
-                    .pair
-                    .secondary_output(now, message.device, message.payload);
-                self.differs(cause)
-            }
-            Kind::ConsoleOutput => {
-                let cause = self.pair.secondary_console(now, message.payload);
-                self.differs(cause)
-            }
+        let differs = match message.kind {
+            Kind::Output => core
+                .pair
+                .secondary_output(now, message.device, message.payload),
+            Kind::ConsoleOutput => core.pair.secondary_console(now, message.payload),
             Kind::Loaded => {
-                // Before anything that the secondary says next, which is of the new epoch.
-                let epoch = number()?;
-                self.pair.commit(epoch)?;
-                self.notice(Notice::Loaded(epoch))
+                core.event(PrimaryEvent::Loaded(Epoch(number()?)));
+                false
             }
-            Kind::Answer => Ok(()),
-            kind => Err(format!("the secondary said {kind:?}")),
+            Kind::Answer => {
+                core.event(PrimaryEvent::Answered(number()?));
+                false
+            }
+            kind => return Err(format!("the secondary said {kind:?}")),
+        };
+        if differs {
+            self.differs();
         }
+        Ok(())
     }
 
-    fn tick(&mut self, now: Instant) -> Result<Option<Instant>, String> {
-        if now >= self.next_beat {
-            self.beat += 1;
-            self.next_beat = now + BEAT;
-            self.pair
-                .outbox()
-                .put(Kind::Beat, 0, &self.beat.to_le_bytes());
-        }
-        let due = self.pair.deadline();
+    fn tick(&mut self, now: Instant) -> Option<Instant> {
+        self.look_at_gates(now);
+        let core = &self.core;
+        let due = lock(&core.machine).deadline();
         if due.is_some_and(|due| now >= due) {
-            let cause = self.pair.expire(now);
-            self.differs(cause)?;
+            core.event(PrimaryEvent::Timer);
         }
-        Ok(Some(
-            due.map_or(self.next_beat, |due| due.min(self.next_beat)),
-        ))
+        match core.state() {
+            PrimaryState::Alone | PrimaryState::Fenced | PrimaryState::Ended => return None,
+            _ => {}
+        }
+        let due = lock(&core.machine).deadline();
+        let all = [due, core.pair.deadline()].into_iter().flatten().min();
+        Some(all.unwrap_or(now + LOOK))
     }
 
-    fn lost(&mut self, error: MessageError) -> String {
-        error.to_string()
+    fn lost(&mut self, _now: Instant, error: &MessageError) {
+        tracing::debug!(why = %causes(error), "the link ended");
+        self.core.event(match error {
+            MessageError::Closed => PrimaryEvent::LinkClosed,
+            MessageError::Refused(_) | MessageError::Damaged | MessageError::Length { .. } => {
+                PrimaryEvent::GivenUp
+            }
+            MessageError::Broken(_) => PrimaryEvent::LinkBroken,
+        });
     }
 }
 

@@ -1,18 +1,23 @@
-//! The secondary: a standby that is invited, receives the guest, and runs as its copy until it is the
-//! only one.
+//! The secondary's threads: a standby that is invited receives the guest, runs it as a copy, and goes on as
+//! the guest when the primary is lost. One thread reads what the primary says and looks at the clock
+//! (`pair`), one receives checkpoints (`follow`), one per question asks the arbiter (`ask`). What they do is
+//! decided by [`pair::Secondary`], behind one lock.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tandem_devices::GuestMemory;
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, StopMode};
+use tandem_vmm::dirty::PageSet;
+use tandem_vmm::error::causes;
 use tandem_vmm::migration::address::Listener;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::{Link, MigrationError};
 use tandem_vmm::snapshot::GuestState;
 
+use super::asking::Claims;
 use super::base::Base;
 use super::checkpoint::{Greeting, Offer, Part, Receiver, hear};
 use super::follower::follow;
@@ -20,13 +25,15 @@ use super::link_thread::{Talk, listen};
 use super::pair::PairCut;
 use super::status::Role;
 use super::{Pair, ProtectionError};
-use crate::arbiter::{Arbiter, Claim, Owner, Term};
+use crate::arbiter::Term;
+use crate::detector::Scheduling;
 use crate::link::{Kind, Message, MessageError};
+use crate::pair::{self, Action, Actions, Ending, Epoch, Notice, SecondaryEvent, SecondaryState};
 
-/// How long a primary may be silent before it counts as dead.
-const SILENCE_MAX: Duration = Duration::from_millis(150);
-/// How long a checkpoint that came whole may take to be loaded.
-const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the mark of a checkpoint that came whole may take to come too.
+const MARK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often a thread looks whether there is something to do.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A primary that said what it has.
 pub struct Invitation {
@@ -55,8 +62,8 @@ impl Invitation {
         frame::refuse(&mut self.link, reason);
     }
 
-    /// Takes the guest: receives its first checkpoint. `memory` and `base` are new memory of the guest's
-    /// size.
+    /// Takes the guest: receives its first checkpoint, while the primary is answered. `memory` and `base` are
+    /// new memory of the guest's size.
     ///
     /// # Errors
     /// When the primary gives up or something breaks.
@@ -65,9 +72,13 @@ impl Invitation {
         listener: &Listener,
         memory: &Arc<GuestMemory>,
         base: Arc<GuestMemory>,
+        standby: Standby,
+        pair: &Arc<Pair>,
     ) -> Result<Joined, ProtectionError> {
         frame::send(&mut self.link, FrameKind::Accept, &[])?;
         let link = second_connection(listener, self.offer.token)?;
+        pair.become_secondary();
+        let core = Core::start(&self.offer, standby, pair, link)?;
         let mut receiver = Receiver::new(self.link);
         let mut base = Base::new(base);
         loop {
@@ -75,16 +86,13 @@ impl Invitation {
                 Part::Pages(batch) => base.apply(batch)?,
                 Part::Whole(state, cut) => {
                     state.hardware.expect(&self.offer.hello.hardware)?;
-                    let none = tandem_vmm::dirty::PageSet::covering(memory);
-                    base.loader()(memory, &none)?;
+                    base.loader()(memory, &PageSet::covering(memory))?;
                     return Ok(Joined {
                         receiver,
-                        link,
                         base,
                         state,
                         cut,
-                        offer: self.offer,
-                        since: Instant::now(),
+                        core,
                     });
                 }
             }
@@ -103,17 +111,22 @@ fn second_connection(listener: &Listener, token: u128) -> Result<Link, Protectio
     Ok(link)
 }
 
+/// What a standby needs besides the guest.
+pub struct Standby {
+    /// Who decides who owns the guest.
+    pub claims: Claims,
+    /// What its threads may still do.
+    pub confinement: Entry,
+}
+
 /// A guest that was received whole, and has yet to run.
 pub struct Joined {
     receiver: Receiver,
-    link: Link,
     base: Base,
     /// Its state.
     pub state: Box<GuestState>,
     cut: PairCut,
-    /// What the primary said of it.
-    pub offer: Offer,
-    since: Instant,
+    core: Arc<Core>,
 }
 
 impl Joined {
@@ -121,260 +134,318 @@ impl Joined {
     pub fn refuse(mut self, reason: &str) {
         frame::refuse(self.receiver.link(), reason);
     }
-}
 
-/// How far the checkpoint under way is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Phase {
-    /// There is none: the guest runs.
-    Following,
-    /// The guest stands since then, and the checkpoint is not complete.
-    Cut(Instant),
-    /// The checkpoint is being loaded.
-    Loading,
-    /// No more checkpoints come.
-    Over,
-}
-
-/// What the threads of a secondary share.
-pub(super) struct Shared {
-    pub(super) pair: Arc<Pair>,
-    pub(super) handle: Handle,
-    phase: Mutex<Phase>,
-    changed: Condvar,
-}
-
-impl Shared {
-    pub(super) fn phase(&self) -> MutexGuard<'_, Phase> {
-        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn set_phase(&self, phase: Phase) {
-        *self.phase() = phase;
-        self.changed.notify_all();
-    }
-
-    /// Waits until the mark of a checkpoint that came whole has come too: when the guest stood.
-    pub(super) fn wait_cut(&self) -> Option<Instant> {
-        let deadline = Instant::now() + LOAD_TIMEOUT;
-        let mut phase = self.phase();
-        loop {
-            match *phase {
-                Phase::Cut(since) => {
-                    *phase = Phase::Loading;
-                    return Some(since);
-                }
-                Phase::Over => return None,
-                Phase::Following | Phase::Loading => {}
-            }
-            let left = deadline.checked_duration_since(Instant::now())?;
-            let waited = self.changed.wait_timeout(phase, left);
-            phase = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-}
-
-/// What a standby needs besides the guest.
-pub struct Standby {
-    /// Who decides who owns the guest.
-    pub arbiter: Box<dyn Arbiter>,
-    /// Who claims to own it.
-    pub owner: Owner,
-    /// What its threads may still do.
-    pub confinement: Entry,
-}
-
-impl Standby {
     /// Runs the guest of `handle` as a copy, and as the guest when the primary is gone.
     ///
     /// # Errors
     /// When the host has no threads left.
-    pub fn start(
-        self,
-        joined: Joined,
-        pair: Arc<Pair>,
-        handle: Handle,
-    ) -> Result<JoinHandle<()>, ProtectionError> {
-        std::thread::Builder::new()
-            .name("pair".into())
-            .spawn(move || {
-                if let Err(error) = self.run(joined, &pair, &handle) {
-                    tracing::error!(error = %tandem_vmm::error::causes(&error), "the copy ends");
-                    // It may have ended already.
-                    drop(handle.stop(StopMode::Force));
-                }
-            })
-            .map_err(ProtectionError::host("start the thread of a link"))
-    }
-
-    fn run(self, joined: Joined, pair: &Arc<Pair>, handle: &Handle) -> Result<(), ProtectionError> {
-        let confined = self.confinement.enter();
-        confined
-            .map_err(|e| ProtectionError::host("confine a thread")(std::io::Error::other(e)))?;
-        let Joined {
+    pub fn start(self, handle: Handle) -> Result<JoinHandle<()>, ProtectionError> {
+        let Self {
             receiver,
-            link,
             base,
             cut,
-            offer,
-            since,
+            core,
             ..
-        } = joined;
-        let share = |link: &Link| {
-            link.try_clone()
-                .map_err(ProtectionError::host("share a connection"))
-        };
-        let checkpoints = share(receiver.shared_link())?;
-        let outbox = share(&link)?;
-        pair.outbox().connect(outbox);
-        let term = Term(offer.term);
-        {
-            let mut status = pair.lock_status();
-            status.role = Role::Secondary;
-            status.protected = true;
-            status.reason = "both copies run".into();
-            status.term = term.0;
+        } = self;
+        if core.handle.set(handle).is_err() {
+            return Err(ProtectionError::Garbled("a guest twice".into()));
         }
-        handle.begin_save()?;
-        pair.loaded(cut)?;
-        handle.resume()?;
-        tracing::info!(epoch = pair.epoch(), loaded = ?since.elapsed(), "the copy runs");
-        let shared = Arc::new(Shared {
-            pair: Arc::clone(pair),
-            handle: handle.clone(),
-            phase: Mutex::new(Phase::Following),
-            changed: Condvar::new(),
-        });
-        let following = Arc::clone(&shared);
-        let follower = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("follow".into())
-            .spawn(move || follow(&following, receiver, base))
-            .map_err(ProtectionError::host("start the thread of checkpoints"))?;
-        let mut talk = SecondaryTalk {
-            shared: Arc::clone(&shared),
-            heard: Instant::now(),
-        };
-        let end = listen(&link, pair.outbox(), &mut talk);
-        let lost_at = talk.heard;
-        link.shut_down();
-        // What came whole can still be read.
-        checkpoints.shut_down();
-        match end {
-            End::Asked => {
-                shared.set_phase(Phase::Over);
-                tracing::info!("the primary ended");
-                drop(handle.stop(StopMode::Force));
-                Ok(())
-            }
-            End::Lost(why) => {
-                tracing::warn!(%why, "the primary is lost");
-                self.take_over(&shared, term, follower, lost_at)
-            }
-        }
-    }
-
-    /// Becomes the guest, if the arbiter says so.
-    fn take_over(
-        &self,
-        shared: &Shared,
-        term: Term,
-        follower: JoinHandle<()>,
-        lost_at: Instant,
-    ) -> Result<(), ProtectionError> {
-        let suspected = Instant::now();
-        // A checkpoint that came whole is loaded first.
-        drop(follower.join());
-        let name = shared.pair.lock_status().name.clone();
-        let next = Term(term.0 + 1);
-        match self.arbiter.claim(&name, next, &self.owner)? {
-            Claim::Won => {}
-            Claim::Lost(owner) => {
-                tracing::warn!(?owner, "another owns the guest: the copy ends");
-                drop(shared.handle.stop(StopMode::Force));
-                return Ok(());
-            }
-        }
-        let decided = Instant::now();
-        let kept = shared.pair.go_live();
-        shared.handle.go_live()?;
-        // It stands if a checkpoint was under way.
-        drop(shared.handle.resume());
-        let running = Instant::now();
-        shared.handle.end_save()?;
-        let mut status = shared.pair.lock_status();
-        status.role = Role::Primary;
-        status.protected = false;
-        status.reason = "it took over and has no secondary".into();
-        status.term = next.0;
-        tracing::warn!(
-            term = next.0,
-            kept,
-            silent = ?suspected - lost_at,
-            decided = ?decided - suspected,
-            running = ?running - decided,
-            "took over"
-        );
-        Ok(())
+            .spawn(move || {
+                if let Err(error) = core.confinement.enter() {
+                    tracing::error!(%error, "the thread of checkpoints cannot be confined");
+                    return core.fail();
+                }
+                follow(&core, receiver, base, cut);
+            })
+            .map_err(ProtectionError::host("start the thread of checkpoints"))
     }
 }
 
-enum End {
-    Asked,
-    Lost(String),
+/// When the marks of checkpoints came.
+#[derive(Clone, Copy, Debug)]
+struct Mark {
+    epoch: Epoch,
+    at: Instant,
+}
+
+/// The roles' core and what carries out what it says.
+pub(super) struct Core {
+    this: Weak<Self>,
+    pub(super) pair: Arc<Pair>,
+    handle: OnceLock<Handle>,
+    claims: Claims,
+    confinement: Entry,
+    machine: Mutex<pair::Secondary>,
+    /// The newest mark, and whether more may come.
+    mark: Mutex<(Option<Mark>, bool)>,
+    marked: Condvar,
+    /// When the primary was heard last.
+    heard: Mutex<Instant>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Core {
+    fn start(
+        offer: &Offer,
+        standby: Standby,
+        pair: &Arc<Pair>,
+        link: Link,
+    ) -> Result<Arc<Self>, ProtectionError> {
+        let term = Term(offer.term);
+        let shared = link.try_clone();
+        let shared = shared.map_err(ProtectionError::host("share a connection"))?;
+        pair.outbox().connect(shared);
+        {
+            let mut status = pair.lock_status();
+            status.role = Role::Secondary;
+            status.reason = "it gets its first checkpoint".into();
+            status.term = term.0;
+        }
+        let now = Instant::now();
+        let core = Arc::new_cyclic(|this| Self {
+            this: this.clone(),
+            pair: Arc::clone(pair),
+            handle: OnceLock::new(),
+            claims: standby.claims,
+            confinement: standby.confinement,
+            machine: Mutex::new(pair::Secondary::new(now, term, Scheduling::Normal)),
+            mark: Mutex::new((None, true)),
+            marked: Condvar::new(),
+            heard: Mutex::new(now),
+        });
+        let talking = Arc::clone(&core);
+        std::thread::Builder::new()
+            .name("pair".into())
+            .spawn(move || talk(talking, &link))
+            .map_err(ProtectionError::host("start the thread of a link"))?;
+        Ok(core)
+    }
+
+    /// The guest, once it is there.
+    pub(super) fn handle(&self) -> Option<&Handle> {
+        self.handle.get()
+    }
+
+    /// Tells the core of `event` and carries out what it says, in its order. The checkpoint that is to be
+    /// restored, if it says so.
+    pub(super) fn event(&self, event: SecondaryEvent) -> Option<Epoch> {
+        let mut machine = lock(&self.machine);
+        let actions = machine.handle(Instant::now(), event);
+        self.carry_out(actions)
+    }
+
+    fn state(&self) -> SecondaryState {
+        lock(&self.machine).state()
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        let over = self.state();
+        matches!(
+            over,
+            SecondaryState::Live(_) | SecondaryState::Fenced | SecondaryState::Ended
+        )
+    }
+
+    fn carry_out(&self, actions: Actions) -> Option<Epoch> {
+        let mut restore = None;
+        for action in actions {
+            match action {
+                Action::Answer(number) => self.pair.outbox().tell(Kind::Answer, 0, number),
+                Action::Restore(epoch) => restore = Some(epoch),
+                Action::SendLoaded(epoch) => self.pair.outbox().tell(Kind::Loaded, 0, epoch.0),
+                Action::Ask(term) => self.ask(term),
+                Action::GoLive(term, _) => self.go_live(term),
+                Action::End(ending) => self.end(&ending),
+                Action::Report(notice) => self.report(&notice),
+                other => unreachable!("{other:?} is a primary's"),
+            }
+        }
+        restore
+    }
+
+    fn ask(&self, term: Term) {
+        let Some(core) = self.this.upgrade() else {
+            return;
+        };
+        self.claims.ask(term, move |outcome| {
+            core.event(SecondaryEvent::Claimed(term, outcome));
+            core.pair.permit().wake();
+        });
+    }
+
+    /// The guest is the only one: what it kept leaves, and it runs on.
+    fn go_live(&self, term: Term) {
+        let begun = Instant::now();
+        let kept = self.pair.go_live();
+        let released = begun.elapsed();
+        if let Some(handle) = self.handle.get() {
+            // Each may have been done, or the guest have ended.
+            drop(handle.go_live());
+            drop(handle.resume());
+            drop(handle.end_save());
+        }
+        let silent = begun - *lock(&self.heard);
+        let mut status = self.pair.lock_status();
+        status.role = Role::Primary;
+        status.protected = false;
+        status.reason = "it took over and has no secondary".into();
+        status.term = term.0;
+        drop(status);
+        let text = format!(
+            "{kept} frames left that were kept; the primary was heard {} us before that, they left in {} us, \
+             the guest runs after {} us",
+            silent.as_micros(),
+            released.as_micros(),
+            begun.elapsed().as_micros(),
+        );
+        self.pair.happened("took-over", text);
+    }
+
+    fn end(&self, ending: &Ending) {
+        let mut status = self.pair.lock_status();
+        status.protected = false;
+        status.reason = format!("{ending:?}");
+        drop(status);
+        self.stop();
+    }
+
+    /// Ends the copy.
+    fn stop(&self) {
+        self.no_more_marks();
+        match self.handle.get() {
+            // It may have ended by itself.
+            Some(handle) => drop(handle.stop(StopMode::Force)),
+            None => tracing::warn!("the primary was lost before its guest was here"),
+        }
+    }
+
+    pub(super) fn fail(&self) {
+        self.event(SecondaryEvent::Failed);
+    }
+
+    fn report(&self, notice: &Notice) {
+        self.pair.report(notice);
+        let mut status = self.pair.lock_status();
+        match notice {
+            Notice::Protected(_) | Notice::HeardAgain => {
+                status.protected = true;
+                status.reason = "both copies run".into();
+            }
+            Notice::Deciding(..) => {
+                status.protected = false;
+                status.reason = "the primary is lost: the arbiter is asked".into();
+            }
+            _ => {}
+        }
+    }
+
+    fn mark(&self, epoch: Epoch) {
+        lock(&self.mark).0 = Some(Mark {
+            epoch,
+            at: Instant::now(),
+        });
+        self.marked.notify_all();
+    }
+
+    fn no_more_marks(&self) {
+        lock(&self.mark).1 = false;
+        self.marked.notify_all();
+    }
+
+    /// Waits for the mark of checkpoint `epoch`, which came whole: when it came.
+    pub(super) fn wait_mark(&self, epoch: Epoch) -> Option<Instant> {
+        let deadline = Instant::now() + MARK_TIMEOUT;
+        let mut mark = lock(&self.mark);
+        loop {
+            match *mark {
+                (Some(mark), _) if mark.epoch == epoch => return Some(mark.at),
+                (_, false) => return None,
+                _ => {}
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            let waited = self.marked.wait_timeout(mark, left);
+            mark = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+/// Reads what the primary says until it is gone for good.
+fn talk(core: Arc<Core>, link: &Link) {
+    if let Err(error) = core.confinement.enter() {
+        tracing::error!(%error, "the thread of a link cannot be confined");
+        return core.fail();
+    }
+    let pair = Arc::clone(&core.pair);
+    let mut talk = SecondaryTalk { core };
+    listen(link, pair.outbox(), pair.permit().event(), &mut talk);
+    talk.core.no_more_marks();
+    link.shut_down();
 }
 
 /// What the secondary does with what the primary says.
 struct SecondaryTalk {
-    shared: Arc<Shared>,
-    heard: Instant,
+    core: Arc<Core>,
 }
 
 impl SecondaryTalk {
-    fn cut(&self) -> Result<(), End> {
-        self.shared.pair.mark_cut();
-        let since = Instant::now();
-        // It may stand already, having powered off.
-        if let Err(error) = self.shared.handle.pause() {
-            tracing::debug!(%error, "the copy stands already");
+    fn cut(&self, epoch: Epoch) {
+        let core = &self.core;
+        core.event(SecondaryEvent::Cut(epoch));
+        core.pair.mark_cut();
+        if let Some(handle) = core.handle.get() {
+            // It may stand already, having powered off.
+            drop(handle.pause());
         }
-        self.shared.set_phase(Phase::Cut(since));
-        Ok(())
+        core.mark(epoch);
     }
 }
 
 impl Talk for SecondaryTalk {
-    type End = End;
-
-    fn hear(&mut self, now: Instant, message: Message<'_>) -> Result<(), End> {
-        self.heard = now;
-        let pair = &self.shared.pair;
-        let number = || message.number().map_err(|e| End::Lost(e.to_string()));
+    fn hear(&mut self, now: Instant, message: Message<'_>) -> Result<(), String> {
+        let core = &self.core;
+        *lock(&core.heard) = now;
+        let pair = &core.pair;
+        let number = || message.number().map_err(|e| e.to_string());
         match message.kind {
             Kind::Input => {
                 if !pair.input(message.device, message.payload) {
-                    return Err(End::Lost("too many inputs wait for the guest".into()));
+                    return Err("too many inputs wait for the guest".into());
                 }
             }
             Kind::ConsoleInput => pair.console_input(message.payload),
             Kind::Settled => pair.settle(message.device, number()?),
-            Kind::Cut => return self.cut(),
+            Kind::Cut => self.cut(Epoch(number()?)),
             Kind::Committed => pair.committed(),
-            Kind::Beat => pair.outbox().put(Kind::Answer, 0, message.payload),
-            Kind::End => return Err(End::Asked),
-            kind => return Err(End::Lost(format!("the primary said {kind:?}"))),
+            Kind::Beat => drop(core.event(SecondaryEvent::Beat(number()?))),
+            Kind::Term => drop(core.event(SecondaryEvent::TermIs(Term(number()?)))),
+            Kind::End => drop(core.event(SecondaryEvent::Dismissed)),
+            kind => return Err(format!("the primary said {kind:?}")),
         }
         Ok(())
     }
 
-    fn tick(&mut self, now: Instant) -> Result<Option<Instant>, End> {
-        let silent = self.heard + SILENCE_MAX;
-        if now >= silent {
-            return Err(End::Lost("it is silent".into()));
+    fn tick(&mut self, now: Instant) -> Option<Instant> {
+        let core = &self.core;
+        let due = lock(&core.machine).deadline();
+        if due.is_some_and(|due| now >= due) {
+            core.event(SecondaryEvent::Timer);
         }
-        Ok(Some(silent))
+        if core.is_over() {
+            return None;
+        }
+        Some(lock(&core.machine).deadline().unwrap_or(now + LOOK))
     }
 
-    fn lost(&mut self, error: MessageError) -> End {
-        End::Lost(error.to_string())
+    fn lost(&mut self, _now: Instant, error: &MessageError) {
+        tracing::debug!(why = %causes(error), "the link ended");
+        self.core.event(match error {
+            MessageError::Closed => SecondaryEvent::LinkClosed,
+            _ => SecondaryEvent::LinkBroken,
+        });
     }
 }

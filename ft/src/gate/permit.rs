@@ -1,0 +1,75 @@
+//! Whether outputs that were matched may leave now: a permit that the pair's roles give, and that every gate
+//! looks at, with the time, right before an output leaves.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::pair::Gate;
+
+/// The permit of one guest's gates. Looking at it takes no lock.
+#[derive(Debug)]
+pub struct Permit {
+    base: Instant,
+    /// Until when outputs may leave, in ns since `base`.
+    until: AtomicU64,
+    /// Outputs wait for it, or something else is to be looked at.
+    attention: AtomicBool,
+    event: EventFd,
+}
+
+impl Permit {
+    /// Everything may leave; `event` is written when somebody is to look at the gates.
+    pub fn new(event: EventFd) -> Self {
+        Self {
+            base: Instant::now(),
+            until: AtomicU64::new(u64::MAX),
+            attention: AtomicBool::new(false),
+            event,
+        }
+    }
+
+    /// From now on it is as `gate` says.
+    pub fn set(&self, gate: Gate) {
+        let until = match gate {
+            Gate::Open => u64::MAX,
+            Gate::Shut => 0,
+            Gate::Until(end) => self.nanoseconds(end),
+        };
+        self.until.store(until, Ordering::SeqCst);
+    }
+
+    /// Whether an output may leave now.
+    pub fn lets_out(&self, now: Instant) -> bool {
+        self.nanoseconds(now) < self.until.load(Ordering::SeqCst)
+    }
+
+    fn nanoseconds(&self, moment: Instant) -> u64 {
+        u64::try_from(moment.saturating_duration_since(self.base).as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Somebody is to look at the gates: something does not match, or waits.
+    pub fn call(&self) {
+        if !self.attention.swap(true, Ordering::SeqCst) {
+            self.wake();
+        }
+    }
+
+    /// Wakes whoever waits for [`Permit::event`].
+    pub fn wake(&self) {
+        if let Err(error) = self.event.write(1) {
+            tracing::error!(%error, "cannot wake the thread of a link");
+        }
+    }
+
+    /// Whether somebody called since the last time.
+    pub fn take_call(&self) -> bool {
+        self.attention.swap(false, Ordering::SeqCst)
+    }
+
+    /// What becomes readable when somebody calls.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+}

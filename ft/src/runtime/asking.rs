@@ -1,0 +1,66 @@
+//! Asking the arbiter, which blocks on storage: on a thread of its own.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::arbiter::{Arbiter, ArbiterError, Claim, Owner, Term};
+use crate::pair::Outcome;
+
+/// An arbiter and who asks it. Cheap to clone.
+#[derive(Clone)]
+pub struct Claims {
+    arbiter: Arc<Mutex<Box<dyn Arbiter>>>,
+    guest: String,
+    owner: Owner,
+}
+
+impl Claims {
+    /// Claims terms of `guest` for `owner`.
+    pub fn new(arbiter: Box<dyn Arbiter>, guest: &str, owner: Owner) -> Self {
+        Self {
+            arbiter: Arc::new(Mutex::new(arbiter)),
+            guest: guest.to_owned(),
+            owner,
+        }
+    }
+
+    /// Claims a term. Blocks on storage.
+    ///
+    /// # Errors
+    /// As [`Arbiter::claim`].
+    pub fn claim(&self, term: Term) -> Result<Claim, ArbiterError> {
+        let arbiter = self.arbiter.lock().unwrap_or_else(PoisonError::into_inner);
+        arbiter.claim(&self.guest, term, &self.owner)
+    }
+
+    /// Wins the next term, which takes the guest from whoever owned it before; none if somebody else won it
+    /// meanwhile. Blocks on storage.
+    ///
+    /// # Errors
+    /// As [`Arbiter::claim`].
+    pub fn claim_next(&self) -> Result<Option<Term>, ArbiterError> {
+        let arbiter = self.arbiter.lock().unwrap_or_else(PoisonError::into_inner);
+        let current = arbiter.current(&self.guest)?;
+        let next = current.map_or(Term::FIRST, |tenure| tenure.term.next());
+        let claim = arbiter.claim(&self.guest, next, &self.owner)?;
+        Ok((claim == Claim::Won).then_some(next))
+    }
+
+    /// Claims `term` on a thread of its own, and tells `then` of the answer.
+    pub(super) fn ask(&self, term: Term, then: impl FnOnce(Outcome) + Send + 'static) {
+        let claims = self.clone();
+        let asking = move || {
+            let claim = claims.claim(term);
+            if let Err(error) = &claim {
+                let why = tandem_vmm::error::causes(error);
+                tracing::warn!(%term, %why, "the arbiter does not answer");
+            }
+            then(claim.into());
+        };
+        let thread = std::thread::Builder::new().name("ask".into());
+        if let Err(error) = thread.spawn(asking) {
+            // Whoever asked asks again only after an answer, so there must be one.
+            tracing::error!(%error, "the arbiter cannot be asked: this host has no threads left");
+            std::process::abort();
+        }
+    }
+}
