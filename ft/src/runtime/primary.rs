@@ -320,8 +320,8 @@ impl Driver {
         let cut = self.pair.cut(epoch, PATIENCE);
         self.pair.outbox().tell(Kind::Cut, 0, epoch);
         let cut_at = Instant::now();
-        connected.session.thaw()?;
-        let pause = stopped.frozen.since.elapsed();
+        let stand = connected.session.thaw()?;
+        let pause = stand.until - stand.from;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
         let staged = staged.into_inner();
         connected
