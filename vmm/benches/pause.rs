@@ -1,8 +1,8 @@
 //! How long a running guest stands while all of its state is captured into memory, by the number
 //! of pages that it wrote since the last capture.
 //!
-//! `cargo bench -p tandem-vmm --bench pause -- GUEST [CAPTURES]`, where GUEST is the `dirty` guest's
-//! image. Prints one line of JSON for each number of pages.
+//! `cargo bench -p tandem-vmm --bench pause -- GUEST [CAPTURES [PAGES...]]`, where GUEST is the `dirty`
+//! guest's image. Prints one line of JSON for each number of pages.
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
 use std::path::PathBuf;
@@ -14,9 +14,10 @@ use tandem_vmm::config::{BootConfig, BootProtocol, ConsoleConfig, MachineConfig}
 use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Handle, StopMode};
 use tandem_vmm::dirty::{PAGE_SIZE, PageSet};
+use tandem_vmm::kvm::standing::{Stand, thread_time};
 use tandem_vmm::machine::Machine;
 use tandem_vmm::snapshot::SnapshotError;
-use tandem_vmm::snapshot::save::{PageSink, Session};
+use tandem_vmm::snapshot::save::{PageSink, Session, Stopped};
 use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY: u64 = 256 << 20;
@@ -83,14 +84,73 @@ fn config(kernel: PathBuf, pages: u64) -> MachineConfig {
     }
 }
 
+/// Parts of a capture in their order: the vCPU stops, I/O is finished, the state is read; the thread that
+/// saves hears of it, finds out which pages were written and copies them; the device loop hears of it and
+/// lets the vCPU go, which goes on.
+const PARTS: [&str; 8] = [
+    "stop", "io", "state", "answer", "harvest", "copy", "thaw", "go_on",
+];
+
 /// One capture.
 struct Capture {
     /// Pages that were copied.
     pages: u64,
-    /// How long the guest stood.
+    /// How long the vCPU stood, as its own thread saw it.
     stood: Duration,
-    /// Parts of that: stopping, I/O, state, finding the pages, copying them.
-    parts: [Duration; 5],
+    /// For how long of that some thread of the VMM worked. They take turns, so the rest is what it took
+    /// the host to wake them and to give them a CPU, give or take a system call.
+    worked: Duration,
+    /// See [`PARTS`].
+    parts: [Duration; PARTS.len()],
+}
+
+/// A capture of which the end is not known yet: the vCPU may not run before this thread sleeps.
+struct Open {
+    stopped: Stopped,
+    answered: Instant,
+    copied: Instant,
+    device_loop: Stand,
+    /// Processor time of this thread.
+    worked: Duration,
+}
+
+impl Open {
+    fn close(self, vcpu: Stand) -> Capture {
+        let times = self.stopped.frozen.times;
+        let parked = self.device_loop.from + times.stop;
+        let read = parked + times.quiesce + times.state;
+        Capture {
+            pages: self.stopped.pages,
+            stood: vcpu.until - vcpu.from,
+            worked: vcpu.worked + self.device_loop.worked + self.worked,
+            parts: [
+                parked - vcpu.from,
+                times.quiesce,
+                times.state,
+                self.answered - read,
+                self.stopped.harvest,
+                self.stopped.copy,
+                self.device_loop.until - self.copied,
+                vcpu.until - self.device_loop.until,
+            ],
+        }
+    }
+}
+
+fn capture(session: &mut Session<'_>, copy: &mut Copy) -> Open {
+    let begin = thread_time();
+    let stopped = session.freeze(copy).unwrap();
+    let copied = Instant::now();
+    let worked = thread_time() - begin;
+    let answered = copied - stopped.copy - stopped.harvest;
+    let device_loop = session.thaw().unwrap();
+    Open {
+        stopped,
+        answered,
+        copied,
+        device_loop,
+        worked,
+    }
 }
 
 fn captures(handle: &Handle, count: usize) -> Vec<Capture> {
@@ -100,23 +160,13 @@ fn captures(handle: &Handle, count: usize) -> Vec<Capture> {
         bytes: vec![0; MEMORY as usize],
     };
     session.precopy(&mut copy, Duration::from_secs(1)).unwrap();
+    let standing = session.saving().standings[0].clone();
+    std::thread::sleep(INTERVAL);
     let mut all = Vec::new();
     for _ in 0..count {
+        let open = capture(&mut session, &mut copy);
         std::thread::sleep(INTERVAL);
-        let stopped = session.freeze(&mut copy).unwrap();
-        session.thaw().unwrap();
-        let times = stopped.frozen.times;
-        all.push(Capture {
-            pages: stopped.pages,
-            stood: stopped.frozen.since.elapsed(),
-            parts: [
-                times.stop,
-                times.quiesce,
-                times.state,
-                stopped.harvest,
-                stopped.copy,
-            ],
-        });
+        all.push(open.close(standing.last().unwrap()));
     }
     session.finish().unwrap();
     all
@@ -143,38 +193,51 @@ fn measure(kernel: PathBuf, pages: u64, count: usize) {
         captures
     });
     machine.run().unwrap();
-    let captures = saver.join().unwrap();
-    let stood = |percent| percentile(captures.iter().map(|c| us(c.stood)), percent);
-    let part = |at: usize| percentile(captures.iter().map(|c| us(c.parts[at])), 50);
-    // What the target allows for the pages of each capture, and how much of it was taken.
-    let share = captures
-        .iter()
-        .map(|c| us(c.stood) / (500.0 + 0.9 * c.pages as f64));
-    println!(
-        "{{\"wanted\":{pages},\"captures\":{count},\"pages\":{},\"median_us\":{:.1},\"p99_us\":{:.1},\"max_us\":{:.1},\"share\":{:.3},\
-         \"stop_us\":{:.1},\"io_us\":{:.1},\"state_us\":{:.1},\"harvest_us\":{:.1},\"copy_us\":{:.1}}}",
-        percentile(captures.iter().map(|c| c.pages as f64), 50),
-        stood(50),
-        stood(99),
-        stood(100),
-        percentile(share, 50),
-        part(0),
-        part(1),
-        part(2),
-        part(3),
-        part(4),
+    print(pages, &saver.join().unwrap());
+}
+
+fn print(wanted: u64, captures: &[Capture]) {
+    let of = |percent, value: fn(&Capture) -> f64| percentile(captures.iter().map(value), percent);
+    let mut line = format!(
+        "{{\"wanted\":{wanted},\"captures\":{},\"pages\":{}",
+        captures.len(),
+        of(50, |c| c.pages as f64)
     );
+    for (name, percent) in [("median", 50), ("p99", 99), ("max", 100)] {
+        let stood = of(percent, |c| us(c.stood));
+        line += &format!(",\"{name}_us\":{stood:.1}");
+    }
+    // What the target allows for the pages of each capture, and how much of it was taken.
+    let share = of(50, |c| us(c.stood) / (500.0 + 0.9 * c.pages as f64));
+    line += &format!(",\"share\":{share:.3}");
+    for (name, percent) in [("median", 50), ("p99", 99)] {
+        let vmm = of(percent, |c| us(c.worked));
+        let host = of(percent, |c| us(c.stood.saturating_sub(c.worked)));
+        line += &format!(",\"{name}_parts_us\":{{\"vmm\":{vmm:.1},\"host\":{host:.1}");
+        for (at, part) in PARTS.iter().enumerate() {
+            let time = percentile(captures.iter().map(|c| us(c.parts[at])), percent);
+            line += &format!(",\"{part}\":{time:.1}");
+        }
+        line.push('}');
+    }
+    println!("{line}}}");
 }
 
 fn main() {
     let mut arguments = std::env::args().skip(1).filter(|a| a != "--bench");
     let Some(kernel) = arguments.next() else {
         // As `cargo test --benches` calls it.
-        println!("usage: pause GUEST [CAPTURES]");
+        println!("usage: pause GUEST [CAPTURES [PAGES...]]");
         return;
     };
     let count = arguments.next().map_or(1000, |n| n.parse().unwrap());
-    for pages in PAGES {
-        measure(PathBuf::from(&kernel), pages, count);
+    let chosen: Vec<u64> = arguments.map(|n| n.parse().unwrap()).collect();
+    let all = if chosen.is_empty() {
+        &PAGES[..]
+    } else {
+        &chosen
+    };
+    for pages in all {
+        measure(PathBuf::from(&kernel), *pages, count);
     }
 }

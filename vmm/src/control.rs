@@ -12,6 +12,7 @@ use tandem_devices::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::dirty::{DirtyTracker, PAGE_SIZE};
+use crate::kvm::standing::{Stand, Standing};
 use crate::machine::Replacement;
 use crate::snapshot::{GuestState, HardwareState};
 
@@ -148,6 +149,8 @@ pub enum Answer {
     Saving(Saving),
     /// The guest's state.
     Frozen(Box<Frozen>),
+    /// A guest was thawed: from when it began to stop until its vCPUs were let go, if it was to go on.
+    Thawed(Stand),
 }
 
 /// What it takes to copy the memory of a running guest.
@@ -157,6 +160,8 @@ pub struct Saving {
     pub tracker: Arc<DirtyTracker>,
     /// Guest memory.
     pub memory: Arc<GuestMemory>,
+    /// How long each vCPU stood the last time.
+    pub standings: Vec<Arc<Standing>>,
     /// What the guest is made of.
     pub hardware: HardwareState,
     /// Resets of the guest so far: a later one makes what was copied worthless.
@@ -324,12 +329,18 @@ impl Handle {
         }
     }
 
-    /// Lets a frozen guest go on, if it ran before.
+    /// Lets a frozen guest go on, if it ran before. Returns how long it stood, as the device loop saw it:
+    /// who asked hears of it later, above all where a vCPU has taken the CPU meanwhile.
     ///
     /// # Errors
     /// As [`Handle::request`].
-    pub fn thaw(&self) -> Result<(), ControlError> {
-        self.request(Command::Thaw).map(drop)
+    pub fn thaw(&self) -> Result<Stand, ControlError> {
+        match self.request(Command::Thaw)? {
+            Answer::Thawed(stand) => Ok(stand),
+            _ => Err(ControlError::Failed(
+                "the VMM did not thaw the guest".into(),
+            )),
+        }
     }
 
     /// Ends a save: writes are followed no longer.

@@ -38,6 +38,7 @@ use crate::error::Error;
 use crate::gates::{Gates, Surroundings};
 use crate::kvm::acks::AckRing;
 use crate::kvm::exits::ExitCounters;
+use crate::kvm::standing::Begin;
 use crate::kvm::vcpu::{ExitHandler, VcpuEnd, VcpuThread, install_kick_handler};
 use crate::kvm::vm::{Vm, open_kvm};
 use crate::memory;
@@ -76,6 +77,8 @@ pub struct Machine {
     saving: SavePhase,
     /// The guest is a copy that another process may replace: it does not end by itself.
     shadow: Shadow,
+    /// Since when a frozen guest stands.
+    froze: Option<Begin>,
     /// State of the guest while its devices are let go.
     released: Option<GuestState>,
     /// Loads the rest of the guest's memory.
@@ -185,6 +188,7 @@ impl Machine {
             state: MachineState::Running,
             saving: SavePhase::None,
             shadow: Shadow::default(),
+            froze: None,
             released: None,
             loader: None,
             resets: 0,

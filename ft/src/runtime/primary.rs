@@ -415,8 +415,8 @@ impl Driver {
         }
         let cut = core.pair.cut(epoch.0, PATIENCE);
         core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
-        session.thaw()?;
-        let pause = stopped.frozen.since.elapsed();
+        let stand = session.thaw()?;
+        let pause = stand.until - stand.from;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
         let staged = staged.into_inner();
         checkpoints

@@ -34,6 +34,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::alarm::Alarm;
 use super::exits::{ExitCounters, ExitKind};
+use super::standing::{Begin, Standing};
 use super::state::trap_may_be_on_its_way;
 use crate::config::CPUS_MAX;
 use crate::confinement::Entry;
@@ -193,6 +194,7 @@ pub struct VcpuThread {
     control: Arc<Control>,
     immediate_exit: ImmediateExit,
     counters: Arc<ExitCounters>,
+    standing: Arc<Standing>,
     thread: Option<JoinHandle<VcpuFd>>,
 }
 
@@ -231,6 +233,7 @@ impl VcpuThread {
             ended: AtomicBool::new(false),
         });
         let immediate_exit = ImmediateExit::of(&mut fd);
+        let standing = Arc::<Standing>::default();
         let mut runner = Runner {
             index,
             fd,
@@ -240,6 +243,7 @@ impl VcpuThread {
             control: Arc::clone(&control),
             immediate_exit,
             counters: Arc::clone(&counters),
+            standing: Arc::clone(&standing),
         };
         let confinement = runner.handler.confinement();
         let thread = std::thread::Builder::new()
@@ -259,6 +263,7 @@ impl VcpuThread {
             control,
             immediate_exit,
             counters,
+            standing,
             thread: Some(thread),
         })
     }
@@ -320,6 +325,11 @@ impl VcpuThread {
         &self.counters
     }
 
+    /// How long it stood the last time.
+    pub fn standing(&self) -> &Arc<Standing> {
+        &self.standing
+    }
+
     fn set_wish(&self, wish: Wish) {
         // Under the lock, so that a parked thread cannot miss it between its check and its sleep.
         let _parking = self.control.lock();
@@ -370,6 +380,7 @@ struct Runner {
     control: Arc<Control>,
     immediate_exit: ImmediateExit,
     counters: Arc<ExitCounters>,
+    standing: Arc<Standing>,
 }
 
 /// What to do after an exit.
@@ -387,10 +398,12 @@ impl Runner {
             match self.control.wish() {
                 Wish::Exit => return VcpuEnd::Asked,
                 Wish::Pause => {
+                    let begin = Begin::now();
                     if let Some(end) = self.come_to_rest() {
                         return end;
                     }
                     self.control.park(&mut self.fd);
+                    self.standing.set(begin.end());
                     continue;
                 }
                 Wish::Run => {}

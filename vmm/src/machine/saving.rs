@@ -17,6 +17,7 @@ use std::time::Instant;
 use super::{Machine, Running};
 use crate::control::{Answer, ControlError, FreezeTimes, Frozen, MachineState, Saving};
 use crate::error::causes;
+use crate::kvm::standing::Begin;
 use crate::kvm::state::{KvmState, StateError, VcpuProbe, VcpuState};
 use crate::kvm::vcpu::VcpuEnd;
 use crate::snapshot::{GuestState, HardwareDevice, HardwareState, SnapshotError};
@@ -68,12 +69,15 @@ impl Machine {
         }
         let running = self.running.as_ref().ok_or(ControlError::Gone)?;
         let tracker = Arc::clone(&running.tracker);
+        let standings = running.vcpus.iter().map(|v| Arc::clone(v.standing()));
+        let standings = standings.collect();
         self.probe_vcpus()?;
         tracker.start().map_err(failed)?;
         self.saving = SavePhase::Following;
         Ok(Answer::Saving(Saving {
             tracker,
             memory: Arc::clone(&self.memory),
+            standings,
             hardware: self.hardware(),
             resets: self.resets,
         }))
@@ -119,7 +123,7 @@ impl Machine {
                 "no save of the guest was begun".into(),
             ));
         }
-        let since = Instant::now();
+        let began = Begin::now();
         let ran = self.state == MachineState::Running;
         let mut times = FreezeTimes::default();
         if ran {
@@ -141,9 +145,10 @@ impl Machine {
             }
         };
         self.saving = SavePhase::Frozen { ran, goes_on: ran };
+        self.froze = Some(began);
         Ok(Answer::Frozen(Box::new(Frozen {
             state,
-            since,
+            since: began.at,
             times,
             ran,
             resets: self.resets,
@@ -194,10 +199,12 @@ impl Machine {
             return Err(ControlError::Failed("the guest is not frozen".into()));
         };
         self.saving = SavePhase::Following;
-        if goes_on {
-            self.go_on();
-        }
-        Ok(Answer::Done)
+        let began = self.froze.take().unwrap_or_else(Begin::now);
+        let stand = match goes_on {
+            true => self.go_on_after(|| began.end()),
+            false => began.end(),
+        };
+        Ok(Answer::Thawed(stand))
     }
 
     pub(super) fn release(&mut self, state: GuestState) -> Result<Answer, ControlError> {

@@ -299,8 +299,9 @@ impl Machine {
         Ok(Answer::Done)
     }
 
-    /// Lets devices work on what came meanwhile, and the vCPUs run.
-    pub(super) fn go_on(&mut self) {
+    /// Lets devices work on what came meanwhile, and the vCPUs run. `last` is called at the last
+    /// moment before that: a vCPU may take the CPU at once.
+    pub(super) fn go_on_after<T>(&mut self, last: impl FnOnce() -> T) -> T {
         self.state = MachineState::Running;
         let mut model = self.shared.model();
         for source in self.deferred.drain(..) {
@@ -308,9 +309,16 @@ impl Machine {
         }
         model.kick_all();
         drop(model);
+        let result = last();
         self.resume_vcpus();
         // Devices may have asked to be called again.
         self.shared.wake();
+        result
+    }
+
+    /// Lets devices work on what came meanwhile, and the vCPUs run.
+    pub(super) fn go_on(&mut self) {
+        self.go_on_after(|| ());
     }
 
     fn leave(&mut self) -> (Result<Answer, ControlError>, Option<End>) {

@@ -103,9 +103,8 @@ fn save_once(
         }
         Copying::WhileStanding => (Precopy::default(), session.freeze_for_all(&mut sink)?),
     };
-    let since = stopped.frozen.since;
+    let stand = session.thaw()?;
     session.finish()?;
-    let pause = since.elapsed();
     let checksums = sink.0.finish(true)?;
     partial.write(CHECKSUMS, &checksums.to_bytes())?;
     let memory = MemoryState {
@@ -118,7 +117,7 @@ fn save_once(
     partial.finish(directory)?;
     Ok(Report {
         precopy,
-        pause,
+        pause: stand.until - stand.from,
         freeze: stopped.frozen.times,
         pages: stopped.pages,
         bytes: precopy.bytes + stopped.bytes,

@@ -14,6 +14,7 @@ use super::{GuestState, SnapshotError};
 use crate::control::{ControlError, Frozen, Handle, Saving};
 use crate::dirty::PageSet;
 use crate::error::Error;
+use crate::kvm::standing::Stand;
 
 /// Most rounds of copying while the guest runs.
 pub const ROUNDS_MAX: u32 = 30;
@@ -193,11 +194,11 @@ impl<'a> Session<'a> {
     }
 
     /// Lets a frozen guest go on, if it ran before. Its writes are still followed: it can be frozen
-    /// again, and then only what it wrote meanwhile is copied.
+    /// again, and then only what it wrote meanwhile is copied. Returns how long it stood.
     ///
     /// # Errors
     /// When the guest is not frozen, or has ended.
-    pub fn thaw(&mut self) -> Result<(), SnapshotError> {
+    pub fn thaw(&mut self) -> Result<Stand, SnapshotError> {
         self.frozen = false;
         Ok(self.guest.thaw()?)
     }

@@ -239,6 +239,8 @@ pub(super) fn pause(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
         let figures = [
             ("median", "ms", "/median_us", 1e-3),
             ("p99", "ms", "/p99_us", 1e-3),
+            ("p99, VMM's work", "ms", "/p99_parts_us/vmm", 1e-3),
+            ("p99, host's wake-ups", "ms", "/p99_parts_us/host", 1e-3),
             ("of what target 1 allows", "", "/share", 1.0),
         ];
         for (what, unit, path, scale) in figures {

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::backend::{BlockBackend, BlockIo, Operation};
+use super::gathering::Gathering;
 use super::request::{Refusal, Request, Wish};
 use super::{
     GATHER_TIME, ID_SIZE, QUEUE_SIZE, REQUEST_QUEUE, REQUESTS_PER_CALL, SECTOR, ZERO_SECTORS_MAX,
@@ -70,6 +71,7 @@ pub struct Block {
     free: Vec<u16>,
     /// Whether the driver flushes; if not, every write has to be durable when it completes.
     driver_flushes: bool,
+    gathering: Gathering,
     counters: Counters,
     /// Requests that the host failed.
     failed: u64,
@@ -88,6 +90,7 @@ impl Block {
             slots: (0..QUEUE_SIZE).map(|_| Slot::Free).collect(),
             free: (0..QUEUE_SIZE).rev().collect(),
             driver_flushes: true,
+            gathering: Gathering::default(),
             counters: Counters::default(),
             failed: 0,
         }
@@ -101,7 +104,8 @@ impl Block {
         }
     }
 
-    fn take_requests(&mut self, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
+    /// Takes what the driver offers; `looks` says that it is a look at what gathered.
+    fn take_requests(&mut self, ctx: &mut Context<'_>, mut looks: bool) -> Result<(), DeviceFault> {
         let mut budget = REQUESTS_PER_CALL;
         let behind = ctx.driver_is_behind(REQUEST_QUEUE)?;
         loop {
@@ -119,7 +123,11 @@ impl Block {
                 self.begin(ctx, chain.head, request)?;
             }
             self.finish_batch(ctx)?;
-            if behind && budget < REQUESTS_PER_CALL {
+            let taken = REQUESTS_PER_CALL - budget;
+            if std::mem::take(&mut looks) {
+                self.gathering.found(taken);
+            }
+            if behind && taken > 0 && self.gathering.is_worthwhile() {
                 ctx.poller.after(GATHERED, GATHER_TIME);
                 return Ok(());
             }
@@ -353,16 +361,18 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, features: u64, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
         self.driver_flushes = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        self.gathering = Gathering::default();
         Ok(self.backend.start(ctx.poller, BACKEND_EVENT)?)
     }
 
     fn kick(&mut self, _queue: usize, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
-        self.take_requests(ctx)
+        self.gathering.kicked();
+        self.take_requests(ctx, false)
     }
 
-    fn ready(&mut self, _token: u32, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
+    fn ready(&mut self, token: u32, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
         self.take_completions(ctx)?;
-        self.take_requests(ctx)
+        self.take_requests(ctx, token == GATHERED)
     }
 
     fn reset(&mut self, poller: &mut dyn Poller) {

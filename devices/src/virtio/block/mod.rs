@@ -12,15 +12,17 @@
 //! the work on a request that the page cache can answer. A driver that keeps many requests in
 //! flight would kick for nearly each, since each is done before the next comes. So while the
 //! driver has not looked at what it was last interrupted for, it is not asked to kick:
-//! the queue is looked at every [`GATHER_TIME`], until there is nothing in it. This delays nobody
-//! who waits: a driver with one request in flight has always looked before it makes the next, and
-//! one with more has completions at hand for as long as it is behind.
+//! the queue is looked at every [`GATHER_TIME`], until there is little in it. This delays nobody
+//! who waits for an interrupt: a driver with one request in flight has always looked before it makes
+//! the next, and one with more has completions at hand for as long as it is behind. Drivers that find
+//! completions without an interrupt are told apart by [what gathers](gathering).
 
 mod aligned;
 mod backend;
 mod device;
 mod execute;
 mod flight;
+mod gathering;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod memory;
 pub mod open;

@@ -211,6 +211,28 @@ fn requests_of_a_driver_that_is_behind_gather_until_there_are_no_more() {
     assert_eq!(disk.driver.interrupts(), 1, "until the driver looks");
 }
 
+/// Such a driver has one request in flight and nothing to do but to wait for the look.
+#[test]
+fn a_driver_that_finds_completions_without_interrupts_waits_for_few_looks() {
+    let (mut disk, _) = started();
+    let mut looks = 0;
+    for offered in 0..1000 {
+        if wants_kick(&disk, offered) {
+            offer_reads(&mut disk, 1);
+        } else {
+            offer_read_without_kick(&mut disk);
+            look(&disk, offered);
+            let later = std::mem::take(&mut disk.driver.poller.again);
+            assert_eq!(later.len(), 1, "request {offered} waits for a look");
+            disk.driver.ready(later[0]);
+            looks += 1;
+            assert_eq!(disk.driver.interrupts(), 1 + looks);
+        }
+        assert_eq!(takes_used(&mut disk), 1);
+    }
+    assert!((1..=12).contains(&looks), "{looks} looks");
+}
+
 #[test]
 fn a_driver_that_keeps_up_kicks_for_each_request() {
     for without in [0, EVENT_IDX_FEATURE] {
