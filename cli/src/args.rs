@@ -180,6 +180,34 @@ pub enum Verb {
         #[arg(value_parser = value::name)]
         name: String,
     },
+    /// Protect a running guest by a copy of it that runs where `tandem standby` listens
+    Protect {
+        /// Guest and dry run.
+        #[command(flatten)]
+        change: ChangeArgs,
+        /// Where the standby listens: HOST:PORT or the path of a unix socket
+        #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
+        to: Address,
+        /// The directory that decides who owns the guest; on storage that both hosts share
+        #[arg(long, value_name = "DIR", value_parser = value::path)]
+        arbiter: PathBuf,
+        /// How long to wait until the guest is protected
+        #[arg(long, value_name = "TIME", default_value = "30s", value_parser = value::duration)]
+        timeout: Duration,
+    },
+    /// Protect a guest no longer: its copy ends
+    Unprotect(ChangeArgs),
+    /// Let a guest's copy take over: the guest ends here and goes on there
+    Failover(ChangeArgs),
+    /// Show what happened to a guest's protection
+    Events {
+        /// The guest
+        #[arg(value_parser = value::name)]
+        name: String,
+        /// Go on until the guest ends
+        #[arg(short, long)]
+        follow: bool,
+    },
     /// Show what a snapshot holds, and whether it is whole
     Inspect {
         /// The snapshot's directory

@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tandem_ft::runtime::Pair;
+use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
+use tandem_ft::runtime::{Desk, Pair};
 use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
 use tandem_vmm::migration::{Address, MigrationError, source};
 use tandem_vmm::snapshot::{SnapshotError, directory};
@@ -32,6 +33,14 @@ pub trait Control: Send + Sync + 'static {
     fn attach_console(&self, client: UnixStream) -> Result<(), ControlError>;
     /// How the guest is protected.
     fn protection(&self) -> Status;
+    /// What happened to the guest's protection lately.
+    fn events(&self) -> Vec<Event>;
+    /// Protects the guest by who stands by at `to`.
+    fn protect(&self, to: &Address, arbiter: &Path) -> Result<(), ControlError>;
+    /// Protects the guest no longer.
+    fn unprotect(&self) -> Result<(), ControlError>;
+    /// Lets the guest's copy take over, or only says where it would.
+    fn fail_over(&self, dry_run: bool) -> Result<String, ControlError>;
     /// Saves the guest to a directory that does not exist, with its description. Waits until that
     /// is done.
     fn snapshot(
@@ -52,17 +61,28 @@ pub trait Control: Send + Sync + 'static {
 pub struct Commander {
     handle: Handle,
     pair: Option<Arc<Pair>>,
+    desk: Option<Desk>,
     name: String,
 }
 
 impl Commander {
-    /// Commands the machine of `handle`, whose gates are `pair`'s.
-    pub fn new(handle: Handle, pair: Option<Arc<Pair>>, name: &str) -> Self {
+    /// Commands the machine of `handle`, whose gates are `pair`'s and whose protection is asked for at `desk`.
+    pub fn new(handle: Handle, pair: Option<Arc<Pair>>, desk: Option<Desk>, name: &str) -> Self {
         Self {
             handle,
             pair,
+            desk,
             name: name.to_owned(),
         }
+    }
+}
+
+impl Commander {
+    fn desk(&self) -> Result<&Desk, ControlError> {
+        self.desk.as_ref().ok_or_else(|| {
+            let why = "this guest cannot be protected: it was not started by `tandem run`";
+            ControlError::Failed(why.into())
+        })
     }
 }
 
@@ -90,6 +110,30 @@ impl Control for Commander {
     fn protection(&self) -> Status {
         let pair = self.pair.as_ref();
         pair.map_or_else(|| Status::unprotected(&self.name), |pair| pair.status())
+    }
+
+    fn events(&self) -> Vec<Event> {
+        let pair = self.pair.as_ref();
+        pair.map_or_else(Vec::new, |pair| pair.events(0))
+    }
+
+    fn protect(&self, to: &Address, arbiter: &Path) -> Result<(), ControlError> {
+        let asked = self.desk()?.protect(to.clone(), arbiter.to_owned());
+        asked.map_err(ControlError::Failed)
+    }
+
+    fn unprotect(&self) -> Result<(), ControlError> {
+        self.desk()?.unprotect().map_err(ControlError::Failed)
+    }
+
+    fn fail_over(&self, dry_run: bool) -> Result<String, ControlError> {
+        let desk = self.desk()?;
+        let asked = if dry_run {
+            desk.may_fail_over()
+        } else {
+            desk.fail_over()
+        };
+        asked.map_err(ControlError::Failed)
     }
 
     fn snapshot(

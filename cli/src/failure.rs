@@ -48,6 +48,14 @@ pub enum Failure {
     /// A guest cannot be protected.
     #[error(transparent)]
     Protection(Box<ProtectionError>),
+    /// A guest is not protected, or not unprotected, in time.
+    #[error("guest `{name}` is not as asked for yet: {reason}")]
+    Unprotected {
+        /// Its name.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
     /// Another won a guest.
     #[error("guest `{name}` was won by another host just now")]
     Owned {
@@ -94,7 +102,7 @@ impl Failure {
             Self::Migration(MigrationError::Link { .. }) => Exit::Resource,
             Self::Migration(_) => Exit::Failed,
             Self::Protection(error) => protection_exit(error),
-            Self::Owned { .. } => Exit::Failed,
+            Self::Owned { .. } | Self::Unprotected { .. } => Exit::Failed,
             Self::Machine(error) => machine_exit(error.kind()),
         }
     }

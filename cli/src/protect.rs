@@ -1,11 +1,12 @@
 //! Protection of a guest by a second copy of it: `tandem run --protect` and `tandem standby`.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tandem_ft::arbiter::{ArbiterError, Claimant, DirectoryArbiter, Owner};
-use tandem_ft::runtime::{Claims, Invitation, Pair, Protect, ProtectionError, Protector, Standby};
+use tandem_ft::arbiter::{ArbiterError, DirectoryArbiter};
+use tandem_ft::runtime::{
+    Claims, Guest, Invitation, Pair, Protect, ProtectionError, Protector, Standby,
+};
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::{Machine, SavedMemory};
@@ -19,23 +20,15 @@ use crate::output;
 use crate::run::{Beside, RunContext, accept, run_machine};
 use crate::settings::{Launch, Protection, describe, file};
 
-/// Host name when the host has none that can be told.
-const NO_NAME: &str = "unnamed";
-
-/// Runs `launch` as a guest that is protected as `protection` says.
+/// Runs `launch` as a guest that can be protected, and is if its settings say so.
 ///
 /// # Errors
 /// When the guest cannot be started or protected, or does not end well.
-pub(crate) fn run(
-    launch: Launch,
-    protection: &Protection,
-    context: &RunContext,
-) -> Result<Exit, Failure> {
-    let to = protection.to.resolved()?;
+pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
     let name = launch.machine.name.clone();
-    let claims = open_arbiter(&protection.arbiter, &name)?;
-    let Some(term) = claims.claim_next()? else {
-        return Err(Failure::Owned { name });
+    let protect = match &launch.protection {
+        Some(protection) => Some(claim(protection, &name)?),
+        None => None,
     };
     let pair = Pair::new(&name, launch.machine.nets.len())
         .map_err(Failure::host("make gates for the guest"))?;
@@ -45,24 +38,29 @@ pub(crate) fn run(
         let description = describe(&config);
         let surroundings = surroundings(confinement, &pair);
         let machine = Machine::open(config, surroundings, started)?;
-        let protect = Protect {
+        let guest = Guest {
+            pair: Arc::clone(&pair),
+            handle: machine.handle(),
             description,
-            to,
-            claims,
-            term,
-            epoch: 0,
             confinement: confinement.entry(ThreadKind::Protection),
         };
-        let handle = machine.handle();
+        let protector = Protector::start(guest, protect)?;
         let beside = Beside {
-            pair: Some(Arc::clone(&pair)),
-            begin: Box::new(move || {
-                let protector = Protector::start(pair, handle, protect)?;
-                Ok(Box::new(move || protector.finish()))
-            }),
+            pair: Some(pair),
+            desk: Some(protector.desk()),
+            begin: Box::new(move || Box::new(move || protector.finish())),
         };
         Ok::<_, Failure>((machine, beside))
     })
+}
+
+fn claim(protection: &Protection, name: &str) -> Result<Protect, Failure> {
+    let to = protection.to.resolved()?;
+    let claims = Claims::open(&protection.arbiter, name)?;
+    match claims.claim_next()? {
+        Some(term) => Ok(Protect { to, claims, term }),
+        None => Err(Failure::Owned { name: name.into() }),
+    }
 }
 
 /// Waits for a guest that is to be protected, and runs its copy.
@@ -74,7 +72,7 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
     drop(DirectoryArbiter::open(&args.arbiter)?);
     let listener = args.listen.listen()?;
     let invitation = wait_for_primary(&listener, context.quiet)?;
-    let claims = open_arbiter(&args.arbiter, &invitation.offer.hello.hardware.name)?;
+    let claims = Claims::open(&args.arbiter, &invitation.offer.hello.hardware.name)?;
     let launch = match plan(args, &invitation) {
         Ok(launch) => launch,
         Err(failure) => {
@@ -116,9 +114,10 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
         let handle = machine.handle();
         let beside = Beside {
             pair: Some(pair),
+            desk: None,
             begin: Box::new(move || {
-                let thread = joined.start(handle)?;
-                Ok(Box::new(move || drop(thread)))
+                let thread = joined.start(handle);
+                Box::new(move || drop(thread))
             }),
         };
         Ok((machine, beside))
@@ -133,23 +132,6 @@ fn surroundings(confinement: &Confinement, pair: &Arc<Pair>) -> Surroundings {
     Surroundings {
         confinement: confinement.clone(),
         gates: pair.clone(),
-    }
-}
-
-fn open_arbiter(directory: &Path, guest: &str) -> Result<Claims, Failure> {
-    let arbiter = DirectoryArbiter::open(directory)?;
-    let owner = Owner {
-        claimant: Claimant::random().map_err(Failure::host("draw a random number"))?,
-        host: host_name(),
-    };
-    Ok(Claims::new(Box::new(arbiter), guest, owner))
-}
-
-fn host_name() -> String {
-    let name = rustix::system::uname();
-    match name.nodename().to_str() {
-        Ok(name) if !name.is_empty() => name.into(),
-        _ => NO_NAME.into(),
     }
 }
 

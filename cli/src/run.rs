@@ -8,11 +8,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::json;
-use tandem_ft::runtime::Pair;
+use tandem_ft::runtime::{Desk, Pair};
 use tandem_vmm::config::{ConsoleConfig, MachineConfig};
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::Outcome;
-use tandem_vmm::error::Error;
 use tandem_vmm::machine::Machine;
 use tandem_vmm::snapshot::directory;
 
@@ -53,10 +52,7 @@ pub fn run(args: RunArgs, context: &RunContext) -> Result<Exit, Failure> {
     if dry_run {
         return print_plan(launch, context.format);
     }
-    match launch.protection.clone() {
-        Some(protection) => crate::protect::run(launch, &protection, context),
-        None => start(launch, context),
-    }
+    crate::protect::run(launch, context)
 }
 
 /// Reads file and flags.
@@ -105,14 +101,6 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
     Ok(Exit::Ok)
 }
 
-fn start(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
-    let started = context.started;
-    run_machine(launch, context, |config, confinement| {
-        let machine = Machine::open(config, confinement, started)?;
-        Ok::<_, Error>((machine, Beside::nothing()))
-    })
-}
-
 /// Ends what goes on beside a machine, when its guest has ended.
 pub type Finish = Box<dyn FnOnce()>;
 
@@ -120,8 +108,10 @@ pub type Finish = Box<dyn FnOnce()>;
 pub struct Beside {
     /// Its gates, if it has some.
     pub pair: Option<Arc<Pair>>,
+    /// Where its protection is asked for, if it can be protected.
+    pub desk: Option<Desk>,
     /// Called when nothing but the guest itself can fail any more.
-    pub begin: Box<dyn FnOnce() -> Result<Finish, Failure>>,
+    pub begin: Box<dyn FnOnce() -> Finish>,
 }
 
 impl Beside {
@@ -134,9 +124,10 @@ impl Beside {
     pub fn beginning_with(begin: impl FnOnce() + 'static) -> Self {
         Self {
             pair: None,
+            desk: None,
             begin: Box::new(|| {
                 begin();
-                Ok(Box::new(|| {}))
+                Box::new(|| {})
             }),
         }
     }
@@ -174,14 +165,19 @@ where
         confine::give_files(user, &facts.config, &claim)?;
     }
     let terminal = enter_terminal(&facts, context.quiet)?;
-    let commander = Commander::new(machine.handle(), beside.pair, &facts.config.name);
+    let commander = Commander::new(
+        machine.handle(),
+        beside.pair,
+        beside.desk,
+        &facts.config.name,
+    );
     let guest = Guest::new(Arc::new(commander), facts);
     let confine = confinement.entry(ThreadKind::Api);
     let sweep = move || root.sweep();
     let service = Service::start(guest, sources, !context.quiet, sweep, confine)
         .map_err(Failure::host("start the API's thread"))?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest starts");
-    let finish = (beside.begin)()?;
+    let finish = (beside.begin)();
     let outcome = machine.run();
     finish();
     service.finish();

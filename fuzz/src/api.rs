@@ -13,6 +13,7 @@ use tandem_cli::api::types::{MigrationReport, SnapshotReport};
 use tandem_cli::api::{Facts, Guest};
 use tandem_cli::control::Control;
 use tandem_cli::settings::file;
+use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
 use tandem_vmm::control::{ControlError, MachineState, MachineStats, StopMode};
 use tandem_vmm::migration::{Address, MigrationError};
@@ -127,6 +128,34 @@ impl Control for Machine {
 
     fn protection(&self) -> Status {
         Status::unprotected("fuzz")
+    }
+
+    fn events(&self) -> Vec<Event> {
+        let event = Event {
+            number: 1,
+            time_us: 2,
+            event: "live".into(),
+            text: "took over".into(),
+        };
+        vec![event]
+    }
+
+    fn protect(&self, to: &Address, arbiter: &Path) -> Result<(), ControlError> {
+        match (to.to_string().len(), arbiter.is_absolute()) {
+            (0, _) | (_, false) => Err(ControlError::Gone),
+            _ => Ok(()),
+        }
+    }
+
+    fn unprotect(&self) -> Result<(), ControlError> {
+        Err(ControlError::Failed("it is not protected".into()))
+    }
+
+    fn fail_over(&self, dry_run: bool) -> Result<String, ControlError> {
+        if dry_run {
+            return Err(ControlError::Failed("it is not protected".into()));
+        }
+        Ok("host:1".into())
     }
 
     fn snapshot(

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use tandem_ft::runtime::status::{Role, Status};
 use tandem_vmm::control::{MachineState, MachineStats};
 
 /// Content type of the format.
@@ -15,7 +16,7 @@ const STATES: [(MachineState, &str); 3] = [
 ];
 
 /// The metrics of the guest `name`.
-pub fn text(name: &str, stats: &MachineStats) -> String {
+pub fn text(name: &str, stats: &MachineStats, protection: &Status) -> String {
     let mut out = Exposition(String::new());
     let version = env!("CARGO_PKG_VERSION");
     out.family("tandem_guest_info", "gauge", "The guest and its VMM.");
@@ -25,7 +26,60 @@ pub fn text(name: &str, stats: &MachineStats) -> String {
     times(&mut out, stats);
     exits(&mut out, stats);
     devices(&mut out, stats);
+    protected(&mut out, protection);
     out.0
+}
+
+fn protected(out: &mut Exposition, status: &Status) {
+    let yes = |value: bool| if value { "1" } else { "0" };
+    let name = "tandem_protection_protected";
+    out.family(name, "gauge", "1 while a second copy could go on.");
+    out.sample(name, &[], yes(status.protected));
+    let name = "tandem_protection_primary";
+    out.family(name, "gauge", "1 for the guest itself, 0 for its copy.");
+    out.sample(name, &[], yes(status.role == Role::Primary));
+    let pause = "tandem_protection_pause_microseconds";
+    for (name, kind, help, value) in [
+        (
+            "tandem_protection_term",
+            "gauge",
+            "Number of the guest's owner.",
+            status.term,
+        ),
+        (
+            "tandem_protection_epoch",
+            "gauge",
+            "Number of the last checkpoint.",
+            status.epoch,
+        ),
+        (
+            "tandem_protection_matched_outputs_total",
+            "counter",
+            "Frames that were compared and left.",
+            status.matched_outputs,
+        ),
+        (
+            "tandem_protection_resyncs_total",
+            "counter",
+            "Checkpoints after the first of a protection.",
+            status.resyncs,
+        ),
+    ] {
+        out.family(name, kind, help);
+        out.sample(name, &[], &value.to_string());
+    }
+    out.family(
+        pause,
+        "gauge",
+        "How long the guest stood for the last checkpoints.",
+    );
+    for (quantile, value) in [
+        ("0.5", status.pause_us.p50),
+        ("0.99", status.pause_us.p99),
+        ("1", status.pause_us.max),
+    ] {
+        out.sample(pause, &[("quantile", quantile)], &value.to_string());
+    }
 }
 
 fn states(out: &mut Exposition, state: MachineState) {

@@ -124,7 +124,7 @@ fn value(samples: &[Sample], name: &str, labels: &[(&str, &str)]) -> f64 {
 
 #[test]
 fn a_scraper_reads_what_the_machine_counted() {
-    let samples = read(&text("web", &stats()));
+    let samples = read(&text("web", &stats(), &Status::unprotected("web")));
     let get = |name, labels: &[_]| value(&samples, name, labels);
     assert_eq!(get("tandem_guest_state", &[("state", "paused")]), 1.0);
     assert_eq!(get("tandem_guest_state", &[("state", "running")]), 0.0);

@@ -28,7 +28,10 @@ use tandem_vmm::migration::MigrationError;
 
 use crate::control::Control;
 use crate::settings::describe;
-use types::{ErrorBody, ErrorCode, GuestInfo, MigrateBody, SnapshotBody, StateBody, StopBody};
+use types::{
+    ErrorBody, ErrorCode, FailOverAnswer, FailOverBody, GuestInfo, MigrateBody, ProtectBody,
+    SnapshotBody, StateBody, StopBody,
+};
 
 /// Longest request body, in bytes.
 pub const BODY_LEN_MAX: usize = 4096;
@@ -68,6 +71,14 @@ pub enum Endpoint {
     Resume,
     /// How the guest is protected.
     Protection,
+    /// What happened to its protection lately.
+    Events,
+    /// Protect it.
+    Protect,
+    /// Protect it no longer.
+    Unprotect,
+    /// Let its copy take over.
+    FailOver,
     /// Save the guest to a directory.
     Snapshot,
     /// Move the guest to where a target waits for it.
@@ -100,13 +111,17 @@ const fn route(method: Method, path: &'static str, endpoint: Endpoint) -> Route 
 }
 
 /// Every route that the server has.
-pub static ROUTES: [Route; 11] = [
+pub static ROUTES: [Route; 15] = [
     route(Method::GET, "/api/v1/guest", Endpoint::Info),
     route(Method::GET, "/api/v1/stats", Endpoint::Stats),
     route(Method::GET, "/api/v1/logs", Endpoint::Logs),
     route(Method::POST, "/api/v1/pause", Endpoint::Pause),
     route(Method::POST, "/api/v1/resume", Endpoint::Resume),
     route(Method::GET, "/api/v1/protection", Endpoint::Protection),
+    route(Method::GET, "/api/v1/events", Endpoint::Events),
+    route(Method::POST, "/api/v1/protect", Endpoint::Protect),
+    route(Method::POST, "/api/v1/unprotect", Endpoint::Unprotect),
+    route(Method::POST, "/api/v1/failover", Endpoint::FailOver),
     route(Method::POST, "/api/v1/snapshot", Endpoint::Snapshot),
     route(Method::POST, "/api/v1/migrate", Endpoint::Migrate),
     route(Method::POST, "/api/v1/stop", Endpoint::Stop),
@@ -202,7 +217,9 @@ impl Guest {
             Endpoint::Stats => json(StatusCode::OK, &self.control.stats()?),
             Endpoint::Logs => Ok(text("text/plain; charset=utf-8", self.logs()?)),
             Endpoint::Metrics => {
-                let body = metrics::text(&self.facts.config.name, &self.control.stats()?);
+                let stats = self.control.stats()?;
+                let protection = self.control.protection();
+                let body = metrics::text(&self.facts.config.name, &stats, &protection);
                 Ok(text(metrics::CONTENT_TYPE, body))
             }
             Endpoint::OpenApi => Ok(text("application/json", OPENAPI)),
@@ -215,6 +232,13 @@ impl Guest {
                 json(StatusCode::OK, &StateBody::new(MachineState::Running))
             }
             Endpoint::Protection => json(StatusCode::OK, &self.control.protection()),
+            Endpoint::Events => json(StatusCode::OK, &self.control.events()),
+            Endpoint::Protect => self.protect(body),
+            Endpoint::Unprotect => {
+                self.control.unprotect()?;
+                json(StatusCode::ACCEPTED, &self.control.protection())
+            }
+            Endpoint::FailOver => self.fail_over(body),
             Endpoint::Snapshot => self.snapshot(body),
             Endpoint::Migrate => self.migrate(body),
             Endpoint::Stop => self.stop(body),
@@ -235,6 +259,38 @@ impl Guest {
         let description = describe(&self.facts.config);
         let report = self.control.migrate(&to, &description, budget)?;
         json(StatusCode::OK, &report)
+    }
+
+    fn protect(&self, body: &[u8]) -> Result<Response, ErrorBody> {
+        let bad = |reason: String| {
+            let message = format!(
+                "the body must be {{\"to\": \"ADDRESS\", \"arbiter\": \"/PATH\"}}: {reason}"
+            );
+            ErrorBody::new(ErrorCode::BadBody, message)
+        };
+        let body: ProtectBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
+        let to = body
+            .to
+            .parse()
+            .map_err(|e: MigrationError| bad(e.to_string()))?;
+        if !body.arbiter.is_absolute() {
+            return Err(bad("the path is relative".into()));
+        }
+        self.control.protect(&to, &body.arbiter)?;
+        json(StatusCode::ACCEPTED, &self.control.protection())
+    }
+
+    fn fail_over(&self, body: &[u8]) -> Result<Response, ErrorBody> {
+        let body: FailOverBody = match body {
+            [] => FailOverBody::default(),
+            body => serde_json::from_slice(body).map_err(|e| {
+                let message = format!("the body must be empty or {{\"dry_run\": true|false}}: {e}");
+                ErrorBody::new(ErrorCode::BadBody, message)
+            })?,
+        };
+        let to = self.control.fail_over(body.dry_run)?;
+        let dry_run = body.dry_run;
+        json(StatusCode::ACCEPTED, &FailOverAnswer { to, dry_run })
     }
 
     fn snapshot(&self, body: &[u8]) -> Result<Response, ErrorBody> {

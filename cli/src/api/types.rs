@@ -203,6 +203,33 @@ impl ErrorCode {
     }
 }
 
+/// How a guest is to be protected.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProtectBody {
+    /// Where a standby listens.
+    pub to: String,
+    /// The directory that decides who owns the guest.
+    pub arbiter: PathBuf,
+}
+
+/// Whether the copy of a guest is to take over, or only to be looked at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FailOverBody {
+    /// Only say where it would.
+    pub dry_run: bool,
+}
+
+/// Where the copy of a guest takes over, or would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailOverAnswer {
+    /// Where the copy is.
+    pub to: String,
+    /// Whether nothing was done.
+    pub dry_run: bool,
+}
+
 /// Why a request was not carried out.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {

@@ -2,6 +2,7 @@
 
 mod attach;
 mod change;
+mod protection;
 mod saved;
 mod show;
 mod writing;
@@ -115,7 +116,29 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             let context = context(started, &cli.runtime_dir, style);
             return protect::standby(&args, &context);
         }
-        Verb::Status { name } => show::status(&root()?.find(&name)?, style)?,
+        Verb::Protect {
+            change,
+            to,
+            arbiter,
+            timeout,
+        } => {
+            let ask = protection::Ask {
+                to,
+                arbiter,
+                timeout,
+            };
+            protection::protect(&root()?.find(&change.name)?, &change, &ask, style)?;
+        }
+        Verb::Unprotect(change) => {
+            protection::unprotect(&root()?.find(&change.name)?, &change, style)?;
+        }
+        Verb::Failover(change) => {
+            protection::fail_over(&root()?.find(&change.name)?, &change, style)?;
+        }
+        Verb::Events { name, follow } => {
+            protection::events(&root()?.find(&name)?, follow, style)?;
+        }
+        Verb::Status { name } => protection::status(&root()?.find(&name)?, style)?,
         Verb::Inspect { directory, verify } => saved::inspect(&directory, verify, style)?,
         Verb::Man { directory } => writing::man(&directory)?,
         Verb::Completions { shell } => writing::completions(shell)?,

@@ -6,8 +6,6 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::Style;
-use tandem_ft::runtime::status::{Percentiles, Role, Status};
-
 use crate::api::types::GuestInfo;
 use crate::client::{Client, ClientError};
 use crate::exit::Exit;
@@ -90,53 +88,6 @@ pub(super) fn list(root: &Root, style: Style) -> Result<(), Failure> {
         output::print(table.text())
     };
     printed.map_err(printing())
-}
-
-/// Shows how a guest is protected.
-pub(super) fn status(guest: &Guest, style: Style) -> Result<(), Failure> {
-    let status: Status = Client::new(guest)?.get_json("/api/v1/protection")?;
-    let printed = if style.json() {
-        output::print_json(&status)
-    } else {
-        output::print(status_table(&status))
-    };
-    printed.map_err(printing())
-}
-
-fn status_table(status: &Status) -> String {
-    let times = |p: &Percentiles| match p.samples {
-        0 => "none yet".to_owned(),
-        _ => format!("p50 {} p99 {} max {} us", p.p50, p.p99, p.max),
-    };
-    let role = match status.role {
-        Role::Primary => "primary",
-        Role::Secondary => "secondary",
-    };
-    let rows = [
-        ("name", status.name.clone()),
-        ("role", role.to_owned()),
-        (
-            "protected",
-            if status.protected { "yes" } else { "no" }.to_owned(),
-        ),
-        ("reason", status.reason.clone()),
-        ("mode", status.mode.clone()),
-        ("term", status.term.to_string()),
-        ("epoch", status.epoch.to_string()),
-        ("peer", status.peer.clone().unwrap_or_default()),
-        ("matched outputs", status.matched_outputs.to_string()),
-        ("resyncs", status.resyncs.to_string()),
-        (
-            "last resync",
-            status.last_resync.clone().unwrap_or_default(),
-        ),
-        ("pause", times(&status.pause_us)),
-        ("resync", times(&status.resync_us)),
-    ];
-    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    rows.iter()
-        .map(|(name, value)| format!("{name:width$}  {value}").trim_end().to_owned() + "\n")
-        .collect()
 }
 
 fn list_json(guest: &Guest, info: Option<GuestInfo>) -> serde_json::Value {

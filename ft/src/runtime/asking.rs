@@ -1,8 +1,10 @@
 //! Asking the arbiter, which blocks on storage: on a thread of its own.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::arbiter::{Arbiter, ArbiterError, Claim, Owner, Term};
+use super::ProtectionError;
+use crate::arbiter::{Arbiter, ArbiterError, Claim, Claimant, DirectoryArbiter, Owner, Term};
 use crate::pair::Outcome;
 
 /// An arbiter and who asks it. Cheap to clone.
@@ -13,7 +15,24 @@ pub struct Claims {
     owner: Owner,
 }
 
+/// Host name when the host has none that can be told.
+const NO_NAME: &str = "unnamed";
+
 impl Claims {
+    /// Claims terms of `guest`, for this process, from the directory `arbiter`. Blocks on storage.
+    ///
+    /// # Errors
+    /// When the directory cannot be one that decides.
+    pub fn open(arbiter: &Path, guest: &str) -> Result<Self, ProtectionError> {
+        let arbiter = DirectoryArbiter::open(arbiter)?;
+        let claimant = Claimant::random();
+        let owner = Owner {
+            claimant: claimant.map_err(ProtectionError::host("draw a random number"))?,
+            host: host_name(),
+        };
+        Ok(Self::new(Box::new(arbiter), guest, owner))
+    }
+
     /// Claims terms of `guest` for `owner`.
     pub fn new(arbiter: Box<dyn Arbiter>, guest: &str, owner: Owner) -> Self {
         Self {
@@ -62,5 +81,13 @@ impl Claims {
             tracing::error!(%error, "the arbiter cannot be asked: this host has no threads left");
             std::process::abort();
         }
+    }
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname();
+    match name.nodename().to_str() {
+        Ok(name) if !name.is_empty() => name.into(),
+        _ => NO_NAME.into(),
     }
 }

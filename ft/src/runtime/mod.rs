@@ -26,5 +26,5 @@ pub use asking::Claims;
 pub use checkpoint::Offer;
 pub use error::ProtectionError;
 pub use pair::Pair;
-pub use primary::{Protect, Protector};
+pub use primary::{Desk, Guest, Protect, Protector};
 pub use secondary::{Invitation, Joined, Standby};

@@ -4,8 +4,9 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -43,23 +44,21 @@ const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(1);
 /// How often a thread that waits looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long asking for protection may take: an arbiter's storage is slow at times.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Stack of the thread that makes checkpoints, in bytes.
+const THREAD_STACK: usize = 512 << 10;
 /// How long the last outputs may take to be compared when the guest has ended.
 const LAST_OUTPUTS: Duration = Duration::from_millis(500);
 
-/// What it takes to protect a guest.
+/// How a guest is to be protected.
 pub struct Protect {
-    /// The guest's file, as `tandem run` takes it.
-    pub description: String,
     /// Where a standby listens.
     pub to: Address,
     /// Who decides who owns the guest.
     pub claims: Claims,
     /// Number of this owner.
     pub term: Term,
-    /// Number of the guest's last checkpoint.
-    pub epoch: u64,
-    /// What the threads may still do.
-    pub confinement: Entry,
 }
 
 /// What the thread that makes checkpoints is to do.
@@ -192,65 +191,227 @@ impl Core {
     }
 }
 
-/// Protects a guest for as long as it lives.
+/// A guest that may be protected.
+pub struct Guest {
+    /// Its gates.
+    pub pair: Arc<Pair>,
+    /// It itself.
+    pub handle: Handle,
+    /// Its file, as `tandem run` takes it.
+    pub description: String,
+    /// What the threads that protect it may still do.
+    pub confinement: Entry,
+}
+
+/// What is asked of a protector.
+enum Request {
+    Protect {
+        to: Address,
+        arbiter: PathBuf,
+        answer: SyncSender<Result<(), String>>,
+    },
+    /// The guest has ended.
+    End,
+}
+
+/// What all threads of a protector share.
+struct Shared {
+    /// The guest has ended.
+    stop: AtomicBool,
+    /// It is not to be protected any more.
+    dismiss: AtomicBool,
+    /// The secondary is to take over.
+    leave: AtomicBool,
+    core: Mutex<Option<Arc<Core>>>,
+}
+
+/// Protects a guest when it is asked to, for as long as the guest lives.
 pub struct Protector {
     thread: JoinHandle<()>,
-    stop: Arc<AtomicBool>,
-    core: Arc<Core>,
+    desk: Desk,
+}
+
+/// Where protection is asked for. Cheap to clone.
+#[derive(Clone)]
+pub struct Desk {
+    pair: Arc<Pair>,
+    handle: Handle,
+    shared: Arc<Shared>,
+    requests: Sender<Request>,
 }
 
 impl Protector {
-    /// Begins to protect the guest of `handle`, whose gates are `pair`'s.
+    /// Stands ready to protect `guest`, and begins with it if `protect` says how.
     ///
     /// # Errors
     /// When the host has no threads left.
-    pub fn start(
-        pair: Arc<Pair>,
-        handle: Handle,
-        options: Protect,
-    ) -> Result<Self, ProtectionError> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let machine = pair::Primary::alone(options.term, Epoch(options.epoch), Scheduling::Normal);
-        let core = Arc::new_cyclic(|this| Core {
-            this: this.clone(),
-            pair,
-            handle,
-            claims: options.claims.clone(),
-            machine: Mutex::new(machine),
-            orders: Mutex::new(None),
-            link: Mutex::new(None),
-            suspended: AtomicBool::new(false),
+    pub fn start(guest: Guest, protect: Option<Protect>) -> Result<Self, ProtectionError> {
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            dismiss: AtomicBool::new(false),
+            leave: AtomicBool::new(false),
+            core: Mutex::new(None),
         });
-        core.pair.lock_status().term = options.term.0;
-        let mut driver = Driver {
-            core: Arc::clone(&core),
-            options,
-            stop: Arc::clone(&stop),
+        let (requests, incoming) = channel();
+        let desk = Desk {
+            pair: Arc::clone(&guest.pair),
+            handle: guest.handle.clone(),
+            shared: Arc::clone(&shared),
+            requests,
         };
         let thread = std::thread::Builder::new()
             .name("protect".into())
-            .spawn(move || driver.run())
+            .stack_size(THREAD_STACK)
+            .spawn(move || supervise(&guest, protect, &shared, &incoming))
             .map_err(ProtectionError::host("start the protecting thread"))?;
-        Ok(Self { thread, stop, core })
+        Ok(Self { thread, desk })
     }
 
-    /// The guest has ended: its last outputs are compared, and the secondary is told.
+    /// Where protection is asked for.
+    pub fn desk(&self) -> Desk {
+        self.desk.clone()
+    }
+
+    /// The guest has ended: its last outputs are compared, and the secondary is told, unless it is to take
+    /// over.
     pub fn finish(self) {
+        let shared = &self.desk.shared;
+        let core = lock(&shared.core).clone();
+        if shared.leave.load(Ordering::SeqCst) {
+            // The end of this process says the rest.
+            return;
+        }
         let deadline = Instant::now() + LAST_OUTPUTS;
-        while self.core.pair.holds() && Instant::now() < deadline {
+        while self.desk.pair.holds() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.stop.store(true, Ordering::SeqCst);
-        self.core.event(PrimaryEvent::GuestEnded);
+        shared.stop.store(true, Ordering::SeqCst);
+        if let Some(core) = core {
+            core.event(PrimaryEvent::GuestEnded);
+        }
+        // It may have ended.
+        drop(self.desk.requests.send(Request::End));
         // It may be in the middle of a checkpoint of a guest that is gone, and finds out.
         drop(self.thread.join());
     }
 }
 
-struct Driver {
+impl Desk {
+    /// Protects the guest by who stands by at `to`; the directory `arbiter` decides who owns it. Returns when
+    /// its term is won, or it cannot be.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub fn protect(&self, to: Address, arbiter: PathBuf) -> Result<(), String> {
+        let (answer, answered) = sync_channel(1);
+        let gone = "the guest has ended".to_owned();
+        if lock(&self.shared.core).is_some() {
+            return Err("the guest is protected already, or is to be: see `tandem status`".into());
+        }
+        let request = Request::Protect {
+            to,
+            arbiter,
+            answer,
+        };
+        self.requests.send(request).map_err(|_| gone.clone())?;
+        answered.recv_timeout(ANSWER_TIMEOUT).map_err(|_| gone)?
+    }
+
+    /// Protects the guest no longer: its secondary is dismissed.
+    ///
+    /// # Errors
+    /// When it is not protected.
+    pub fn unprotect(&self) -> Result<(), String> {
+        if lock(&self.shared.core).is_none() {
+            return Err("the guest is not protected".into());
+        }
+        self.shared.dismiss.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Whether the secondary could take over now, and where it is.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_fail_over(&self) -> Result<String, String> {
+        let state = lock(&self.shared.core).as_ref().map(|core| core.state());
+        match state {
+            Some(PrimaryState::Protected(_)) => {
+                let peer = self.pair.status().peer;
+                Ok(peer.unwrap_or_default())
+            }
+            Some(_) => Err(self.pair.status().reason),
+            None => Err("the guest is not protected".into()),
+        }
+    }
+
+    /// Ends the guest here, so that its secondary takes over.
+    ///
+    /// # Errors
+    /// When it could not.
+    pub fn fail_over(&self) -> Result<String, String> {
+        let peer = self.may_fail_over()?;
+        self.shared.leave.store(true, Ordering::SeqCst);
+        // Nothing leaves here any more; what is held the secondary has too.
+        self.pair.permit().set(pair::Gate::Shut);
+        self.pair.happened(
+            "failing-over",
+            format!("the secondary at {peer} is to take over"),
+        );
+        self.handle
+            .stop(StopMode::Force)
+            .map_err(|error| error.to_string())?;
+        Ok(peer)
+    }
+}
+
+/// Protects the guest whenever that is asked for, until it ends.
+fn supervise(
+    guest: &Guest,
+    mut protect: Option<Protect>,
+    shared: &Arc<Shared>,
+    requests: &Receiver<Request>,
+) {
+    if let Err(error) = guest.confinement.enter() {
+        tracing::error!(%error, "the protecting thread cannot be confined");
+        return;
+    }
+    loop {
+        if let Some(protect) = protect.take() {
+            Driver::new(guest, protect, shared).run();
+            *lock(&shared.core) = None;
+        }
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let Ok(Request::Protect {
+            to,
+            arbiter,
+            answer,
+        }) = requests.recv()
+        else {
+            return;
+        };
+        let opened = open(guest, to, &arbiter);
+        let told = opened.map(|opened| protect = Some(opened));
+        // Whoever asked may have stopped waiting.
+        drop(answer.send(told.map_err(|error| causes(&error))));
+    }
+}
+
+fn open(guest: &Guest, to: Address, arbiter: &Path) -> Result<Protect, ProtectionError> {
+    let name = guest.pair.status().name;
+    let claims = Claims::open(arbiter, &name)?;
+    let term = claims.claim_next()?;
+    let term = term.ok_or_else(|| ProtectionError::Garbled("that another won the guest".into()))?;
+    Ok(Protect { to, claims, term })
+}
+
+struct Driver<'a> {
     core: Arc<Core>,
-    options: Protect,
-    stop: Arc<AtomicBool>,
+    to: Address,
+    guest: &'a Guest,
+    shared: Arc<Shared>,
 }
 
 /// A secondary that is connected.
@@ -261,12 +422,37 @@ struct Connected<'a> {
     thread: JoinHandle<()>,
 }
 
-impl Driver {
-    fn run(&mut self) {
-        if let Err(error) = self.options.confinement.enter() {
-            tracing::error!(%error, "the protecting thread cannot be confined");
-            return;
+impl<'a> Driver<'a> {
+    fn new(guest: &'a Guest, protect: Protect, shared: &Arc<Shared>) -> Self {
+        let Protect { to, claims, term } = protect;
+        let epoch = Epoch(guest.pair.epoch());
+        let machine = pair::Primary::alone(term, epoch, Scheduling::Normal);
+        let core = Arc::new_cyclic(|this| Core {
+            this: this.clone(),
+            pair: Arc::clone(&guest.pair),
+            handle: guest.handle.clone(),
+            claims,
+            machine: Mutex::new(machine),
+            orders: Mutex::new(None),
+            link: Mutex::new(None),
+            suspended: AtomicBool::new(false),
+        });
+        shared.dismiss.store(false, Ordering::SeqCst);
+        *lock(&shared.core) = Some(Arc::clone(&core));
+        let mut status = guest.pair.lock_status();
+        status.term = term.0;
+        status.reason = "a secondary is looked for".into();
+        drop(status);
+        Self {
+            core,
+            to,
+            guest,
+            shared: Arc::clone(shared),
         }
+    }
+
+    /// Protects the guest until that is not wanted any more, or it ends.
+    fn run(&self) {
         while !self.stopped() {
             match self.connect() {
                 Ok(connected) => self.serve(connected),
@@ -278,6 +464,15 @@ impl Driver {
             }
             self.rest();
         }
+        if self.dismissed() {
+            let mut status = self.core.pair.lock_status();
+            status.reason = "protection was ended".into();
+            status.peer = None;
+        }
+    }
+
+    fn dismissed(&self) -> bool {
+        self.shared.dismiss.load(Ordering::SeqCst)
     }
 
     fn stopped(&self) -> bool {
@@ -285,7 +480,7 @@ impl Driver {
             self.core.state(),
             PrimaryState::Fenced | PrimaryState::Ended
         );
-        over || self.stop.load(Ordering::SeqCst)
+        over || self.dismissed() || self.shared.stop.load(Ordering::SeqCst)
     }
 
     fn rest(&self) {
@@ -297,20 +492,20 @@ impl Driver {
 
     fn connect(&self) -> Result<Connected<'_>, ProtectionError> {
         let core = &self.core;
-        let mut checkpoints = self.options.to.connect()?;
+        let mut checkpoints = self.to.connect()?;
         let session = Session::begin(&core.handle)?;
         let token = token();
         let offer = Offer {
             token,
             term: lock(&core.machine).term().0,
             hello: Hello {
-                description: self.options.description.clone(),
+                description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
             },
         };
         greet(&mut checkpoints, Purpose::Protection, &offer)?;
         expect(&mut checkpoints, FrameKind::Accept)?;
-        let mut link = self.options.to.connect()?;
+        let mut link = self.to.connect()?;
         greet(&mut link, Purpose::Pairing, &Greeting { token })?;
         let share = |link: &Link| {
             link.try_clone()
@@ -320,7 +515,7 @@ impl Driver {
         *lock(&core.link) = Some(share(&checkpoints)?);
         let (tell, orders) = channel();
         *lock(&core.orders) = Some(tell);
-        core.pair.lock_status().peer = Some(self.options.to.to_string());
+        core.pair.lock_status().peer = Some(self.to.to_string());
         core.event(PrimaryEvent::Joined);
         let talking = Arc::clone(core);
         let thread = std::thread::Builder::new()
@@ -363,6 +558,10 @@ impl Driver {
 
     /// Nothing is to be done for a while.
     fn look(&self, last: &mut Instant) {
+        if self.dismissed() {
+            self.core.event(PrimaryEvent::GivenUp);
+            return;
+        }
         let event = match self.core.state() {
             PrimaryState::Protected(_) if last.elapsed() >= CHECKPOINT_INTERVAL_MAX => {
                 *last = Instant::now();

@@ -1,0 +1,201 @@
+//! Verbs about a guest's protection: `status`, `protect`, `unprotect`, `failover`, `events`.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use tandem_ft::runtime::events::Event;
+use tandem_ft::runtime::status::{Percentiles, Role, Status};
+use tandem_vmm::migration::Address;
+
+use super::Style;
+use super::change::tell_plan;
+use crate::api::types::{FailOverAnswer, FailOverBody, ProtectBody};
+use crate::args::ChangeArgs;
+use crate::client::Client;
+use crate::failure::Failure;
+use crate::output;
+use crate::runtime_dir::Guest;
+
+/// Time between two looks at a guest whose protection changes.
+const LOOK: Duration = Duration::from_millis(50);
+/// Time between two looks for new events.
+const EVENTS_LOOK: Duration = Duration::from_millis(200);
+
+/// How a guest is to be protected.
+#[derive(Clone, Debug)]
+pub(super) struct Ask {
+    /// Where a standby listens.
+    pub(super) to: Address,
+    /// The directory that decides who owns the guest.
+    pub(super) arbiter: PathBuf,
+    /// How long it may take.
+    pub(super) timeout: Duration,
+}
+
+fn printing() -> impl FnOnce(std::io::Error) -> Failure {
+    Failure::host("print the result")
+}
+
+fn ask_status(guest: &Guest) -> Result<Status, Failure> {
+    Ok(Client::new(guest)?.get_json("/api/v1/protection")?)
+}
+
+fn print_status(status: &Status, style: Style) -> Result<(), Failure> {
+    let printed = match (style.json(), style.quiet) {
+        (true, _) => output::print_json(status),
+        (false, true) => Ok(()),
+        (false, false) => output::print(status_table(status)),
+    };
+    printed.map_err(printing())
+}
+
+/// Protects a guest, and waits until it is.
+pub(super) fn protect(
+    guest: &Guest,
+    change: &ChangeArgs,
+    ask: &Ask,
+    style: Style,
+) -> Result<(), Failure> {
+    if change.dry_run {
+        return tell_plan(guest, "protect", style);
+    }
+    let directory = std::path::absolute(&ask.arbiter);
+    let body = ProtectBody {
+        to: ask.to.resolved()?.to_string(),
+        arbiter: directory.map_err(Failure::host("find the working directory"))?,
+    };
+    let client = Client::new(guest)?.with_timeout(ask.timeout);
+    client.post("/api/v1/protect", &body)?;
+    let status = wait_until(guest, ask.timeout, |status| status.protected)?;
+    print_status(&status, style)
+}
+
+fn wait_until(
+    guest: &Guest,
+    timeout: Duration,
+    wanted: impl Fn(&Status) -> bool,
+) -> Result<Status, Failure> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let status = ask_status(guest)?;
+        if wanted(&status) {
+            return Ok(status);
+        }
+        if Instant::now() >= deadline {
+            return Err(Failure::Unprotected {
+                name: guest.name(),
+                reason: status.reason,
+            });
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Protects a guest no longer.
+pub(super) fn unprotect(guest: &Guest, change: &ChangeArgs, style: Style) -> Result<(), Failure> {
+    if change.dry_run {
+        return tell_plan(guest, "unprotect", style);
+    }
+    Client::new(guest)?.post("/api/v1/unprotect", &json!({}))?;
+    let over = |status: &Status| !status.protected && status.peer.is_none();
+    let status = wait_until(guest, Duration::from_secs(10), over)?;
+    print_status(&status, style)
+}
+
+/// Lets a guest's copy take over.
+pub(super) fn fail_over(guest: &Guest, change: &ChangeArgs, style: Style) -> Result<(), Failure> {
+    let body = FailOverBody {
+        dry_run: change.dry_run,
+    };
+    let answer: FailOverAnswer = Client::new(guest)?.post_json("/api/v1/failover", &body)?;
+    let (name, to) = (guest.name(), &answer.to);
+    let printed = match (style.json(), style.quiet) {
+        (true, _) => output::print_json(&answer),
+        (false, true) => Ok(()),
+        (false, false) if answer.dry_run => {
+            output::print(format!("would let the copy of {name} at {to} take over\n"))
+        }
+        (false, false) => output::print(format!("{name}: goes on at {to}\n")),
+    };
+    printed.map_err(printing())
+}
+
+/// Shows what happened to a guest's protection.
+pub(super) fn events(guest: &Guest, follow: bool, style: Style) -> Result<(), Failure> {
+    let mut shown = 0;
+    loop {
+        let asked = Client::new(guest).and_then(|client| client.get_json("/api/v1/events"));
+        let events: Vec<Event> = match asked {
+            // The guest has ended while it was watched.
+            Err(_) if shown > 0 && follow => return Ok(()),
+            asked => asked?,
+        };
+        for event in events.iter().filter(|event| event.number > shown) {
+            show_event(event, style)?;
+        }
+        shown = events.last().map_or(shown, |event| event.number);
+        if !follow {
+            return Ok(());
+        }
+        std::thread::sleep(EVENTS_LOOK);
+    }
+}
+
+fn show_event(event: &Event, style: Style) -> Result<(), Failure> {
+    let printed = if style.json() {
+        output::print(format!("{}\n", json!(event)))
+    } else {
+        let (seconds, rest) = (event.time_us / 1_000_000, event.time_us % 1_000_000);
+        let (word, text) = (&event.event, &event.text);
+        output::print(format!("{seconds}.{rest:06}  {word:<14} {text}\n"))
+    };
+    printed.map_err(printing())
+}
+
+/// Shows how a guest is protected.
+pub(super) fn status(guest: &Guest, style: Style) -> Result<(), Failure> {
+    let status = ask_status(guest)?;
+    let printed = if style.json() {
+        output::print_json(&status)
+    } else {
+        output::print(status_table(&status))
+    };
+    printed.map_err(printing())
+}
+
+fn status_table(status: &Status) -> String {
+    let times = |p: &Percentiles| match p.samples {
+        0 => "none yet".to_owned(),
+        _ => format!("p50 {} p99 {} max {} us", p.p50, p.p99, p.max),
+    };
+    let role = match status.role {
+        Role::Primary => "primary",
+        Role::Secondary => "secondary",
+    };
+    let rows = [
+        ("name", status.name.clone()),
+        ("role", role.to_owned()),
+        (
+            "protected",
+            if status.protected { "yes" } else { "no" }.to_owned(),
+        ),
+        ("reason", status.reason.clone()),
+        ("mode", status.mode.clone()),
+        ("term", status.term.to_string()),
+        ("epoch", status.epoch.to_string()),
+        ("peer", status.peer.clone().unwrap_or_default()),
+        ("matched outputs", status.matched_outputs.to_string()),
+        ("resyncs", status.resyncs.to_string()),
+        (
+            "last resync",
+            status.last_resync.clone().unwrap_or_default(),
+        ),
+        ("pause", times(&status.pause_us)),
+        ("resync", times(&status.resync_us)),
+    ];
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    rows.iter()
+        .map(|(name, value)| format!("{name:width$}  {value}").trim_end().to_owned() + "\n")
+        .collect()
+}
