@@ -79,6 +79,8 @@ struct Core {
     link: Mutex<Option<Link>>,
     /// The guest stands because the core said so.
     suspended: AtomicBool,
+    /// The secondary is to take over: nothing is said to anybody any more.
+    left: AtomicBool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -90,6 +92,9 @@ impl Core {
     /// sent that was just cut.
     fn event(&self, event: PrimaryEvent) -> bool {
         let mut machine = lock(&self.machine);
+        if self.left.load(Ordering::SeqCst) {
+            return false;
+        }
         let actions = machine.handle(Instant::now(), event);
         self.pair.permit().set(machine.gate());
         self.pair.lock_status().term = machine.term().0;
@@ -100,6 +105,14 @@ impl Core {
 
     fn state(&self) -> PrimaryState {
         lock(&self.machine).state()
+    }
+
+    /// Nothing leaves here any more, and nothing is decided; what is held the secondary has too.
+    fn leave(&self) {
+        let machine = lock(&self.machine);
+        self.left.store(true, Ordering::SeqCst);
+        self.pair.permit().set(pair::Gate::Shut);
+        drop(machine);
     }
 
     fn carry_out(&self, actions: Actions) -> bool {
@@ -352,8 +365,9 @@ impl Desk {
     pub fn fail_over(&self) -> Result<String, String> {
         let peer = self.may_fail_over()?;
         self.shared.leave.store(true, Ordering::SeqCst);
-        // Nothing leaves here any more; what is held the secondary has too.
-        self.pair.permit().set(pair::Gate::Shut);
+        if let Some(core) = &*lock(&self.shared.core) {
+            core.leave();
+        }
         self.pair.happened(
             "failing-over",
             format!("the secondary at {peer} is to take over"),
@@ -436,6 +450,7 @@ impl<'a> Driver<'a> {
             orders: Mutex::new(None),
             link: Mutex::new(None),
             suspended: AtomicBool::new(false),
+            left: AtomicBool::new(false),
         });
         shared.dismiss.store(false, Ordering::SeqCst);
         *lock(&shared.core) = Some(Arc::clone(&core));
