@@ -1,0 +1,244 @@
+//! A guest and its copy, under `tandem run --protect` and `tandem standby`: each in a runtime directory
+//! of its own, on one network, with a [`Link`] between them and an arbiter that both reach.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
+use crate::link::Link;
+use crate::network;
+
+/// Pause before something is looked at again.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A side of a pair, as it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The guest that the outside talked to first.
+    Primary,
+    /// Its copy.
+    Secondary,
+}
+
+impl Side {
+    /// The other one.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Primary => Self::Secondary,
+            Self::Secondary => Self::Primary,
+        }
+    }
+}
+
+/// A guest and its copy; all of it is gone when dropped.
+pub struct Pair {
+    primary: Guest,
+    secondary: Guest,
+    /// Between the two.
+    pub link: Link,
+    /// Where the arbiter and the sockets are.
+    place: TempDir,
+    /// Namespace of the guest's network.
+    network: Option<String>,
+}
+
+fn arbiter_in(place: &Path) -> PathBuf {
+    place.join("arbiter")
+}
+
+/// Asks until there is an answer.
+fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(LOOK);
+    }
+}
+
+impl Pair {
+    /// Starts a guest and its copy.
+    pub fn start(guest: GuestBuilder) -> Self {
+        let place = temporary();
+        let (far, near) = (place.path().join("standby"), place.path().join("link"));
+        let arbiter = arbiter_in(place.path());
+        fs::create_dir(&arbiter).expect("the directory is new");
+        let standby = guest.standby(&far, &arbiter);
+        Self::start_both(guest, standby, place, &far, &near)
+    }
+
+    /// Starts a guest and the standby `standby`, which listens on `far`.
+    fn start_both(
+        guest: GuestBuilder,
+        standby: GuestBuilder,
+        place: TempDir,
+        far: &Path,
+        near: &Path,
+    ) -> Self {
+        let network = guest.namespace().map(str::to_owned);
+        let arbiter = arbiter_in(place.path());
+        let guest = guest
+            .arg("--protect")
+            .arg(near)
+            .arg("--arbiter")
+            .arg(arbiter);
+        let mut secondary = standby.start();
+        wait_for("a standby", || {
+            assert!(
+                secondary.runs(),
+                "the standby ended: {:#?}",
+                secondary.messages()
+            );
+            far.exists().then_some(())
+        });
+        let link = Link::new(near, far);
+        Self {
+            primary: guest.start(),
+            secondary,
+            link,
+            place,
+            network,
+        }
+    }
+
+    /// Starts a guest and its copy and waits until the guest is protected and its console says `ready`.
+    pub fn ready(guest: GuestBuilder, ready: &str) -> Self {
+        let mut pair = Self::start(guest);
+        pair.primary.wait_for(ready);
+        pair.wait_protected();
+        pair
+    }
+
+    /// A side.
+    pub fn side(&mut self, side: Side) -> &mut Guest {
+        match side {
+            Side::Primary => &mut self.primary,
+            Side::Secondary => &mut self.secondary,
+        }
+    }
+
+    /// Waits until either side could go on without the other.
+    pub fn wait_protected(&mut self) {
+        for side in [Side::Primary, Side::Secondary] {
+            self.wait_status(side, |status| status["protected"] == true);
+        }
+    }
+
+    /// Waits until the status of a side is as wanted.
+    pub fn wait_status(&mut self, side: Side, wanted: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let guest = self.side(side);
+            let status = guest.status();
+            if let Some(status) = status.clone().filter(&wanted) {
+                return status;
+            }
+            if !guest.runs() || Instant::now() > deadline {
+                let (primary, secondary) = (self.primary.messages(), self.secondary.messages());
+                panic!("{side:?}: {status:#?} {primary:#?} {secondary:#?}");
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Whether the guest is protected, as both sides say.
+    pub fn is_protected(&mut self) -> bool {
+        [Side::Primary, Side::Secondary].iter().all(|side| {
+            let status = self.side(*side).status();
+            status.is_some_and(|status| status["protected"] == true)
+        })
+    }
+
+    /// Waits until a side is the only one, and has the guest.
+    pub fn wait_alone(&mut self, side: Side) {
+        let alone = |status: &Value| status["role"] == "primary" && status["protected"] == false;
+        self.wait_status(side, alone);
+    }
+
+    /// Waits for the end of a side's process, which it ends itself.
+    pub fn wait_end(&mut self, side: Side) {
+        wait_for("the end of a side that is none any more", || {
+            (!self.side(side).runs()).then_some(())
+        });
+    }
+
+    /// Ends a side, as the end of its host would.
+    pub fn kill(&mut self, side: Side) {
+        self.side(side).signal(Signal::KILL);
+    }
+
+    /// Lets a side stand still.
+    pub fn freeze(&mut self, side: Side) {
+        self.side(side).signal(Signal::STOP);
+    }
+
+    /// Lets a side that stands still go on.
+    pub fn thaw(&mut self, side: Side) {
+        self.side(side).signal(Signal::CONT);
+    }
+
+    /// Takes the arbiter away from both sides.
+    pub fn hide_arbiter(&self) {
+        let there = arbiter_in(self.place.path());
+        fs::rename(&there, there.with_extension("away")).expect("it is there");
+    }
+
+    /// Gives the arbiter back to both sides.
+    pub fn show_arbiter(&self) {
+        let there = arbiter_in(self.place.path());
+        fs::rename(there.with_extension("away"), &there).expect("it is away");
+    }
+
+    /// Makes the copy the same as the guest once again: it stands still while the guest says something,
+    /// which it then cannot say too.
+    pub fn resync(&mut self) {
+        let resyncs = |status: &Value| status["resyncs"].as_u64();
+        let before = self.primary.status().as_ref().and_then(resyncs);
+        wait_for("a copy that runs", || {
+            let paused = self.secondary.tandem(&["pause", "guest"]);
+            paused.status.success().then_some(())
+        });
+        self.provoke();
+        self.wait_status(Side::Primary, |status| resyncs(status) > before);
+    }
+
+    /// Lets the guest say something.
+    fn provoke(&mut self) {
+        match &self.network {
+            // A resync takes longer than it waits.
+            Some(namespace) => drop(
+                Command::new("ip")
+                    .args(["netns", "exec", namespace, "ping", "-c", "1", "-W", "1"])
+                    .arg(network::GUEST)
+                    .stdin(Stdio::null())
+                    .output(),
+            ),
+            None => self.primary.type_in("\n"),
+        }
+    }
+
+    /// The guest, beside its copy.
+    pub fn into_primary(self) -> Guest {
+        let mut primary = self.primary;
+        primary.keep((self.secondary, self.link, self.place));
+        primary
+    }
+
+    /// The guest is killed, and the copy goes on.
+    pub fn fail_over(mut self) -> Guest {
+        self.kill(Side::Primary);
+        self.wait_alone(Side::Secondary);
+        let mut survivor = self.secondary;
+        survivor.succeed_to(self.primary);
+        survivor.keep((self.link, self.place));
+        survivor
+    }
+}
