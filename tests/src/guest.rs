@@ -367,6 +367,11 @@ impl Guest {
         new
     }
 
+    /// Console lines that the test has read.
+    pub fn console_seen(&self) -> &[String] {
+        &self.seen
+    }
+
     /// Types into the guest's console.
     pub fn type_in(&mut self, text: &str) {
         let input = self.started.input.as_mut().expect("the console is open");
@@ -402,6 +407,11 @@ impl Guest {
     pub fn messages(&mut self) -> Vec<String> {
         self.said.extend(self.started.messages.try_iter());
         self.said.clone()
+    }
+
+    /// What the VMM logged, as long as it runs or was killed.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.file("vmm.log")).unwrap_or_default()
     }
 
     /// How its protection stands, as `tandem status` prints it; nothing if nobody answers.

@@ -86,9 +86,13 @@ impl Link {
         drop((&self.wake).write(&[1]));
     }
 
-    /// Lets nothing through in this direction any more.
-    pub fn cut(&self, direction: Direction) {
-        self.change(|condition| condition.cut[direction as usize] = true);
+    /// Lets nothing through in these directions any more.
+    pub fn cut(&self, directions: &[Direction]) {
+        self.change(|condition| {
+            for direction in directions {
+                condition.cut[*direction as usize] = true;
+            }
+        });
     }
 
     /// Lets everything through again, and what was kept first.

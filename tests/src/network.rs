@@ -82,6 +82,11 @@ impl Network {
         COPY_TAP
     }
 
+    /// From now on every frame for the guest comes out of all taps.
+    pub fn flood(&self) {
+        self.make("link set br0 type bridge ageing_time 0\n");
+    }
+
     /// How many frames came out of a tap's guest.
     pub fn frames_from(&self, tap: &str) -> u64 {
         let text = self.run(

@@ -14,6 +14,8 @@ use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
 use crate::link::Link;
 use crate::network;
 
+/// The term under which a guest is first run.
+const FIRST_TERM: u64 = 1;
 /// Pause before something is looked at again.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -27,6 +29,9 @@ pub enum Side {
 }
 
 impl Side {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Primary, Self::Secondary];
+
     /// The other one.
     pub fn other(self) -> Self {
         match self {
@@ -46,6 +51,8 @@ pub struct Pair {
     place: TempDir,
     /// Namespace of the guest's network.
     network: Option<String>,
+    /// Sides that stand still, which answer nobody.
+    frozen: Vec<Side>,
 }
 
 fn arbiter_in(place: &Path) -> PathBuf {
@@ -106,6 +113,7 @@ impl Pair {
             link,
             place,
             network,
+            frozen: Vec::new(),
         }
     }
 
@@ -127,7 +135,7 @@ impl Pair {
 
     /// Waits until either side could go on without the other.
     pub fn wait_protected(&mut self) {
-        for side in [Side::Primary, Side::Secondary] {
+        for side in Side::BOTH {
             self.wait_status(side, |status| status["protected"] == true);
         }
     }
@@ -142,25 +150,58 @@ impl Pair {
                 return status;
             }
             if !guest.runs() || Instant::now() > deadline {
-                let (primary, secondary) = (self.primary.messages(), self.secondary.messages());
-                panic!("{side:?}: {status:#?} {primary:#?} {secondary:#?}");
+                panic!("{side:?} is not as it should be: {}", self.account());
             }
             std::thread::sleep(LOOK);
         }
     }
 
+    /// The status of a side; nothing if it does not answer.
+    pub fn status(&mut self, side: Side) -> Option<Value> {
+        let answers = !self.frozen.contains(&side) && self.side(side).runs();
+        answers.then(|| self.side(side).status())?
+    }
+
     /// Whether the guest is protected, as both sides say.
     pub fn is_protected(&mut self) -> bool {
-        [Side::Primary, Side::Secondary].iter().all(|side| {
-            let status = self.side(*side).status();
+        Side::BOTH.iter().all(|side| {
+            let status = self.status(*side);
             status.is_some_and(|status| status["protected"] == true)
         })
     }
 
-    /// Waits until a side is the only one, and has the guest.
-    pub fn wait_alone(&mut self, side: Side) {
-        let alone = |status: &Value| status["role"] == "primary" && status["protected"] == false;
-        self.wait_status(side, alone);
+    /// Waits until a side has won the guest's next term and is the only one; which one that is.
+    pub fn wait_alone(&mut self) -> Side {
+        let deadline = Instant::now() + PATIENCE;
+        let alone = |status: Value| {
+            status["role"] == "primary"
+                && status["protected"] == false
+                && status["term"].as_u64() > Some(FIRST_TERM)
+        };
+        loop {
+            let mut sides = Side::BOTH.into_iter();
+            let found = sides.find(|side| self.status(*side).is_some_and(alone));
+            if let Some(side) = found {
+                return side;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "nobody has the guest: {}",
+                self.account()
+            );
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// What both sides say and said.
+    pub fn account(&mut self) -> String {
+        let both = Side::BOTH.map(|side| {
+            let status = self.status(side);
+            let runs = self.side(side).runs();
+            let (messages, log) = (self.side(side).messages(), self.side(side).log());
+            format!("{side:?}, runs: {runs}, status: {status:#?}, said {messages:#?}, logged {log}")
+        });
+        both.join("\n")
     }
 
     /// Waits for the end of a side's process, which it ends itself.
@@ -178,11 +219,13 @@ impl Pair {
     /// Lets a side stand still.
     pub fn freeze(&mut self, side: Side) {
         self.side(side).signal(Signal::STOP);
+        self.frozen.push(side);
     }
 
     /// Lets a side that stands still go on.
     pub fn thaw(&mut self, side: Side) {
         self.side(side).signal(Signal::CONT);
+        self.frozen.retain(|other| *other != side);
     }
 
     /// Takes the arbiter away from both sides.
@@ -197,30 +240,34 @@ impl Pair {
         fs::rename(there.with_extension("away"), &there).expect("it is away");
     }
 
-    /// Makes the copy the same as the guest once again: it stands still while the guest says something,
-    /// which it then cannot say too.
+    /// Makes the copy the same as the guest once again.
     pub fn resync(&mut self) {
         let resyncs = |status: &Value| status["resyncs"].as_u64();
         let before = self.primary.status().as_ref().and_then(resyncs);
+        self.begin_resync();
+        self.wait_status(Side::Primary, |status| resyncs(status) > before);
+    }
+
+    /// Lets the copy stand still while the guest says something, which it then cannot say too: a resync
+    /// is due soon.
+    pub fn begin_resync(&mut self) {
         wait_for("a copy that runs", || {
             let paused = self.secondary.tandem(&["pause", "guest"]);
             paused.status.success().then_some(())
         });
         self.provoke();
-        self.wait_status(Side::Primary, |status| resyncs(status) > before);
     }
 
     /// Lets the guest say something.
     fn provoke(&mut self) {
         match &self.network {
             // A resync takes longer than it waits.
-            Some(namespace) => drop(
-                Command::new("ip")
-                    .args(["netns", "exec", namespace, "ping", "-c", "1", "-W", "1"])
-                    .arg(network::GUEST)
-                    .stdin(Stdio::null())
-                    .output(),
-            ),
+            Some(namespace) => {
+                let mut ping = Command::new("ip");
+                ping.args(["netns", "exec", namespace, "ping", "-c", "1", "-W", "1"]);
+                ping.arg(network::GUEST).stdin(Stdio::null());
+                drop(ping.output());
+            }
             None => self.primary.type_in("\n"),
         }
     }
@@ -235,7 +282,7 @@ impl Pair {
     /// The guest is killed, and the copy goes on.
     pub fn fail_over(mut self) -> Guest {
         self.kill(Side::Primary);
-        self.wait_alone(Side::Secondary);
+        self.wait_alone();
         let mut survivor = self.secondary;
         survivor.succeed_to(self.primary);
         survivor.keep((self.link, self.place));
