@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::images;
 use crate::network::Network;
-use crate::pair::Pair;
+use crate::pair::{Pair, Side};
 use crate::trace;
 
 /// Longest wait for anything that a guest should do.
@@ -210,11 +210,11 @@ impl GuestBuilder {
         match life {
             Life::Booted => self.start_until(ready),
             Life::Restored => self.start_until(ready).moved(),
-            Life::Protected => Pair::ready(self, ready).into_primary(),
+            Life::Protected => Pair::ready(self, ready).into_side(Side::Primary),
             Life::Resynced => {
                 let mut pair = Pair::ready(self, ready);
                 pair.resync();
-                pair.into_primary()
+                pair.into_side(Side::Primary)
             }
             Life::FailedOver => Pair::ready(self, ready).fail_over(),
         }

@@ -16,6 +16,8 @@ use crate::network;
 
 /// The term under which a guest is first run.
 const FIRST_TERM: u64 = 1;
+/// Where a standby listens on its network.
+const TCP_PLACE: &str = "10.99.0.1:7000";
 /// Pause before something is looked at again.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -45,8 +47,8 @@ impl Side {
 pub struct Pair {
     primary: Guest,
     secondary: Guest,
-    /// Between the two.
-    pub link: Link,
+    /// Between the two, unless that is TCP.
+    link: Option<Link>,
     /// Where the arbiter and the sockets are.
     place: TempDir,
     /// Namespace of the guest's network.
@@ -57,6 +59,12 @@ pub struct Pair {
 
 fn arbiter_in(place: &Path) -> PathBuf {
     place.join("arbiter")
+}
+
+fn make_arbiter(place: &TempDir) -> PathBuf {
+    let arbiter = arbiter_in(place.path());
+    fs::create_dir(&arbiter).expect("the directory is new");
+    arbiter
 }
 
 /// Asks until there is an answer.
@@ -76,53 +84,66 @@ impl Pair {
     pub fn start(guest: GuestBuilder) -> Self {
         let place = temporary();
         let (far, near) = (place.path().join("standby"), place.path().join("link"));
-        let arbiter = arbiter_in(place.path());
-        fs::create_dir(&arbiter).expect("the directory is new");
-        let standby = guest.standby(&far, &arbiter);
-        Self::start_both(guest, standby, place, &far, &near)
+        let standby = guest.standby(&far, &make_arbiter(&place));
+        let link = Link::new(&near, &far);
+        Self {
+            link: Some(link),
+            ..Self::start_both(guest, standby, place, &near)
+        }
     }
 
-    /// Starts a guest and the standby `standby`, which listens on `far`.
-    fn start_both(
+    /// Starts a guest and its copy, which reach each other by TCP; `prepare` adds to the copy's what the
+    /// test wants.
+    pub fn start_over_tcp(
         guest: GuestBuilder,
-        standby: GuestBuilder,
-        place: TempDir,
-        far: &Path,
-        near: &Path,
+        prepare: impl FnOnce(GuestBuilder) -> GuestBuilder,
     ) -> Self {
-        let network = guest.namespace().map(str::to_owned);
-        let arbiter = arbiter_in(place.path());
-        let guest = guest
-            .arg("--protect")
-            .arg(near)
-            .arg("--arbiter")
-            .arg(arbiter);
+        let place = temporary();
+        let standby = prepare(guest.standby(Path::new(TCP_PLACE), &make_arbiter(&place)));
+        Self::start_both(guest, standby, place, Path::new(TCP_PLACE))
+    }
+
+    /// Starts `standby`, which is reached at `to`, and a guest that it is for.
+    fn start_both(guest: GuestBuilder, standby: GuestBuilder, place: TempDir, to: &Path) -> Self {
         let mut secondary = standby.start();
         wait_for("a standby", || {
-            assert!(
-                secondary.runs(),
-                "the standby ended: {:#?}",
-                secondary.messages()
-            );
-            far.exists().then_some(())
+            let said = secondary.messages();
+            assert!(secondary.runs(), "the standby ended: {said:#?}");
+            said.iter()
+                .find(|line| line.contains("standing by"))
+                .cloned()
         });
-        let link = Link::new(near, far);
+        let network = guest.namespace().map(str::to_owned);
+        let guest = guest.arg("--protect").arg(to).arg("--arbiter");
         Self {
-            primary: guest.start(),
+            primary: guest.arg(arbiter_in(place.path())).start(),
             secondary,
-            link,
+            link: None,
             place,
             network,
             frozen: Vec::new(),
         }
     }
 
-    /// Starts a guest and its copy and waits until the guest is protected and its console says `ready`.
+    /// What is between the two.
+    ///
+    /// # Panics
+    /// When that is TCP.
+    pub fn link(&self) -> &Link {
+        self.link.as_ref().expect("there is a link to be cut")
+    }
+
+    /// Starts a guest and its copy and waits for both.
     pub fn ready(guest: GuestBuilder, ready: &str) -> Self {
         let mut pair = Self::start(guest);
-        pair.primary.wait_for(ready);
-        pair.wait_protected();
+        pair.wait_ready(ready);
         pair
+    }
+
+    /// Waits until the guest's console says `ready` and the guest is protected.
+    pub fn wait_ready(&mut self, ready: &str) {
+        self.primary.wait_for(ready);
+        self.wait_protected();
     }
 
     /// A side.
@@ -272,11 +293,14 @@ impl Pair {
         }
     }
 
-    /// The guest, beside its copy.
-    pub fn into_primary(self) -> Guest {
-        let mut primary = self.primary;
-        primary.keep((self.secondary, self.link, self.place));
-        primary
+    /// A side, beside what is left of the other.
+    pub fn into_side(self, side: Side) -> Guest {
+        let (mut stays, other) = match side {
+            Side::Primary => (self.primary, self.secondary),
+            Side::Secondary => (self.secondary, self.primary),
+        };
+        stays.keep((other, self.link, self.place));
+        stays
     }
 
     /// The guest is killed, and the copy goes on.

@@ -42,8 +42,13 @@ struct Stage {
 
 impl Stage {
     fn new(service: Service) -> Self {
+        Self::with(service, Pair::start)
+    }
+
+    /// The guest and its copy are started by `start`.
+    fn with(service: Service, start: fn(GuestBuilder) -> Pair) -> Self {
         for _ in 0..ATTEMPTS {
-            let mut stage = Self::begin(service);
+            let mut stage = Self::begin(service, start);
             if stage.pair.is_protected() {
                 return stage;
             }
@@ -52,10 +57,11 @@ impl Stage {
         panic!("no guest stays protected under load");
     }
 
-    fn begin(service: Service) -> Self {
+    fn begin(service: Service, start: fn(GuestBuilder) -> Pair) -> Self {
         let network = Network::new();
         let guest = GuestBuilder::image(service.image, CMDLINE).in_network(&network);
-        let pair = Pair::ready(guest, &format!("{}: ready", service.image));
+        let mut pair = start(guest);
+        pair.wait_ready(&format!("{}: ready", service.image));
         Self {
             load: Load::start(&network, service),
             pair,
@@ -149,6 +155,17 @@ fn streams_survive_their_secondary() {
 }
 
 #[test]
+fn a_store_survives_its_primary_on_a_link_of_tcp() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::with(KV, |guest| Pair::start_over_tcp(guest, |standby| standby));
+    stage.pair.kill(Side::Primary);
+    assert_eq!(stage.expect_one(), Side::Secondary);
+    stage.finish();
+}
+
+#[test]
 fn a_primary_may_be_killed_at_any_moment_of_a_resync() {
     if cannot_run() {
         return;
@@ -209,9 +226,9 @@ fn cut(service: Service, directions: &[Direction]) {
         return;
     }
     let mut stage = Stage::new(service);
-    stage.pair.link.cut(directions);
+    stage.pair.link().cut(directions);
     let side = stage.expect_one_and_the_end_of_the_other();
-    stage.pair.link.mend();
+    stage.pair.link().mend();
     assert!(stage.frames_during_service(side) > 0);
     stage.finish();
 }
@@ -242,7 +259,7 @@ fn one_side_serves_when_the_connections_end() {
         return;
     }
     let mut stage = Stage::new(KV);
-    stage.pair.link.reset();
+    stage.pair.link().reset();
     stage.expect_one_and_the_end_of_the_other();
     stage.finish();
 }
@@ -254,9 +271,9 @@ fn a_short_silence_of_the_link_costs_no_reply() {
     }
     let stage = Stage::new(ECHO);
     for _ in 0..5 {
-        stage.pair.link.cut(&Direction::BOTH);
+        stage.pair.link().cut(&Direction::BOTH);
         std::thread::sleep(Duration::from_millis(30));
-        stage.pair.link.mend();
+        stage.pair.link().mend();
         stage.load.expect_progress();
     }
     stage.finish();
@@ -268,7 +285,7 @@ fn a_slow_link_makes_replies_slow_and_loses_none() {
         return;
     }
     let mut stage = Stage::new(KV);
-    stage.pair.link.delay(DELAY);
+    stage.pair.link().delay(DELAY);
     stage.load.expect_progress();
     stage.pair.kill(Side::Primary);
     assert_eq!(stage.expect_one(), Side::Secondary);
@@ -325,7 +342,7 @@ fn two_sides_that_reach_nobody_wait_and_then_one_serves() {
     }
     let mut stage = Stage::new(KV);
     stage.pair.hide_arbiter();
-    stage.pair.link.cut(&Direction::BOTH);
+    stage.pair.link().cut(&Direction::BOTH);
     std::thread::sleep(LONGER_THAN_A_LEASE);
     assert_eq!(stage.load.replies_within(WATCH), 0);
     stage.pair.show_arbiter();
