@@ -1,6 +1,7 @@
 //! One guest under `tandem run`, in a runtime directory of its own; it may move on to
 //! `tandem restore`.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -11,10 +12,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::images;
 use crate::network::Network;
+use crate::pair::{Pair, Side};
 use crate::trace;
 
 /// Longest wait for anything that a guest should do.
@@ -27,6 +30,12 @@ pub enum Life {
     Booted,
     /// It was saved and goes on in another process.
     Restored,
+    /// A copy of it runs beside it.
+    Protected,
+    /// A copy of it runs beside it, and was made the same as it once again.
+    Resynced,
+    /// It was protected and was killed; the test meets its copy.
+    FailedOver,
 }
 
 /// Makes two tests of each function that takes a [`Life`]: `NAME::booted` and `NAME::restored`.
@@ -49,11 +58,48 @@ macro_rules! in_each_life {
     )+ };
 }
 
+/// Makes a test of each life of each function that takes a [`Life`].
+#[macro_export]
+macro_rules! in_every_life {
+    ($($test:ident),+ $(,)?) => { $(
+        mod $test {
+            use $crate::guest::Life;
+
+            #[test]
+            fn booted() {
+                super::$test(Life::Booted);
+            }
+
+            #[test]
+            fn restored() {
+                super::$test(Life::Restored);
+            }
+
+            #[test]
+            fn protected() {
+                super::$test(Life::Protected);
+            }
+
+            #[test]
+            fn resynced() {
+                super::$test(Life::Resynced);
+            }
+
+            #[test]
+            fn failed_over() {
+                super::$test(Life::FailedOver);
+            }
+        }
+    )+ };
+}
+
 /// A guest to be started.
 pub struct GuestBuilder {
     /// Verb, then its flags.
     arguments: Vec<OsString>,
     namespace: Option<String>,
+    /// The tap of the guest's copy.
+    copy_tap: Option<String>,
     trace: Option<PathBuf>,
     runtime: TempDir,
 }
@@ -85,10 +131,27 @@ impl GuestBuilder {
         Self::verb("receive").arg("--listen").arg(listen)
     }
 
+    /// A standby on the socket `listen` for this guest, beside it and on its network.
+    pub fn standby(&self, listen: &Path, arbiter: &Path) -> Self {
+        let mut standby = Self::verb("standby").arg("--listen").arg(listen);
+        standby = standby.arg("--arbiter").arg(arbiter);
+        standby.namespace.clone_from(&self.namespace);
+        match &self.copy_tap {
+            Some(tap) => standby.arg("--net").arg(format!("tap={tap}")),
+            None => standby,
+        }
+    }
+
+    /// The namespace of the guest's network.
+    pub(crate) fn namespace(&self) -> Option<&str> {
+        self.namespace.as_deref()
+    }
+
     fn verb(verb: &str) -> Self {
         Self {
             arguments: vec![verb.into()],
             namespace: None,
+            copy_tap: None,
             trace: None,
             runtime: temporary(),
         }
@@ -103,6 +166,7 @@ impl GuestBuilder {
     /// Plugs the guest into the tap of `network` and runs it there.
     pub fn in_network(mut self, network: &Network) -> Self {
         self.namespace = Some(network.namespace().to_owned());
+        self.copy_tap = Some(network.copy_tap().to_owned());
         self.arg("--net").arg(format!("tap={}", network.tap()))
     }
 
@@ -131,22 +195,35 @@ impl GuestBuilder {
             started,
             seen: Vec::new(),
             unread: VecDeque::new(),
+            head: String::new(),
             said: Vec::new(),
             runtime: self.runtime,
             namespace: self.namespace,
             saved: temporary(),
             moves: 0,
+            beside: None,
         }
     }
 
     /// Starts the guest, waits until its console says `ready`, and leads it into `life`.
     pub fn live(self, life: Life, ready: &str) -> Guest {
+        match life {
+            Life::Booted => self.start_until(ready),
+            Life::Restored => self.start_until(ready).moved(),
+            Life::Protected => Pair::ready(self, ready).into_side(Side::Primary),
+            Life::Resynced => {
+                let mut pair = Pair::ready(self, ready);
+                pair.resync();
+                pair.into_side(Side::Primary)
+            }
+            Life::FailedOver => Pair::ready(self, ready).fail_over(),
+        }
+    }
+
+    fn start_until(self, ready: &str) -> Guest {
         let mut guest = self.start();
         guest.wait_for(ready);
-        match life {
-            Life::Booted => guest,
-            Life::Restored => guest.moved(),
-        }
+        guest
     }
 }
 
@@ -156,7 +233,7 @@ fn entering(namespace: Option<&str>) -> Vec<OsString> {
     words.into_iter().flatten().collect()
 }
 
-fn temporary() -> TempDir {
+pub(crate) fn temporary() -> TempDir {
     tempfile::Builder::new()
         .prefix("tandem-test-")
         .tempdir()
@@ -205,12 +282,16 @@ pub struct Guest {
     seen: Vec<String>,
     /// Lines of processes that it left, not read yet.
     unread: VecDeque<String>,
+    /// Beginning of the first line of the process, from the one before it.
+    head: String,
     /// Messages of processes that it left.
     said: Vec<String>,
     runtime: TempDir,
     namespace: Option<String>,
     saved: TempDir,
     moves: u32,
+    /// What has to be there as long as the guest.
+    beside: Option<Box<dyn Any + Send>>,
 }
 
 /// How a run ended.
@@ -225,6 +306,11 @@ pub struct Ended {
 }
 
 impl Guest {
+    /// Keeps `what` for as long as the guest is there.
+    pub(crate) fn keep(&mut self, what: impl Any + Send) {
+        self.beside = Some(Box::new(what));
+    }
+
     /// The directory of running guests.
     pub fn runtime(&self) -> &Path {
         self.runtime.path()
@@ -264,16 +350,26 @@ impl Guest {
 
     fn next_line(&mut self, deadline: Instant) -> Result<String, RecvTimeoutError> {
         let left = deadline.saturating_duration_since(Instant::now());
-        let unread = self.unread.pop_front();
-        unread.map_or_else(|| self.started.console.recv_timeout(left), Ok)
+        if let Some(line) = self.unread.pop_front() {
+            return Ok(line);
+        }
+        let line = self.started.console.recv_timeout(left)?;
+        Ok(std::mem::take(&mut self.head) + &line)
     }
 
     /// Console lines that wait to be read.
     pub fn console_lines(&mut self) -> Vec<String> {
         let mut new = Vec::from(std::mem::take(&mut self.unread));
-        new.extend(self.started.console.try_iter());
+        let head = &mut self.head;
+        let lines = self.started.console.try_iter();
+        new.extend(lines.map(|line| std::mem::take(head) + &line));
         self.seen.extend(new.iter().cloned());
         new
+    }
+
+    /// Console lines that the test has read.
+    pub fn console_seen(&self) -> &[String] {
+        &self.seen
     }
 
     /// Types into the guest's console.
@@ -300,6 +396,37 @@ impl Guest {
     pub fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_raw(self.started.child.id() as i32).unwrap();
         rustix::process::kill_process(pid, signal).expect("the VMM runs");
+    }
+
+    /// Whether the VMM still runs.
+    pub fn runs(&mut self) -> bool {
+        self.started.child.try_wait().unwrap().is_none()
+    }
+
+    /// What the VMM said on standard error so far.
+    pub fn messages(&mut self) -> Vec<String> {
+        self.said.extend(self.started.messages.try_iter());
+        self.said.clone()
+    }
+
+    /// What the VMM logged, as long as it runs or was killed.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.file("vmm.log")).unwrap_or_default()
+    }
+
+    /// How its protection stands, as `tandem status` prints it; nothing if nobody answers.
+    pub fn status(&self) -> Option<Value> {
+        let output = self.tandem(&["status", "guest", "--format", "json"]);
+        let said = output.status.success().then_some(output.stdout)?;
+        Some(serde_json::from_slice(&said).expect("it is JSON"))
+    }
+
+    /// Lets the console go on where that of `before`, which ends, is left off.
+    pub(crate) fn succeed_to(&mut self, mut before: Self) {
+        before.end();
+        self.head = String::from_utf8(before.cut_line()).expect("consoles print text");
+        self.seen = std::mem::take(&mut before.seen);
+        self.unread = std::mem::take(&mut before.unread);
     }
 
     /// Runs another `tandem` command, which has to succeed, and returns what it printed.

@@ -9,6 +9,8 @@
 pub mod emulated;
 pub mod guest;
 pub mod images;
+pub mod link;
 pub mod network;
+pub mod pair;
 pub mod skip;
 pub mod trace;

@@ -1,7 +1,15 @@
-//! A network namespace with a tap in it: a network that only one test sees.
+//! A network namespace with a bridge and taps in it: a network that only one test sees.
 
+use std::fs::File;
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::fd::AsFd;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+use crate::guest::PATIENCE;
 
 /// The host's address in every test network.
 pub const HOST: &str = "10.99.0.1";
@@ -15,8 +23,21 @@ pub const GUEST6: &str = "fd99::2";
 pub const CMDLINE: &str = "ip=10.99.0.2/24 gw=10.99.0.1 ip6=fd99::2/64";
 
 const TAP: &str = "tap0";
+const COPY_TAP: &str = "tap1";
+/// What is in a network, as `ip -batch` takes it.
+const PARTS: &str = "\
+link set lo up
+link add br0 type bridge
+tuntap add tap0 mode tap vnet_hdr
+link set tap0 master br0 up
+tuntap add tap1 mode tap vnet_hdr
+link set tap1 master br0 up
+addr add 10.99.0.1/24 dev br0
+addr add fd99::1/64 dev br0 nodad
+link set br0 up
+";
 
-/// A namespace with a tap, gone when dropped.
+/// A namespace with taps on a bridge that has the host's addresses; gone when dropped.
 pub struct Network {
     namespace: String,
 }
@@ -29,18 +50,21 @@ impl Network {
         let namespace = format!("tandem-test-{}-{number}", std::process::id());
         ip(&["netns", "add", &namespace]);
         let network = Self { namespace };
-        for command in [
-            "link set lo up",
-            "tuntap add tap0 mode tap vnet_hdr",
-            "addr add 10.99.0.1/24 dev tap0",
-            "addr add fd99::1/64 dev tap0 nodad",
-            "link set tap0 up",
-        ] {
-            let mut arguments = vec!["-n", network.namespace.as_str()];
-            arguments.extend(command.split(' '));
-            ip(&arguments);
-        }
+        network.make(PARTS);
         network
+    }
+
+    /// Carries out commands of `ip`, one per line.
+    fn make(&self, commands: &str) {
+        let mut ip = Command::new("ip");
+        ip.args(["-n", &self.namespace, "-batch", "-"]);
+        ip.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = ip.stderr(Stdio::piped()).spawn().expect("`ip` starts");
+        let mut input = child.stdin.take().expect("it is piped");
+        input.write_all(commands.as_bytes()).expect("`ip` reads it");
+        drop(input);
+        let output = child.wait_with_output().expect("`ip` ends");
+        expect_success("ip", &[commands], &output);
     }
 
     /// Its name.
@@ -48,9 +72,57 @@ impl Network {
         &self.namespace
     }
 
-    /// Name of the tap.
+    /// Name of the guest's tap.
     pub fn tap(&self) -> &str {
         TAP
+    }
+
+    /// Name of the tap of the guest's copy.
+    pub fn copy_tap(&self) -> &str {
+        COPY_TAP
+    }
+
+    /// From now on every frame for the guest comes out of all taps.
+    pub fn flood(&self) {
+        self.make("link set br0 type bridge ageing_time 0\n");
+    }
+
+    /// How many frames came out of a tap's guest.
+    pub fn frames_from(&self, tap: &str) -> u64 {
+        let text = self.run(
+            "cat",
+            &[&format!("/sys/class/net/{tap}/statistics/rx_packets")],
+        );
+        text.trim().parse().expect("a number of frames")
+    }
+
+    /// Does `act` in the network, in a thread of its own; sockets that it makes stay there.
+    pub fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+        let name = File::open(format!("/run/netns/{}", self.namespace)).expect("it exists");
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                move_into_link_name_space(name.as_fd(), Some(LinkNameSpaceType::Network))
+                    .expect("the superuser may");
+                act()
+            });
+            thread
+                .join()
+                .unwrap_or_else(|e| std::panic::resume_unwind(e))
+        })
+    }
+
+    /// A connection to a port of the guest.
+    pub fn connect(&self, port: u16) -> TcpStream {
+        let stream = self.within(|| TcpStream::connect((GUEST, port)));
+        let stream = stream.expect("the guest accepts a connection");
+        stream.set_nodelay(true).expect("TCP has that");
+        stream
+            .set_read_timeout(Some(PATIENCE))
+            .expect("it is not 0");
+        stream
+            .set_write_timeout(Some(PATIENCE))
+            .expect("it is not 0");
+        stream
     }
 
     /// A command that runs in the network.

@@ -2,17 +2,18 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use tandem_tests::guest::{GuestBuilder, Life};
-use tandem_tests::in_each_life;
 use tandem_tests::skip::{Need, must_skip};
+use tandem_tests::{in_each_life, in_every_life};
 
 /// Exit codes, as `tandem run --help` documents them.
 const USAGE: i32 = 2;
 const IMAGE: i32 = 10;
 const TRIPLE_FAULT: i32 = 20;
 
-in_each_life!(
-    a_reset_restarts_the_guest_and_keeps_its_devices,
+in_each_life!(a_reset_restarts_the_guest_and_keeps_its_devices);
+in_every_life!(
     serial_input_reaches_the_guest_and_comes_back,
+    a_guest_of_two_vcpus_computes_what_one_of_one_vcpu_does,
 );
 
 fn hello(cmdline: &str) -> GuestBuilder {
@@ -90,6 +91,22 @@ fn more_vcpus_than_cores_start_and_end() {
         let ended = hello("").arg("--cpus").arg(cpus).start().wait();
         ended.assert_success().assert_console("hello: bye");
     }
+}
+
+fn a_guest_of_two_vcpus_computes_what_one_of_one_vcpu_does(life: Life) {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let ended = GuestBuilder::image("spin", "iters=100").start().wait();
+    let line = |text: &str| text.starts_with("spin: 100 ");
+    let sum = ended
+        .assert_success()
+        .console
+        .iter()
+        .find(|text| line(text));
+    let spin = GuestBuilder::image("spin", "iters=0 report=50");
+    let mut guest = spin.arg("--cpus").arg("2").live(life, "spin: ready");
+    assert_eq!(Some(&guest.wait_for("spin: 100 ")), sum);
 }
 
 #[test]

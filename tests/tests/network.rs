@@ -2,13 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::io::{Read, Write};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use tandem_tests::guest::{Guest, GuestBuilder, Life, PATIENCE};
-use tandem_tests::in_each_life;
 use tandem_tests::network::{CMDLINE, GUEST, GUEST6, Network};
 use tandem_tests::skip::{Need, must_skip};
+use tandem_tests::{in_each_life, in_every_life};
 
 /// Exit code of a resource that is missing or taken.
 const RESOURCE: i32 = 11;
@@ -19,10 +19,13 @@ fn cannot_run(programs: &[&'static str]) -> bool {
     must_skip(&needs)
 }
 
-in_each_life!(
+in_every_life!(
     redis_clients_work_against_the_key_value_guest,
     web_clients_get_pages_of_any_size,
     echo_and_ping_over_both_protocols,
+);
+
+in_each_life!(
     a_thousand_connections_one_after_the_other,
     connections_survive_a_pause,
     a_guest_without_privileges_is_reached_by_way_of_passt,
@@ -245,6 +248,8 @@ fn a_tap_that_cannot_be_used_is_named_and_nothing_is_left() {
         return;
     }
     let network = Network::new();
+    let links = || network.run("ip", &["link"]).matches("tap").count();
+    let before = links();
     let _user = serve("net-echo", &network, Life::Booted);
     let busy = GuestBuilder::image("hello", "")
         .in_network(&network)
@@ -270,10 +275,5 @@ fn a_tap_that_cannot_be_used_is_named_and_nothing_is_left() {
         .start()
         .wait()
         .assert_error(RESOURCE, &["/nonexistent/socket"]);
-    let namespaces = Command::new("ip")
-        .args(["-n", network.namespace(), "link"])
-        .output()
-        .unwrap();
-    let links = String::from_utf8_lossy(&namespaces.stdout).into_owned();
-    assert_eq!(links.matches("tap").count(), 1, "{links}");
+    assert_eq!(links(), before);
 }

@@ -10,6 +10,7 @@ use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::Signal;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
 use tandem_tests::network::{CMDLINE, GUEST, Network};
+use tandem_tests::pair::{Pair, Side};
 
 /// Adds to a guest what the test wants.
 pub(crate) type Prepare<'a> = &'a dyn Fn(GuestBuilder) -> GuestBuilder;
@@ -19,7 +20,7 @@ type Run = fn(Prepare<'_>);
 const FRAME_LEN: u32 = 60;
 
 /// All of them, by name.
-pub(crate) const ALL: [(&str, Run); 13] = [
+pub(crate) const ALL: [(&str, Run); 15] = [
     ("reset", reset),
     ("console", console),
     ("verbs", verbs),
@@ -31,6 +32,8 @@ pub(crate) const ALL: [(&str, Run); 13] = [
     ("restore", restore),
     ("migrate", migrate),
     ("receive", receive),
+    ("protect", protect),
+    ("standby", standby),
     ("disk-uring", |prepare| disk(prepare, "engine=uring")),
     ("disk-threads", |prepare| disk(prepare, "engine=threads")),
 ];
@@ -97,10 +100,14 @@ fn tap(prepare: Prepare<'_>) {
     let network = Network::new();
     let guest = GuestBuilder::image("http", CMDLINE).in_network(&network);
     let guest = ready(prepare(guest), "http");
+    read_page(&network);
+    stop(guest);
+}
+
+fn read_page(network: &Network) {
     let url = format!("http://{GUEST}/size/100000");
     let page = network.run("curl", &["-sS", "--fail", "--max-time", "20", &url]);
     assert_eq!(page.len(), 100_000);
-    stop(guest);
 }
 
 /// A network behind a socket whose other end goes and comes again.
@@ -215,4 +222,35 @@ fn move_on(source: Prepare<'_>, target: Prepare<'_>) {
     guest.wait().assert_success();
     target.wait_for("spin:");
     stop(target);
+}
+
+/// A server that is protected, and goes on alone when its copy is gone.
+fn protect(prepare: Prepare<'_>) {
+    lose(prepare, &|guest| guest, Side::Secondary);
+}
+
+/// The copy of a server, which takes over.
+fn standby(prepare: Prepare<'_>) {
+    lose(&|guest| guest, prepare, Side::Primary);
+}
+
+/// A protected server is made the same as its copy again, and then one of both is killed.
+fn lose(primary: Prepare<'_>, secondary: Prepare<'_>, side: Side) {
+    let network = Network::new();
+    let guest = GuestBuilder::image("http", CMDLINE).in_network(&network);
+    let mut pair = Pair::start_over_tcp(primary(guest), secondary);
+    pair.wait_ready("http: ready");
+    read_page(&network);
+    pair.resync();
+    read_page(&network);
+    pair.kill(side);
+    assert_eq!(pair.wait_alone(), side.other());
+    read_page(&network);
+    if side == Side::Secondary {
+        pair.wait_status(Side::Primary, |status| {
+            let reason = status["reason"].as_str();
+            reason.is_some_and(|reason| reason.starts_with("no secondary"))
+        });
+    }
+    stop(pair.into_side(side.other()));
 }

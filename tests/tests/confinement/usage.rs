@@ -33,6 +33,7 @@ fn kind_of(name: &str) -> Option<ThreadKind> {
         "disk" => Some(ThreadKind::BlockWorker),
         "memory-faults" | "memory-ahead" => Some(ThreadKind::MemoryLoader),
         "api" => Some(ThreadKind::Api),
+        "protect" | "pair" | "follow" | "ask" => Some(ThreadKind::Protection),
         _ => None,
     }
 }

@@ -22,13 +22,11 @@ pub(super) const PAIR: &[Rule] = &[
         Sysno::ioctl,
         &[Is(1, libc::FIONBIO as u32)],
         "another host is waited for so long",
-    )
-    .rare("the tests' standbys are on this host"),
+    ),
     allow(
         Sysno::clock_nanosleep,
         "waits before a standby is tried again",
-    )
-    .rare("only while there is none"),
+    ),
 ];
 
 /// The arbiter's directory.

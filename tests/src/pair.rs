@@ -1,0 +1,315 @@
+//! A guest and its copy, under `tandem run --protect` and `tandem standby`: each in a runtime directory
+//! of its own, on one network, with a [`Link`] between them and an arbiter that both reach.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
+use crate::link::Link;
+use crate::network;
+
+/// The term under which a guest is first run.
+const FIRST_TERM: u64 = 1;
+/// Where a standby listens on its network.
+const TCP_PLACE: &str = "10.99.0.1:7000";
+/// Pause before something is looked at again.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A side of a pair, as it began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The guest that the outside talked to first.
+    Primary,
+    /// Its copy.
+    Secondary,
+}
+
+impl Side {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::Primary, Self::Secondary];
+
+    /// The other one.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Primary => Self::Secondary,
+            Self::Secondary => Self::Primary,
+        }
+    }
+}
+
+/// A guest and its copy; all of it is gone when dropped.
+pub struct Pair {
+    primary: Guest,
+    secondary: Guest,
+    /// Between the two, unless that is TCP.
+    link: Option<Link>,
+    /// Where the arbiter and the sockets are.
+    place: TempDir,
+    /// Namespace of the guest's network.
+    network: Option<String>,
+    /// Sides that stand still, which answer nobody.
+    frozen: Vec<Side>,
+}
+
+fn arbiter_in(place: &Path) -> PathBuf {
+    place.join("arbiter")
+}
+
+fn make_arbiter(place: &TempDir) -> PathBuf {
+    let arbiter = arbiter_in(place.path());
+    fs::create_dir(&arbiter).expect("the directory is new");
+    arbiter
+}
+
+/// Asks until there is an answer.
+fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(LOOK);
+    }
+}
+
+impl Pair {
+    /// Starts a guest and its copy.
+    pub fn start(guest: GuestBuilder) -> Self {
+        let place = temporary();
+        let (far, near) = (place.path().join("standby"), place.path().join("link"));
+        let standby = guest.standby(&far, &make_arbiter(&place));
+        let link = Link::new(&near, &far);
+        Self {
+            link: Some(link),
+            ..Self::start_both(guest, standby, place, &near)
+        }
+    }
+
+    /// Starts a guest and its copy, which reach each other by TCP; `prepare` adds to the copy's what the
+    /// test wants.
+    pub fn start_over_tcp(
+        guest: GuestBuilder,
+        prepare: impl FnOnce(GuestBuilder) -> GuestBuilder,
+    ) -> Self {
+        let place = temporary();
+        let standby = prepare(guest.standby(Path::new(TCP_PLACE), &make_arbiter(&place)));
+        Self::start_both(guest, standby, place, Path::new(TCP_PLACE))
+    }
+
+    /// Starts `standby`, which is reached at `to`, and a guest that it is for.
+    fn start_both(guest: GuestBuilder, standby: GuestBuilder, place: TempDir, to: &Path) -> Self {
+        let mut secondary = standby.start();
+        wait_for("a standby", || {
+            let said = secondary.messages();
+            assert!(secondary.runs(), "the standby ended: {said:#?}");
+            said.iter()
+                .find(|line| line.contains("standing by"))
+                .cloned()
+        });
+        let network = guest.namespace().map(str::to_owned);
+        let guest = guest.arg("--protect").arg(to).arg("--arbiter");
+        Self {
+            primary: guest.arg(arbiter_in(place.path())).start(),
+            secondary,
+            link: None,
+            place,
+            network,
+            frozen: Vec::new(),
+        }
+    }
+
+    /// What is between the two.
+    ///
+    /// # Panics
+    /// When that is TCP.
+    pub fn link(&self) -> &Link {
+        self.link.as_ref().expect("there is a link to be cut")
+    }
+
+    /// Starts a guest and its copy and waits for both.
+    pub fn ready(guest: GuestBuilder, ready: &str) -> Self {
+        let mut pair = Self::start(guest);
+        pair.wait_ready(ready);
+        pair
+    }
+
+    /// Waits until the guest's console says `ready` and the guest is protected.
+    pub fn wait_ready(&mut self, ready: &str) {
+        self.primary.wait_for(ready);
+        self.wait_protected();
+    }
+
+    /// A side.
+    pub fn side(&mut self, side: Side) -> &mut Guest {
+        match side {
+            Side::Primary => &mut self.primary,
+            Side::Secondary => &mut self.secondary,
+        }
+    }
+
+    /// Waits until either side could go on without the other.
+    pub fn wait_protected(&mut self) {
+        for side in Side::BOTH {
+            self.wait_status(side, |status| status["protected"] == true);
+        }
+    }
+
+    /// Waits until the status of a side is as wanted.
+    pub fn wait_status(&mut self, side: Side, wanted: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let guest = self.side(side);
+            let status = guest.status();
+            if let Some(status) = status.clone().filter(&wanted) {
+                return status;
+            }
+            if !guest.runs() || Instant::now() > deadline {
+                panic!("{side:?} is not as it should be: {}", self.account());
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// The status of a side; nothing if it does not answer.
+    pub fn status(&mut self, side: Side) -> Option<Value> {
+        let answers = !self.frozen.contains(&side) && self.side(side).runs();
+        answers.then(|| self.side(side).status())?
+    }
+
+    /// Whether the guest is protected, as both sides say.
+    pub fn is_protected(&mut self) -> bool {
+        Side::BOTH.iter().all(|side| {
+            let status = self.status(*side);
+            status.is_some_and(|status| status["protected"] == true)
+        })
+    }
+
+    /// Waits until a side has won the guest's next term and is the only one; which one that is.
+    pub fn wait_alone(&mut self) -> Side {
+        let deadline = Instant::now() + PATIENCE;
+        let alone = |status: Value| {
+            status["role"] == "primary"
+                && status["protected"] == false
+                && status["term"].as_u64() > Some(FIRST_TERM)
+        };
+        loop {
+            let mut sides = Side::BOTH.into_iter();
+            let found = sides.find(|side| self.status(*side).is_some_and(alone));
+            if let Some(side) = found {
+                return side;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "nobody has the guest: {}",
+                self.account()
+            );
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// What both sides say and said.
+    pub fn account(&mut self) -> String {
+        let both = Side::BOTH.map(|side| {
+            let status = self.status(side);
+            let runs = self.side(side).runs();
+            let (messages, log) = (self.side(side).messages(), self.side(side).log());
+            format!("{side:?}, runs: {runs}, status: {status:#?}, said {messages:#?}, logged {log}")
+        });
+        both.join("\n")
+    }
+
+    /// Waits for the end of a side's process, which it ends itself.
+    pub fn wait_end(&mut self, side: Side) {
+        wait_for("the end of a side that is none any more", || {
+            (!self.side(side).runs()).then_some(())
+        });
+    }
+
+    /// Ends a side, as the end of its host would.
+    pub fn kill(&mut self, side: Side) {
+        self.side(side).signal(Signal::KILL);
+    }
+
+    /// Lets a side stand still.
+    pub fn freeze(&mut self, side: Side) {
+        self.side(side).signal(Signal::STOP);
+        self.frozen.push(side);
+    }
+
+    /// Lets a side that stands still go on.
+    pub fn thaw(&mut self, side: Side) {
+        self.side(side).signal(Signal::CONT);
+        self.frozen.retain(|other| *other != side);
+    }
+
+    /// Takes the arbiter away from both sides.
+    pub fn hide_arbiter(&self) {
+        let there = arbiter_in(self.place.path());
+        fs::rename(&there, there.with_extension("away")).expect("it is there");
+    }
+
+    /// Gives the arbiter back to both sides.
+    pub fn show_arbiter(&self) {
+        let there = arbiter_in(self.place.path());
+        fs::rename(there.with_extension("away"), &there).expect("it is away");
+    }
+
+    /// Makes the copy the same as the guest once again.
+    pub fn resync(&mut self) {
+        let resyncs = |status: &Value| status["resyncs"].as_u64();
+        let before = self.primary.status().as_ref().and_then(resyncs);
+        self.begin_resync();
+        self.wait_status(Side::Primary, |status| resyncs(status) > before);
+    }
+
+    /// Lets the copy stand still while the guest says something, which it then cannot say too: a resync
+    /// is due soon.
+    pub fn begin_resync(&mut self) {
+        wait_for("a copy that runs", || {
+            let paused = self.secondary.tandem(&["pause", "guest"]);
+            paused.status.success().then_some(())
+        });
+        self.provoke();
+    }
+
+    /// Lets the guest say something.
+    fn provoke(&mut self) {
+        match &self.network {
+            // A resync takes longer than it waits.
+            Some(namespace) => {
+                let mut ping = Command::new("ip");
+                ping.args(["netns", "exec", namespace, "ping", "-c", "1", "-W", "1"]);
+                ping.arg(network::GUEST).stdin(Stdio::null());
+                drop(ping.output());
+            }
+            None => self.primary.type_in("\n"),
+        }
+    }
+
+    /// A side, beside what is left of the other.
+    pub fn into_side(self, side: Side) -> Guest {
+        let (mut stays, other) = match side {
+            Side::Primary => (self.primary, self.secondary),
+            Side::Secondary => (self.secondary, self.primary),
+        };
+        stays.keep((other, self.link, self.place));
+        stays
+    }
+
+    /// The guest is killed, and the copy goes on.
+    pub fn fail_over(mut self) -> Guest {
+        self.kill(Side::Primary);
+        self.wait_alone();
+        let mut survivor = self.secondary;
+        survivor.succeed_to(self.primary);
+        survivor.keep((self.link, self.place));
+        survivor
+    }
+}

@@ -1,0 +1,386 @@
+//! Protected guests lose hosts, links and the arbiter under load. No client loses a reply, gets one twice
+//! or a wrong one, one side serves afterwards, and the service carries on where one host and the
+//! arbiter are fine.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+mod protection {
+    pub(crate) mod clients;
+    pub(crate) mod history;
+}
+
+use std::time::Duration;
+
+use protection::clients::{Chance, ECHO, HTTP, KV, Load, Service};
+use protection::history;
+use tandem_tests::guest::GuestBuilder;
+use tandem_tests::link::Direction;
+use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::pair::{Pair, Side};
+use tandem_tests::skip::{Need, must_skip};
+
+/// How long something is watched that must not happen.
+const WATCH: Duration = Duration::from_millis(500);
+/// Longer than any lease, so that a side that is not heard for so long is lost for sure.
+const LONGER_THAN_A_LEASE: Duration = Duration::from_millis(300);
+/// A delay with which a guest can still be protected.
+const DELAY: Duration = Duration::from_millis(10);
+/// Attempts to begin with a guest that is protected: on a busy machine a side may take the other for dead
+/// before the test does anything to it.
+const ATTEMPTS: u32 = 5;
+
+fn cannot_run() -> bool {
+    must_skip(&[Need::Kvm, Need::Root, Need::Program("ip")])
+}
+
+/// A protected guest that serves clients.
+struct Stage {
+    // Dropped in this order.
+    load: Load,
+    pair: Pair,
+    network: Network,
+}
+
+impl Stage {
+    fn new(service: Service) -> Self {
+        Self::with(service, Pair::start)
+    }
+
+    /// The guest and its copy are started by `start`.
+    fn with(service: Service, start: fn(GuestBuilder) -> Pair) -> Self {
+        for _ in 0..ATTEMPTS {
+            let mut stage = Self::begin(service, start);
+            if stage.pair.is_protected() {
+                return stage;
+            }
+            stage.load.finish();
+        }
+        panic!("no guest stays protected under load");
+    }
+
+    fn begin(service: Service, start: fn(GuestBuilder) -> Pair) -> Self {
+        let network = Network::new();
+        let guest = GuestBuilder::image(service.image, CMDLINE).in_network(&network);
+        let mut pair = start(guest);
+        pair.wait_ready(&format!("{}: ready", service.image));
+        Self {
+            load: Load::start(&network, service),
+            pair,
+            network,
+        }
+    }
+
+    fn tap(&self, side: Side) -> &str {
+        match side {
+            Side::Primary => self.network.tap(),
+            Side::Secondary => self.network.copy_tap(),
+        }
+    }
+
+    /// How many frames a side let out while the service carried on.
+    fn frames_during_service(&self, side: Side) -> u64 {
+        let frames = || self.network.frames_from(self.tap(side));
+        let before = frames();
+        self.load.expect_progress();
+        frames() - before
+    }
+
+    /// Waits until one side has the guest and serves, and sees that the other one does not. Which one.
+    fn expect_one(&mut self) -> Side {
+        let side = self.pair.wait_alone();
+        self.load.expect_progress();
+        assert!(
+            self.frames_during_service(side) > 0,
+            "{}",
+            self.pair.account()
+        );
+        assert_eq!(
+            self.frames_during_service(side.other()),
+            0,
+            "{}",
+            self.pair.account()
+        );
+        side
+    }
+
+    /// As [`Stage::expect_one`], and the other side ends.
+    fn expect_one_and_the_end_of_the_other(&mut self) -> Side {
+        let side = self.expect_one();
+        self.pair.wait_end(side.other());
+        side
+    }
+
+    fn finish(self) {
+        self.load.finish();
+    }
+}
+
+fn kill(service: Service, side: Side) {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(service);
+    stage.pair.kill(side);
+    assert_eq!(stage.expect_one(), side.other());
+    stage.finish();
+}
+
+#[test]
+fn a_store_survives_its_primary() {
+    kill(KV, Side::Primary);
+}
+
+#[test]
+fn a_store_survives_its_secondary() {
+    kill(KV, Side::Secondary);
+}
+
+#[test]
+fn pages_survive_their_primary() {
+    kill(HTTP, Side::Primary);
+}
+
+#[test]
+fn pages_survive_their_secondary() {
+    kill(HTTP, Side::Secondary);
+}
+
+#[test]
+fn streams_survive_their_primary() {
+    kill(ECHO, Side::Primary);
+}
+
+#[test]
+fn streams_survive_their_secondary() {
+    kill(ECHO, Side::Secondary);
+}
+
+#[test]
+fn a_store_survives_its_primary_on_a_link_of_tcp() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::with(KV, |guest| Pair::start_over_tcp(guest, |standby| standby));
+    stage.pair.kill(Side::Primary);
+    assert_eq!(stage.expect_one(), Side::Secondary);
+    stage.finish();
+}
+
+#[test]
+fn a_primary_may_be_killed_at_any_moment_of_a_resync() {
+    if cannot_run() {
+        return;
+    }
+    let mut chance = Chance(20);
+    for _ in 0..3 {
+        let mut stage = Stage::new(KV);
+        stage.pair.begin_resync();
+        std::thread::sleep(Duration::from_millis(chance.below(120) as u64));
+        stage.pair.kill(Side::Primary);
+        assert_eq!(stage.expect_one(), Side::Secondary);
+        stage.finish();
+    }
+}
+
+/// A side stands still for longer than the other waits for it, and goes on.
+fn freeze(service: Service, side: Side) {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(service);
+    stage.pair.freeze(side);
+    assert_eq!(stage.expect_one(), side.other());
+    // It hears all that the clients say.
+    stage.network.flood();
+    let before = stage.network.frames_from(stage.tap(side));
+    stage.pair.thaw(side);
+    stage.pair.wait_end(side);
+    stage.load.expect_progress();
+    let after = stage.network.frames_from(stage.tap(side));
+    // One that it was just letting out when it was stopped repeats what the other let out.
+    assert!(
+        after - before <= 1,
+        "{} frames, {}",
+        after - before,
+        stage.pair.account()
+    );
+    stage.finish();
+}
+
+#[test]
+fn a_primary_that_stood_still_does_not_come_back() {
+    freeze(KV, Side::Primary);
+}
+
+#[test]
+fn a_primary_that_stood_still_sends_no_more_of_its_streams() {
+    freeze(ECHO, Side::Primary);
+}
+
+#[test]
+fn a_secondary_that_stood_still_does_not_come_back() {
+    freeze(KV, Side::Secondary);
+}
+
+fn cut(service: Service, directions: &[Direction]) {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(service);
+    stage.pair.link().cut(directions);
+    let side = stage.expect_one_and_the_end_of_the_other();
+    stage.pair.link().mend();
+    assert!(stage.frames_during_service(side) > 0);
+    stage.finish();
+}
+
+#[test]
+fn one_side_of_a_link_that_is_cut_serves() {
+    cut(KV, &Direction::BOTH);
+}
+
+#[test]
+fn one_side_of_a_link_that_is_cut_goes_on_with_streams() {
+    cut(ECHO, &Direction::BOTH);
+}
+
+#[test]
+fn one_side_serves_when_the_secondary_hears_nothing() {
+    cut(KV, &[Direction::ToStandby]);
+}
+
+#[test]
+fn one_side_serves_when_the_primary_hears_nothing() {
+    cut(HTTP, &[Direction::ToPrimary]);
+}
+
+#[test]
+fn one_side_serves_when_the_connections_end() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(KV);
+    stage.pair.link().reset();
+    stage.expect_one_and_the_end_of_the_other();
+    stage.finish();
+}
+
+#[test]
+fn a_short_silence_of_the_link_costs_no_reply() {
+    if cannot_run() {
+        return;
+    }
+    let stage = Stage::new(ECHO);
+    for _ in 0..5 {
+        stage.pair.link().cut(&Direction::BOTH);
+        std::thread::sleep(Duration::from_millis(30));
+        stage.pair.link().mend();
+        stage.load.expect_progress();
+    }
+    stage.finish();
+}
+
+#[test]
+fn a_slow_link_makes_replies_slow_and_loses_none() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(KV);
+    stage.pair.link().delay(DELAY);
+    stage.load.expect_progress();
+    stage.pair.kill(Side::Primary);
+    assert_eq!(stage.expect_one(), Side::Secondary);
+    stage.finish();
+}
+
+#[test]
+fn nobody_notices_that_the_arbiter_is_away_while_both_sides_run() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(KV);
+    stage.pair.hide_arbiter();
+    std::thread::sleep(LONGER_THAN_A_LEASE);
+    stage.load.expect_progress();
+    stage.pair.show_arbiter();
+    stage.pair.kill(Side::Primary);
+    assert_eq!(stage.expect_one(), Side::Secondary);
+    stage.finish();
+}
+
+/// Nobody serves while there is no arbiter to ask, and who is left does once there is.
+fn kill_without_arbiter(service: Service, side: Side) {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(service);
+    stage.pair.hide_arbiter();
+    stage.pair.kill(side);
+    std::thread::sleep(LONGER_THAN_A_LEASE);
+    let frames = || stage.network.frames_from(stage.tap(side.other()));
+    let before = frames();
+    assert_eq!(stage.load.replies_within(WATCH), 0);
+    assert_eq!(frames(), before);
+    stage.pair.show_arbiter();
+    assert_eq!(stage.expect_one(), side.other());
+    stage.finish();
+}
+
+#[test]
+fn a_secondary_waits_for_the_arbiter_to_take_over() {
+    kill_without_arbiter(KV, Side::Primary);
+}
+
+#[test]
+fn a_primary_waits_for_the_arbiter_to_go_on_alone() {
+    kill_without_arbiter(ECHO, Side::Secondary);
+}
+
+#[test]
+fn two_sides_that_reach_nobody_wait_and_then_one_serves() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(KV);
+    stage.pair.hide_arbiter();
+    stage.pair.link().cut(&Direction::BOTH);
+    std::thread::sleep(LONGER_THAN_A_LEASE);
+    assert_eq!(stage.load.replies_within(WATCH), 0);
+    stage.pair.show_arbiter();
+    stage.expect_one_and_the_end_of_the_other();
+    stage.finish();
+}
+
+#[test]
+fn operations_take_effect_in_one_order_across_a_takeover() {
+    if cannot_run() {
+        return;
+    }
+    let network = Network::new();
+    let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(&network);
+    let mut pair = Pair::ready(guest, "kv: ready");
+    let recording = history::Recording::start(&network);
+    std::thread::sleep(WATCH);
+    pair.kill(Side::Primary);
+    assert_eq!(pair.wait_alone(), Side::Secondary);
+    std::thread::sleep(WATCH);
+    recording.finish().expect_linearizable();
+}
+
+#[test]
+fn what_is_printed_is_printed_in_order_across_a_takeover() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let guest = GuestBuilder::image("spin", "iters=0 report=1");
+    let mut pair = Pair::ready(guest, "spin: ready");
+    pair.side(Side::Primary).wait_for("spin: 50 ");
+    let mut survivor = pair.fail_over();
+    survivor.wait_for("spin: 400 ");
+    let numbers = survivor.console_seen().iter().filter_map(|line| {
+        let (number, _) = line.strip_prefix("spin: ")?.split_once(" sum ")?;
+        number.parse().ok()
+    });
+    let numbers: Vec<u32> = numbers.collect();
+    let wanted: Vec<u32> = (1..=numbers.len() as u32).collect();
+    assert_eq!(numbers, wanted);
+}
