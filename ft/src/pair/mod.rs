@@ -66,7 +66,8 @@
 //! - *Closed* means that the peer's process is gone. A side that ends a link while it lives says so before
 //!   ([`Action::Dismiss`]); everything else is *broken*.
 //! - One question to the arbiter is under way at a time; what takes too long is answered by [`Outcome::Unknown`].
-//! - After [`Action::Dismiss`] or [`Action::GoAlone`] it tells nothing more of that link.
+//! - After [`Action::Dismiss`], [`Action::GoAlone`] or [`Action::GoLive`] it tells nothing more of that link,
+//!   not even what was received before and waits to be told.
 
 mod asking;
 mod primary;

@@ -40,7 +40,8 @@ pub(super) enum Task {
 #[derive(Clone, Debug)]
 pub(super) enum Stimulus {
     Joined,
-    Message(Message),
+    /// By this link; nothing comes by one that was dropped.
+    Message(usize, Message),
     Timer,
     Request(usize),
     Done(Task),
@@ -192,12 +193,12 @@ impl Process {
             Stimulus::Done(Task::Patience(output)) => return self.patience(now, output),
             Stimulus::Done(Task::Restored(_)) => return,
             Stimulus::Request(position) => return self.request(now, position, choice),
-            Stimulus::Message(Message::Answer(beat)) => PrimaryEvent::Answered(beat),
-            Stimulus::Message(Message::Output(output)) => return self.compare(now, output),
-            Stimulus::Message(Message::Loaded(epoch)) => PrimaryEvent::Loaded(epoch),
-            Stimulus::Message(Message::Closed) => PrimaryEvent::LinkClosed,
-            Stimulus::Message(Message::Broken) => PrimaryEvent::LinkBroken,
-            Stimulus::Message(message) => panic!("a primary got {message:?}"),
+            Stimulus::Message(_, Message::Answer(beat)) => PrimaryEvent::Answered(beat),
+            Stimulus::Message(_, Message::Output(output)) => return self.compare(now, output),
+            Stimulus::Message(_, Message::Loaded(epoch)) => PrimaryEvent::Loaded(epoch),
+            Stimulus::Message(_, Message::Closed) => PrimaryEvent::LinkClosed,
+            Stimulus::Message(_, Message::Broken) => PrimaryEvent::LinkBroken,
+            Stimulus::Message(_, message) => panic!("a primary got {message:?}"),
         };
         self.tell_primary(now, event);
     }
@@ -274,20 +275,20 @@ impl Process {
             Stimulus::Timer => SecondaryEvent::Timer,
             Stimulus::Claimed(_, term, outcome) => SecondaryEvent::Claimed(term, outcome),
             Stimulus::Done(Task::Restored(epoch)) => return self.restored(now, epoch, choice),
-            Stimulus::Message(Message::Beat(beat)) => SecondaryEvent::Beat(beat),
-            Stimulus::Message(Message::Mark(epoch)) => {
+            Stimulus::Message(_, Message::Beat(beat)) => SecondaryEvent::Beat(beat),
+            Stimulus::Message(_, Message::Mark(epoch)) => {
                 self.following().mark = Some(epoch);
                 SecondaryEvent::Cut(epoch)
             }
-            Stimulus::Message(Message::TermIs(term)) => SecondaryEvent::TermIs(term),
-            Stimulus::Message(Message::Dismissed) => SecondaryEvent::Dismissed,
-            Stimulus::Message(Message::Closed) => SecondaryEvent::LinkClosed,
-            Stimulus::Message(Message::Broken) => SecondaryEvent::LinkBroken,
-            Stimulus::Message(Message::Input(position)) => return self.input(position, choice),
-            Stimulus::Message(Message::Settled(position)) => {
+            Stimulus::Message(_, Message::TermIs(term)) => SecondaryEvent::TermIs(term),
+            Stimulus::Message(_, Message::Dismissed) => SecondaryEvent::Dismissed,
+            Stimulus::Message(_, Message::Closed) => SecondaryEvent::LinkClosed,
+            Stimulus::Message(_, Message::Broken) => SecondaryEvent::LinkBroken,
+            Stimulus::Message(_, Message::Input(position)) => return self.input(position, choice),
+            Stimulus::Message(_, Message::Settled(position)) => {
                 return self.following().kept.retain(|o| o.position > position);
             }
-            Stimulus::Message(Message::Checkpoint(epoch, guest)) => {
+            Stimulus::Message(_, Message::Checkpoint(epoch, guest)) => {
                 self.following().staged = Some((epoch, guest));
                 return self.stage(now);
             }
@@ -296,7 +297,7 @@ impl Process {
             Stimulus::Joined | Stimulus::Request(_) | Stimulus::Demand | Stimulus::Done(_) => {
                 return;
             }
-            Stimulus::Message(message) => panic!("a secondary got {message:?}"),
+            Stimulus::Message(_, message) => panic!("a secondary got {message:?}"),
         };
         self.tell_secondary(now, event);
         self.stage(now);

@@ -284,6 +284,12 @@ impl World {
         if slot.stopped || slot.stalled {
             return slot.backlog.push(stimulus);
         }
+        // It may have been dropped after this came, and before it was read.
+        if let Stimulus::Message(link, _) = stimulus
+            && slot.link != Some(link)
+        {
+            return;
+        }
         if let Stimulus::Claimed(question, ..) = stimulus
             && slot.asked.take_if(|asked| *asked == question).is_none()
         {
@@ -428,7 +434,7 @@ impl World {
         let receiver = self.links[link].ends[end];
         while let Some(message) = self.links[link].receive(channel, self.now) {
             if self.links[link].is_open(end) {
-                self.stimulate(receiver, Stimulus::Message(message));
+                self.stimulate(receiver, Stimulus::Message(link, message));
             }
         }
     }
@@ -452,7 +458,7 @@ impl World {
         self.links[link].close(end);
         let index = self.links[link].ends[end];
         if self.slots[index].link == Some(link) {
-            self.stimulate(index, Stimulus::Message(Message::Broken));
+            self.stimulate(index, Stimulus::Message(link, Message::Broken));
             let time = self.chance.within(BREAK_TIME);
             self.after(time, Event::Break(link, 1 - end, true));
         }

@@ -2,8 +2,7 @@
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-use std::time::Instant;
+use std::process::{Command, Stdio};
 
 use super::*;
 
@@ -13,10 +12,12 @@ const ROOT: &str = "TANDEM_TEST_CLAIM_IN";
 const CLAIMS: &str = "arbiter::tests::processes::a_process_claims_terms";
 /// Terms that one process claims on its own.
 const ROUNDS: u64 = 20;
-/// How long the storm lasts, and how long one process lives in it.
-const STORM: Duration = Duration::from_secs(3);
-const LIFE_MAX: Duration = Duration::from_millis(60);
-const PROCESSES: usize = 4;
+/// Processes at a time, and how many there are one after the other in each place.
+const PLACES: usize = 4;
+const LIVES: u32 = 12;
+/// Every other process is killed at some moment of this, be it still opening the directory; the
+/// others as long after they first said something.
+const LIFE_MAX: Duration = Duration::from_millis(40);
 
 /// Alone, it wins every term. In a storm it is one of the processes, and tells of what it wins.
 #[test]
@@ -48,34 +49,27 @@ fn claim_until_killed(root: &Path) {
     }
 }
 
-/// A process that claims; killed and read out when asked.
-struct Claiming {
-    child: Child,
-    dies: Instant,
-}
-
-impl Claiming {
-    fn start(root: &Path, life: Duration) -> Self {
-        let child = Command::new(std::env::current_exe().expect("this test is a program"))
-            .args(["--exact", CLAIMS, "--nocapture"])
-            .env(ROOT, root)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("the test starts itself");
-        let dies = Instant::now() + life;
-        Self { child, dies }
-    }
-
-    /// Kills it; gives what it said of the terms it claimed.
-    fn kill(mut self) -> Vec<Said> {
-        self.child.kill().expect("it runs until it is killed");
-        let output = self.child.stdout.take().expect("a pipe");
-        let lines = BufReader::new(output).lines().map_while(Result::ok);
-        let said = lines.filter_map(|line| said(&line)).collect();
-        self.child.wait().expect("it was killed");
-        said
-    }
+/// Starts a process that claims, kills it, and gives what it said of the terms it claimed.
+fn live_and_die(root: &Path, life: u32) -> Vec<Said> {
+    let mut child = Command::new(std::env::current_exe().expect("this test is a program"))
+        .args(["--exact", CLAIMS, "--nocapture"])
+        .env(ROOT, root)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("the test starts itself");
+    let output = child.stdout.take().expect("a pipe");
+    let lines = BufReader::new(output).lines().map_while(Result::ok);
+    let mut said = lines.filter_map(|line| said(&line));
+    let first = if life.is_multiple_of(2) {
+        said.next()
+    } else {
+        None
+    };
+    thread::sleep(LIFE_MAX * (life + 1) / LIVES);
+    child.kill().expect("it runs until it is killed");
+    child.wait().expect("it was killed");
+    first.into_iter().chain(said).collect()
 }
 
 /// A term, by whom it was claimed, and whether that one won it; else there was a newer one.
@@ -105,37 +99,31 @@ fn said(line: &str) -> Option<Said> {
 #[test]
 fn processes_that_are_killed_leave_one_winner_per_term() {
     let root = directory();
-    let end = Instant::now() + STORM;
+    let place = || (0..LIVES).flat_map(|life| live_and_die(root.path(), life));
+    let all: Vec<Said> = thread::scope(|scope| {
+        let places: Vec<_> = (0..PLACES)
+            .map(|_| scope.spawn(|| place().collect::<Vec<_>>()))
+            .collect();
+        let places = places.into_iter();
+        places.flat_map(|place| place.join().unwrap()).collect()
+    });
     let mut winners: HashMap<u64, String> = HashMap::new();
     let mut overtaken = HashSet::new();
-    let mut note = |all: Vec<Said>| {
-        for said in all {
-            if said.won {
-                let other = winners.insert(said.term, said.claimant);
-                assert_eq!(other, None, "term {} was won twice", said.term);
-            } else {
-                overtaken.insert(said.term);
-            }
+    for said in all {
+        if said.won {
+            let other = winners.insert(said.term, said.claimant);
+            assert_eq!(other, None, "term {} was won twice", said.term);
+        } else {
+            overtaken.insert(said.term);
         }
-    };
-    let (mut kills, mut running) = (0_usize, Vec::new());
-    while Instant::now() < end {
-        while running.len() < PROCESSES {
-            kills += 1;
-            let life = LIFE_MAX * (kills as u32 % 7 + 1) / 7;
-            running.push(Claiming::start(root.path(), life));
-        }
-        thread::sleep(Duration::from_millis(1));
-        let dead = running.extract_if(.., |process| process.dies <= Instant::now());
-        dead.for_each(|process| note(process.kill()));
     }
-    running.into_iter().for_each(|process| note(process.kill()));
     let arbiter = open(root.path());
     let (term, claim) = claim_next(&arbiter, &owner("after the storm"));
     assert_eq!(claim.unwrap(), Claim::Won);
     // Who had a term and did not win it was overtaken, or killed before it could say so.
     let known = |term: &u64| winners.contains_key(term) || overtaken.contains(term);
     let silent = (1..term.0).filter(|term| !known(term)).count();
+    let kills = PLACES * LIVES as usize;
     assert!(silent <= kills, "{silent} of {term}, {kills} kills");
     assert!(!winners.is_empty(), "nobody lived long enough to win");
     println!(
