@@ -45,11 +45,14 @@ pub(super) const ARBITER: &[Rule] = &[
         "reading a directory",
     )
     .rare(ASKED_LATE),
-    allow(Sysno::uname, "the host's name, under which terms are claimed").rare(ASKED_LATE),
+    allow(
+        Sysno::uname,
+        "the host's name, under which terms are claimed",
+    )
+    .rare(ASKED_LATE),
 ];
 
 const ASKED_LATE: &str = "only if protection is asked for while the guest runs";
-
 
 /// PR_GET_AUXV of prctl(2).
 const AUXILIARY_VECTOR: u32 = 0x4155_5856;
