@@ -125,6 +125,23 @@ fn kill(service: Service, side: Side) {
 }
 
 #[test]
+fn a_guest_that_resets_over_and_over_is_protected_again_and_again() {
+    if cannot_run() {
+        return;
+    }
+    let mut pair = Pair::start(GuestBuilder::image("hello", "reboot rng"));
+    for _ in 0..6 {
+        pair.side(Side::Primary).wait_for("hello: ready");
+    }
+    pair.wait_protected();
+    assert_eq!(
+        pair.status(Side::Primary).unwrap()["term"],
+        1,
+        "nobody was given up"
+    );
+}
+
+#[test]
 fn a_store_survives_its_primary() {
     kill(KV, Side::Primary);
 }

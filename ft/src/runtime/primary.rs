@@ -17,6 +17,7 @@ use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::PageSender;
 use tandem_vmm::migration::{Address, Hello, Link};
+use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::Session;
 
 use super::asking::Claims;
@@ -36,6 +37,8 @@ const FIRST_STAND_BUDGET: Duration = Duration::from_millis(5);
 const STAGED_PAGES_MAX: u64 = 16 << 10;
 /// Rounds of that at most: a guest may write faster than memory is copied.
 const ROUNDS_MAX: u32 = 8;
+/// Resets of the guest that come in between until a checkpoint is given up.
+const RESETS_MAX: u32 = 8;
 /// Longest time between checkpoints: what a secondary must undo stays little.
 const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// How long the secondary may take to load a checkpoint.
@@ -59,6 +62,17 @@ pub struct Protect {
     pub claims: Claims,
     /// Number of this owner.
     pub term: Term,
+}
+
+/// What of a guest's memory is copied before it is frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copying {
+    /// All of it.
+    All,
+    /// What it wrote, until that is little.
+    WhileMuch,
+    /// Nothing.
+    Nothing,
 }
 
 /// What the thread that makes checkpoints is to do.
@@ -594,12 +608,41 @@ impl<'a> Driver<'a> {
         self.core.event(event);
     }
 
-    /// Makes the secondary the same as the primary.
+    /// Makes the secondary the same as the primary. A guest that was reset is copied whole.
     fn checkpoint(
         &self,
         connected: &mut Connected<'_>,
         epoch: Epoch,
         cause: Cause,
+    ) -> Result<(), ProtectionError> {
+        let copying = match cause {
+            Cause::Join => Copying::All,
+            _ => Copying::WhileMuch,
+        };
+        let mut made = self.try_checkpoint(connected, epoch, cause, copying);
+        for _ in 0..RESETS_MAX {
+            match made {
+                Err(ProtectionError::Snapshot(SnapshotError::Reset)) => {}
+                made => return made,
+            }
+            tracing::info!(%epoch, "the guest was reset: all of it is copied");
+            match connected.session.begin_again() {
+                // It may be reset again before long.
+                Ok(()) => {
+                    made = self.try_checkpoint(connected, epoch, cause, Copying::Nothing);
+                }
+                Err(error) => made = Err(error.into()),
+            }
+        }
+        made
+    }
+
+    fn try_checkpoint(
+        &self,
+        connected: &mut Connected<'_>,
+        epoch: Epoch,
+        cause: Cause,
+        copying: Copying,
     ) -> Result<(), ProtectionError> {
         let core = &self.core;
         let why = core.pair.mismatch();
@@ -609,12 +652,12 @@ impl<'a> Driver<'a> {
             ..
         } = connected;
         let saving = session.saving().clone();
-        if cause == Cause::Join {
+        if copying == Copying::All {
             let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
             session.precopy(&mut sender, FIRST_STAND_BUDGET)?;
         }
         for _ in 0..ROUNDS_MAX {
-            if session.pending()? <= STAGED_PAGES_MAX {
+            if copying == Copying::Nothing || session.pending()? <= STAGED_PAGES_MAX {
                 break;
             }
             let mut sender = PageSender::new(&mut *checkpoints, saving.clone());

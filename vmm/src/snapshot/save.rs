@@ -80,6 +80,19 @@ impl<'a> Session<'a> {
         })
     }
 
+    /// Begins to save the guest anew after it was reset: all of its pages are to be copied.
+    ///
+    /// # Errors
+    /// As [`Session::begin`].
+    pub fn begin_again(&mut self) -> Result<(), SnapshotError> {
+        // It may have been reset, or ended, in any phase.
+        drop(self.end());
+        self.saving = self.guest.begin_save()?;
+        self.left = PageSet::all_of(&self.saving.memory);
+        (self.frozen, self.released, self.over) = (false, false, false);
+        Ok(())
+    }
+
     /// What there is to save.
     pub fn saving(&self) -> &Saving {
         &self.saving
