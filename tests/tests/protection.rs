@@ -24,6 +24,12 @@ const WATCH: Duration = Duration::from_millis(500);
 const LONGER_THAN_A_LEASE: Duration = Duration::from_millis(300);
 /// A delay with which a guest can still be protected.
 const DELAY: Duration = Duration::from_millis(10);
+/// Resyncs of each service during which a primary is killed.
+const RESYNCS: usize = 3;
+/// How long it takes at least until a copy that stands still is made the same again.
+const RESYNC_DUE: Duration = Duration::from_millis(45);
+/// For how long from then on primaries are killed.
+const RESYNC_WATCHED: Duration = Duration::from_millis(60);
 /// Attempts to begin with a guest that is protected: on a busy machine a side may take the other for dead
 /// before the test does anything to it.
 const ATTEMPTS: u32 = 5;
@@ -171,10 +177,10 @@ fn a_primary_may_be_killed_at_any_moment_of_a_resync() {
         return;
     }
     let mut chance = Chance(20);
-    for _ in 0..3 {
-        let mut stage = Stage::new(KV);
-        stage.pair.begin_resync();
-        std::thread::sleep(Duration::from_millis(chance.below(120) as u64));
+    for service in [KV, ECHO].repeat(RESYNCS) {
+        let mut stage = Stage::new(service);
+        stage.pair.hold_copy();
+        std::thread::sleep(RESYNC_DUE + chance.part_of(RESYNC_WATCHED));
         stage.pair.kill(Side::Primary);
         assert_eq!(stage.expect_one(), Side::Secondary);
         stage.finish();
@@ -219,6 +225,37 @@ fn a_primary_that_stood_still_sends_no_more_of_its_streams() {
 #[test]
 fn a_secondary_that_stood_still_does_not_come_back() {
     freeze(KV, Side::Secondary);
+}
+
+#[test]
+fn a_copy_takes_over_when_it_is_asked_to() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(ECHO);
+    stage
+        .pair
+        .side(Side::Primary)
+        .succeed(&["failover", "guest"]);
+    assert_eq!(stage.expect_one_and_the_end_of_the_other(), Side::Secondary);
+    stage.finish();
+}
+
+#[test]
+fn a_guest_serves_on_that_is_protected_no_longer() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::new(KV);
+    stage
+        .pair
+        .side(Side::Primary)
+        .succeed(&["unprotect", "guest"]);
+    stage.pair.wait_end(Side::Secondary);
+    stage.load.expect_progress();
+    assert!(stage.frames_during_service(Side::Primary) > 0);
+    assert_eq!(stage.frames_during_service(Side::Secondary), 0);
+    stage.finish();
 }
 
 fn cut(service: Service, directions: &[Direction]) {
