@@ -227,9 +227,12 @@ impl Pair {
 
     /// Waits for the end of a side's process, which it ends itself.
     pub fn wait_end(&mut self, side: Side) {
-        wait_for("the end of a side that is none any more", || {
-            (!self.side(side).runs()).then_some(())
-        });
+        let deadline = Instant::now() + PATIENCE;
+        while self.side(side).runs() {
+            let late = Instant::now() > deadline;
+            assert!(!late, "{side:?} does not end: {}", self.account());
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Ends a side, as the end of its host would.

@@ -246,16 +246,18 @@ fn a_guest_serves_on_that_is_protected_no_longer() {
     if cannot_run() {
         return;
     }
-    let mut stage = Stage::new(KV);
-    stage
-        .pair
-        .side(Side::Primary)
-        .succeed(&["unprotect", "guest"]);
-    stage.pair.wait_end(Side::Secondary);
-    stage.load.expect_progress();
-    assert!(stage.frames_during_service(Side::Primary) > 0);
-    assert_eq!(stage.frames_during_service(Side::Secondary), 0);
-    stage.finish();
+    for _ in 0..ATTEMPTS {
+        let mut stage = Stage::new(KV);
+        let primary = stage.pair.side(Side::Primary);
+        primary.succeed(&["unprotect", "guest"]);
+        let serves = stage.expect_one_and_the_end_of_the_other();
+        stage.finish();
+        // On a busy machine the copy may take over before the primary gets to it.
+        if serves == Side::Primary {
+            return;
+        }
+    }
+    panic!("the copy takes over again and again");
 }
 
 fn cut(service: Service, directions: &[Direction]) {
