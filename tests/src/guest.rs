@@ -338,9 +338,10 @@ impl Guest {
                     }
                 }
                 Err(e) => {
-                    let messages: Vec<_> = self.started.messages.try_iter().collect();
+                    let (messages, log) = (self.messages(), self.log());
+                    let status = self.started.child.try_wait();
                     panic!(
-                        "no `{text}` on the console ({e}): {:#?} {messages:#?}",
+                        "no `{text}` on the console ({e}, {status:?}): {:#?} {messages:#?} {log}",
                         self.seen
                     );
                 }

@@ -227,9 +227,12 @@ impl Pair {
 
     /// Waits for the end of a side's process, which it ends itself.
     pub fn wait_end(&mut self, side: Side) {
-        wait_for("the end of a side that is none any more", || {
-            (!self.side(side).runs()).then_some(())
-        });
+        let deadline = Instant::now() + PATIENCE;
+        while self.side(side).runs() {
+            let late = Instant::now() > deadline;
+            assert!(!late, "{side:?} does not end: {}", self.account());
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Ends a side, as the end of its host would.
@@ -265,18 +268,18 @@ impl Pair {
     pub fn resync(&mut self) {
         let resyncs = |status: &Value| status["resyncs"].as_u64();
         let before = self.primary.status().as_ref().and_then(resyncs);
-        self.begin_resync();
+        self.hold_copy();
+        self.provoke();
         self.wait_status(Side::Primary, |status| resyncs(status) > before);
     }
 
-    /// Lets the copy stand still while the guest says something, which it then cannot say too: a resync
-    /// is due soon.
-    pub fn begin_resync(&mut self) {
+    /// Lets the copy stand still: it cannot say what the guest says, and a resync is due soon after the
+    /// guest said something.
+    pub fn hold_copy(&mut self) {
         wait_for("a copy that runs", || {
             let paused = self.secondary.tandem(&["pause", "guest"]);
             paused.status.success().then_some(())
         });
-        self.provoke();
     }
 
     /// Lets the guest say something.

@@ -64,6 +64,9 @@ pub trait ConsoleGate: Send + Sync {
 
     /// Input is about to reach the guest; false if it must not.
     fn input(&self, bytes: &[u8]) -> bool;
+
+    /// The first `written` bytes that were ever handed to the readers are at the primary.
+    fn written(&self, written: u64);
 }
 
 struct Client {
@@ -75,6 +78,8 @@ struct State {
     primary: Primary,
     input_open: bool,
     pending: VecDeque<u8>,
+    /// Bytes that were handed to the readers so far.
+    emitted: u64,
     history: VecDeque<u8>,
     clients: Vec<Client>,
     /// Input that did not come from readers.
@@ -99,6 +104,7 @@ impl ConsoleHub {
             primary,
             input_open,
             pending: VecDeque::new(),
+            emitted: 0,
             history: VecDeque::new(),
             clients: Vec::new(),
             injected: VecDeque::new(),
@@ -138,15 +144,17 @@ impl ConsoleHub {
         !self.lock().injected.is_empty()
     }
 
-    /// Hands output to the readers.
-    pub fn emit(&self, bytes: &[u8]) {
+    /// Hands output to the readers, who get it soon. How many bytes they were handed so far.
+    pub fn emit(&self, bytes: &[u8]) -> u64 {
         let mut state = self.lock();
         state.take_output(bytes);
+        let emitted = state.emitted;
         let known = std::mem::replace(&mut state.announced, true);
         drop(state);
         if !known && let Err(error) = self.wake.write(1) {
             tracing::error!(%error, "cannot wake the device loop");
         }
+        emitted
     }
 
     /// Whether the primary is so far behind that the guest has to wait.
@@ -165,8 +173,14 @@ impl ConsoleHub {
         let mut state = self.lock();
         state.flush_primary();
         state.flush_clients();
-        state.announced = !state.is_flushed();
-        state.announced
+        let more = !state.is_flushed();
+        state.announced = more;
+        let written = state.emitted - state.pending.len() as u64;
+        drop(state);
+        if let Some(gate) = self.gate.get() {
+            gate.written(written);
+        }
+        more
     }
 
     /// Writes out what waits for the primary, waiting at most `patience`. At the end of a run.
@@ -241,6 +255,7 @@ impl State {
         if self.primary.output().is_some() {
             self.pending.extend(bytes);
         }
+        self.emitted += bytes.len() as u64;
         self.history.extend(bytes);
         let excess = self.history.len().saturating_sub(HISTORY_MAX);
         self.history.drain(..excess);

@@ -1,4 +1,7 @@
 //! The gate of the console: output is compared byte by byte and leaves once; input reaches both copies.
+//!
+//! The copy keeps output until it is written out, not only until it may be: the device loop writes it a moment
+//! later, and a primary that dies in between has written nothing.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -19,16 +22,20 @@ pub const CONSOLE: u8 = u8::MAX;
 struct Primary {
     /// What a checkpoint explains that is not loaded yet.
     covered: Vec<u8>,
-    /// What may leave once the permit says so, and how much of it the copy printed too.
+    /// What may leave once the permit says so.
     ready: Vec<u8>,
-    ready_matched: u64,
+    /// What left and may not be written out, and how much left in all when the last of it did.
+    leaving: VecDeque<u8>,
+    left: u64,
     /// What the guest printed and the copy has not, and since when.
     ahead: VecDeque<u8>,
     /// What the copy printed and the guest has not.
     behind: VecDeque<u8>,
     since: Option<Instant>,
     patience: Duration,
-    /// Bytes of the copy that are out.
+    /// Bytes that both printed since the checkpoint.
+    matched: u64,
+    /// Bytes that are out, of those that the checkpoint explains and that both printed since.
     settled: u64,
     /// A checkpoint is under way: what the copy prints is of before.
     cut: bool,
@@ -37,7 +44,7 @@ struct Primary {
 
 #[derive(Debug, Default)]
 struct Secondary {
-    covered: Vec<u8>,
+    /// What may not be out: of the checkpoint first.
     kept: VecDeque<u8>,
     settled: u64,
 }
@@ -80,10 +87,9 @@ impl ConsoleGate {
         self.side.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn emit(&self, bytes: &[u8]) {
-        if let Some(hub) = self.hub.get().filter(|_| !bytes.is_empty()) {
-            hub.emit(bytes);
-        }
+    /// Hands bytes to the console's readers; how many those were so far.
+    fn emit(&self, bytes: &[u8]) -> u64 {
+        self.hub.get().map_or(0, |hub| hub.emit(bytes))
     }
 
     /// A checkpoint begins, while the guest stands. Returns the output that it explains and that is not out.
@@ -99,12 +105,15 @@ impl ConsoleGate {
         covered.append(&mut primary.covered);
         covered.extend(primary.ahead.drain(..));
         *primary = Primary {
-            covered: covered.clone(),
+            covered,
+            leaving: std::mem::take(&mut primary.leaving),
+            left: primary.left,
             cut: true,
             patience,
             ..Primary::default()
         };
-        covered
+        let unwritten = primary.leaving.iter().chain(&primary.covered);
+        unwritten.copied().collect()
     }
 
     /// The checkpoint is loaded: the output that it explains leaves.
@@ -114,6 +123,7 @@ impl ConsoleGate {
             primary.since = primary.since.map(|_| now);
             primary.ready = std::mem::take(&mut primary.covered);
             self.release_from(primary);
+            self.tell_settled(primary);
         }
     }
 
@@ -131,10 +141,13 @@ impl ConsoleGate {
         if !self.permit.lets_out(Instant::now()) {
             return self.permit.call();
         }
-        self.emit(&std::mem::take(&mut primary.ready));
-        let matched = std::mem::take(&mut primary.ready_matched);
-        if matched > 0 {
-            primary.settled += matched;
+        primary.left = self.emit(&primary.ready);
+        primary.leaving.extend(primary.ready.drain(..));
+    }
+
+    /// Tells the copy what it need not keep, unless it has yet to load what that counts from.
+    fn tell_settled(&self, primary: &Primary) {
+        if primary.settled > 0 && !primary.cut {
             self.outbox.tell(Kind::Settled, CONSOLE, primary.settled);
         }
     }
@@ -223,7 +236,7 @@ impl ConsoleGate {
         }
     }
 
-    /// The first `count` bytes since the checkpoint are out.
+    /// Of what the checkpoint explains and of what came since, the first `count` bytes are out.
     pub fn settle(&self, count: u64) {
         if let Side::Secondary(secondary) = &mut *self.lock() {
             let out = count.saturating_sub(secondary.settled) as usize;
@@ -237,16 +250,9 @@ impl ConsoleGate {
     pub fn loaded(&self, covered: Vec<u8>) {
         if let Side::Secondary(secondary) = &mut *self.lock() {
             *secondary = Secondary {
-                covered,
-                ..Secondary::default()
+                kept: covered.into(),
+                settled: 0,
             };
-        }
-    }
-
-    /// What the last checkpoint explains is out.
-    pub fn committed(&self) {
-        if let Side::Secondary(secondary) = &mut *self.lock() {
-            secondary.covered.clear();
         }
     }
 
@@ -254,7 +260,6 @@ impl ConsoleGate {
     pub fn go_live(&self) {
         let mut side = self.lock();
         if let Side::Secondary(secondary) = std::mem::take(&mut *side) {
-            self.emit(&secondary.covered);
             self.emit(&Vec::from(secondary.kept));
         }
     }
@@ -286,7 +291,9 @@ impl console::ConsoleGate for ConsoleGate {
     fn is_full(&self) -> bool {
         match &*self.lock() {
             Side::Alone => false,
-            Side::Primary(primary) => primary.ahead.len() + primary.ready.len() >= HELD_MAX,
+            Side::Primary(primary) => {
+                primary.ahead.len() + primary.ready.len() + primary.leaving.len() >= HELD_MAX
+            }
             Side::Secondary(secondary) => secondary.kept.len() >= HELD_MAX,
         }
     }
@@ -303,6 +310,18 @@ impl console::ConsoleGate for ConsoleGate {
             }
             // Its input is the primary's.
             Side::Secondary(_) => false,
+        }
+    }
+
+    fn written(&self, written: u64) {
+        if let Side::Primary(primary) = &mut *self.lock() {
+            let waits = primary.left.saturating_sub(written) as usize;
+            let out = primary.leaving.len().saturating_sub(waits);
+            if out > 0 {
+                primary.leaving.drain(..out);
+                primary.settled += out as u64;
+                self.tell_settled(primary);
+            }
         }
     }
 }
@@ -330,9 +349,9 @@ impl Primary {
         let same = bytes.iter().zip(other.iter()).take_while(|(a, b)| a == b);
         let same = same.count();
         self.ready.extend(other.drain(..same));
-        self.ready_matched += same as u64;
+        self.matched += same as u64;
         if same < common {
-            let at = self.settled + self.ready_matched;
+            let at = self.matched;
             self.mismatch = Some(format!("console: byte {at} differs"));
             if own {
                 self.ahead.extend(&bytes[same..]);
@@ -354,6 +373,11 @@ impl Primary {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::Seek;
+
+    use vmm_sys_util::eventfd::EventFd;
+
     use super::*;
 
     fn primary() -> Primary {
@@ -361,6 +385,72 @@ mod tests {
             patience: Duration::from_millis(50),
             ..Primary::default()
         }
+    }
+
+    /// A primary's gate whose copy runs from its first checkpoint, with a console that is written to a file.
+    fn gate() -> (Arc<ConsoleGate>, ConsoleHub, File) {
+        let file = tempfile::tempfile().unwrap();
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let output = console::Primary::File(file.try_clone().unwrap());
+        let hub = ConsoleHub::new(output, Arc::new(event()));
+        let permit = Arc::new(Permit::new(event()));
+        let gate = Arc::new(ConsoleGate::new(Arc::default(), permit));
+        gate.connect(hub.clone());
+        hub.guard(gate.clone());
+        assert!(gate.cut(Duration::MAX).is_empty());
+        gate.commit(Instant::now());
+        (gate, hub, file)
+    }
+
+    fn settled(gate: &ConsoleGate) -> u64 {
+        match &*gate.lock() {
+            Side::Primary(primary) => primary.settled,
+            _ => panic!("it is a primary's"),
+        }
+    }
+
+    fn printed(file: &mut File) -> String {
+        file.rewind().unwrap();
+        std::io::read_to_string(file).unwrap()
+    }
+
+    #[test]
+    fn output_is_settled_when_it_is_written_and_not_before() {
+        let (gate, hub, mut file) = gate();
+        hub.put(b"line");
+        assert!(!gate.secondary_output(Instant::now(), b"line"));
+        assert_eq!((settled(&gate), printed(&mut file).as_str()), (0, ""));
+        hub.flush();
+        assert_eq!((settled(&gate), printed(&mut file).as_str()), (4, "line"));
+    }
+
+    #[test]
+    fn a_checkpoint_explains_what_left_and_is_not_written_and_it_is_written_once() {
+        let (gate, hub, mut file) = gate();
+        hub.put(b"one two");
+        gate.secondary_output(Instant::now(), b"one");
+        assert_eq!(gate.cut(Duration::MAX), b"one two");
+        hub.flush();
+        assert_eq!(printed(&mut file), "one");
+        gate.commit(Instant::now());
+        assert_eq!(settled(&gate), 3);
+        hub.flush();
+        assert_eq!(
+            (settled(&gate), printed(&mut file).as_str()),
+            (7, "one two")
+        );
+    }
+
+    #[test]
+    fn a_copy_keeps_what_is_not_settled_in_order() {
+        let (gate, hub, mut file) = gate();
+        gate.become_secondary();
+        gate.loaded(b"one ".to_vec());
+        hub.put(b"two three");
+        gate.settle(6);
+        gate.go_live();
+        hub.flush();
+        assert_eq!(printed(&mut file), "o three");
     }
 
     fn out(primary: &mut Primary) -> Vec<u8> {
@@ -379,10 +469,7 @@ mod tests {
         assert_eq!(out(&mut p), b"lo");
         p.compare(now, b" there", false);
         assert_eq!(out(&mut p), b" there");
-        assert_eq!(
-            (p.ready_matched, p.deadline(), p.mismatch),
-            (11, None, None)
-        );
+        assert_eq!((p.matched, p.deadline(), p.mismatch), (11, None, None));
     }
 
     #[test]

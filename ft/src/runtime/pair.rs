@@ -225,7 +225,6 @@ impl Pair {
     }
 
     pub(super) fn committed(&self) {
-        self.console.committed();
         self.nets.iter().for_each(|net| net.committed());
     }
 

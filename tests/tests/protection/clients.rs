@@ -288,6 +288,11 @@ impl Chance {
         (self.next() % limit as u64) as usize
     }
 
+    /// A part of a time.
+    pub(crate) fn part_of(&mut self, time: Duration) -> Duration {
+        time.mul_f64(self.below(1000) as f64 / 1000.0)
+    }
+
     fn fill(&mut self, room: &mut [u8]) {
         room.iter_mut().for_each(|byte| *byte = self.next() as u8);
     }
