@@ -39,6 +39,8 @@ impl NetBackend for GatedBackend {
 
     fn start(&mut self, receive: Offloads, poller: &mut dyn Poller, token: u32) -> io::Result<()> {
         self.token = token;
+        // The event outlives devices, and one that was let go may have watched it.
+        poller.unwatch(self.gate.event());
         poller.watch_input(self.gate.event(), token)?;
         let mut state = self.gate.lock();
         state.started = Some(receive);

@@ -15,7 +15,7 @@
 //! the queue is looked at every [`GATHER_TIME`], until there is little in it. This delays nobody
 //! who waits for an interrupt: a driver with one request in flight has always looked before it makes
 //! the next, and one with more has completions at hand for as long as it is behind. Drivers that find
-//! completions without an interrupt are told apart by [what gathers](gathering).
+//! completions without an interrupt are told apart by `gathering`.
 
 mod aligned;
 mod backend;

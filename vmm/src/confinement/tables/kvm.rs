@@ -124,6 +124,10 @@ pub(super) const DIRTY_PAGES: &[Rule] = &[
     ioctl(&takes::<kvm_dirty_log>(0x42), "KVM_GET_DIRTY_LOG"),
     ioctl(&changes::<kvm_clear_dirty_log>(0xc0), "KVM_CLEAR_DIRTY_LOG")
         .rare("only if the guest writes meanwhile"),
+];
+
+/// As [`DIRTY_PAGES`], for threads that run no vCPU, which may reset rings anyway.
+pub(super) const DIRTY_RINGS: &[Rule] = &[
     ioctl(&plain(0xc7), "KVM_RESET_DIRTY_RINGS")
         .rare("only where KVM keeps rings rather than logs"),
 ];

@@ -69,6 +69,7 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             api::API,
             saving::SAVING,
             kvm::DIRTY_PAGES,
+            kvm::DIRTY_RINGS,
         ],
         ThreadKind::Protection => &[
             runtime::EVERY_THREAD,
@@ -76,6 +77,7 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             devices::NETWORKS,
             saving::SAVING,
             kvm::DIRTY_PAGES,
+            kvm::DIRTY_RINGS,
             protection::PAIR,
             protection::ARBITER,
         ],
