@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tandem_vmm::confinement::Entry;
-use tandem_vmm::control::{Handle, StopMode};
+use tandem_vmm::control::{FreezeTimes, Handle, StopMode};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::PageSender;
@@ -670,7 +670,9 @@ impl<'a> Driver<'a> {
             session.thaw()?;
             return Ok(());
         }
-        let cut = core.pair.cut(epoch.0, PATIENCE);
+        let mut cut = core.pair.cut(epoch.0, PATIENCE);
+        let FreezeTimes { stop, quiesce, .. } = stopped.frozen.times;
+        cut.age = (stopped.frozen.since + stop + quiesce).elapsed();
         core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
         let stand = session.thaw()?;
         let pause = stand.until - stand.from;
