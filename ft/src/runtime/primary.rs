@@ -35,6 +35,8 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const FIRST_STAND_BUDGET: Duration = Duration::from_millis(5);
 /// Pages that are copied while the guest runs before a checkpoint, if it wrote more than that.
 const STAGED_PAGES_MAX: u64 = 16 << 10;
+/// Room for staged pages that is kept between checkpoints, in bytes.
+const STAGING_KEPT: usize = 4 << 20;
 /// Rounds of that at most: a guest may write faster than memory is copied.
 const ROUNDS_MAX: u32 = 8;
 /// Resets of the guest that come in between until a checkpoint is given up.
@@ -135,9 +137,16 @@ impl Core {
             match action {
                 Action::SendBeat(number) => self.pair.outbox().tell(Kind::Beat, 0, number),
                 Action::Release => self.pair.release(),
-                Action::StartResync(epoch, cause) => self.order(Order::Resync(epoch, cause)),
+                Action::StartResync(epoch, cause) => {
+                    let began = (cause != Cause::Join).then(Instant::now);
+                    self.pair.lock_status().resync_began = began;
+                    self.order(Order::Resync(epoch, cause));
+                }
                 Action::SendCheckpoint(_) => send = true,
-                Action::Commit(epoch) => self.pair.commit(epoch.0),
+                Action::Commit(epoch) => {
+                    self.pair.commit(epoch.0);
+                    self.pair.lock_status().count_resync();
+                }
                 Action::StopGuest => {
                     let stands = self.handle.pause().is_ok();
                     self.suspended.store(stands, Ordering::SeqCst);
@@ -446,6 +455,9 @@ struct Driver<'a> {
 struct Connected<'a> {
     session: Session<'a>,
     checkpoints: Link,
+    /// Where the pages of a checkpoint are put together while the guest stands. It is used again: new memory
+    /// costs more than the copy.
+    staged: PageSender<Vec<u8>>,
     orders: Receiver<Order>,
     thread: JoinHandle<()>,
 }
@@ -552,6 +564,7 @@ impl<'a> Driver<'a> {
             .spawn(move || talk(&talking, &link))
             .map_err(ProtectionError::host("start the thread of a link"))?;
         Ok(Connected {
+            staged: PageSender::new(Vec::new(), session.saving().clone()),
             session,
             checkpoints,
             orders,
@@ -629,6 +642,8 @@ impl<'a> Driver<'a> {
             match connected.session.begin_again() {
                 // It may be reset again before long.
                 Ok(()) => {
+                    let saving = connected.session.saving().clone();
+                    connected.staged = PageSender::new(Vec::new(), saving);
                     made = self.try_checkpoint(connected, epoch, cause, Copying::Nothing);
                 }
                 Err(error) => made = Err(error.into()),
@@ -649,6 +664,7 @@ impl<'a> Driver<'a> {
         let Connected {
             session,
             checkpoints,
+            staged,
             ..
         } = connected;
         let saving = session.saving().clone();
@@ -663,8 +679,9 @@ impl<'a> Driver<'a> {
             let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
             session.copy_pending(&mut sender)?;
         }
-        let mut staged = PageSender::new(Vec::new(), saving);
-        let stopped = session.freeze(&mut staged)?;
+        // A checkpoint that came to nothing may have left some.
+        staged.sink().clear();
+        let stopped = session.freeze(staged)?;
         if !core.event(PrimaryEvent::CutDone(epoch)) {
             // The secondary is gone meanwhile.
             session.thaw()?;
@@ -676,12 +693,14 @@ impl<'a> Driver<'a> {
         core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
         let stand = session.thaw()?;
         let pause = stand.until - stand.from;
+        // The secondary takes the pages while the rest is put together.
+        let pages = staged.sink();
+        checkpoints.write_all(pages).map_err(frame::broken)?;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
-        let staged = staged.into_inner();
-        checkpoints
-            .write_all(&staged)
-            .and_then(|()| checkpoints.write_all(&rest))
-            .map_err(frame::broken)?;
+        checkpoints.write_all(&rest).map_err(frame::broken)?;
+        let bytes = pages.len() + rest.len();
+        pages.clear();
+        pages.shrink_to(STAGING_KEPT);
         if cause != Cause::Join {
             let why = why.unwrap_or_else(|| format!("{cause:?}").to_lowercase());
             tracing::debug!(%epoch, %why, ?pause, pages = stopped.pages, "checkpoint");
@@ -690,7 +709,7 @@ impl<'a> Driver<'a> {
             status.last_resync = Some(why);
             status.pauses.add(pause);
             status.resync_pages += stopped.pages;
-            status.resync_bytes += (staged.len() + rest.len()) as u64;
+            status.resync_bytes += bytes as u64;
         }
         Ok(())
     }

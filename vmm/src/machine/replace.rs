@@ -102,7 +102,9 @@ impl Machine {
             since,
             load,
         } = replacement;
+        let began = Instant::now();
         let own = self.own_pages()?;
+        let harvested = began.elapsed();
         let in_place = self.may_restore_in_place(&state);
         if !in_place {
             self.end_vcpus();
@@ -110,6 +112,7 @@ impl Machine {
         self.deferred.clear();
         self.shared.model().reset();
         load(&self.memory, &own)?;
+        let loaded = began.elapsed();
         let read_at = state.kvm.clock.ns;
         let advance = |state: &mut GuestState| {
             let age = u64::try_from(since.elapsed().as_nanos()).unwrap_or(0);
@@ -128,6 +131,15 @@ impl Machine {
         }
         self.saving = SavePhase::Following;
         self.shadow = Shadow::Copy;
+        let all = began.elapsed();
+        tracing::debug!(
+            ?harvested,
+            ?loaded,
+            ?all,
+            own = own.len(),
+            in_place = restored,
+            "replaced"
+        );
         Ok(())
     }
 
