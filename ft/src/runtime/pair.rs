@@ -173,6 +173,17 @@ impl Pair {
         nets.chain(self.console.mismatch()).next()
     }
 
+    /// Whether frames wait for the secondary's.
+    pub(super) fn waits(&self) -> bool {
+        self.nets.iter().any(|net| net.waits())
+    }
+
+    /// Frames that ever matched.
+    pub(super) fn matched(&self) -> u64 {
+        let figures = self.nets.iter().map(|net| net.figures());
+        figures.map(|figures| figures.compared.matched_frames).sum()
+    }
+
     pub(super) fn deadline(&self) -> Option<Instant> {
         let nets = self.nets.iter().filter_map(|net| net.deadline());
         nets.chain(self.console.deadline()).min()

@@ -22,6 +22,7 @@ use tandem_vmm::snapshot::save::Session;
 
 use super::asking::Claims;
 use super::checkpoint::{Greeting, Offer, encode_rest, expect, greet};
+use super::eagerness::Eagerness;
 use super::link_thread::{Talk, listen};
 use super::{Pair, ProtectionError};
 use crate::arbiter::Term;
@@ -702,7 +703,10 @@ impl<'a> Driver<'a> {
         pages.clear();
         pages.shrink_to(STAGING_KEPT);
         if cause != Cause::Join {
-            let why = why.unwrap_or_else(|| format!("{cause:?}").to_lowercase());
+            let why = why.unwrap_or_else(|| match cause {
+                Cause::Mismatch => "the outputs before differed each time".into(),
+                cause => format!("{cause:?}").to_lowercase(),
+            });
             tracing::debug!(%epoch, %why, ?pause, pages = stopped.pages, "checkpoint");
             let mut status = core.pair.lock_status();
             status.resyncs += 1;
@@ -720,7 +724,9 @@ fn talk(core: &Arc<Core>, link: &Link) {
     let mut talk = PrimaryTalk {
         core: Arc::clone(core),
         mismatch_in: None,
+        eagerness: Eagerness::default(),
     };
+    core.pair.permit().set_eager(false);
     let event = core.pair.permit().event();
     listen(link, core.pair.outbox(), event, &mut talk);
     link.shut_down();
@@ -731,6 +737,7 @@ struct PrimaryTalk {
     core: Arc<Core>,
     /// The epoch in which a mismatch was told.
     mismatch_in: Option<u64>,
+    eagerness: Eagerness,
 }
 
 impl PrimaryTalk {
@@ -744,6 +751,8 @@ impl PrimaryTalk {
         }
         if pair.mismatch().is_some() {
             self.differs();
+        } else if self.eagerness.is_eager() && pair.waits() {
+            self.hurry();
         }
         if called {
             self.core.event(PrimaryEvent::OutputsQueued);
@@ -753,8 +762,24 @@ impl PrimaryTalk {
     fn differs(&mut self) {
         let epoch = self.core.pair.epoch();
         if self.mismatch_in.replace(epoch) != Some(epoch) {
-            self.core.event(PrimaryEvent::Mismatch);
+            self.eagerness.differed(self.core.pair.matched());
+            self.resync();
         }
+    }
+
+    /// Outputs would differ: they are not waited for.
+    fn hurry(&mut self) {
+        let epoch = self.core.pair.epoch();
+        if self.mismatch_in.replace(epoch) != Some(epoch) {
+            self.eagerness.hurried(self.core.pair.matched());
+            self.resync();
+        }
+    }
+
+    fn resync(&self) {
+        let permit = self.core.pair.permit();
+        permit.set_eager(self.eagerness.is_eager());
+        self.core.event(PrimaryEvent::Mismatch);
     }
 }
 
