@@ -39,6 +39,7 @@ use crate::gates::{Gates, Surroundings};
 use crate::kvm::acks::AckRing;
 use crate::kvm::exits::ExitCounters;
 use crate::kvm::standing::Begin;
+use crate::kvm::state::CpuidEntry;
 use crate::kvm::vcpu::{ExitHandler, VcpuEnd, VcpuThread, install_kick_handler};
 use crate::kvm::vm::{Vm, open_kvm};
 use crate::memory;
@@ -95,6 +96,8 @@ struct Running {
     probes: Vec<Probe>,
     tracker: Arc<DirtyTracker>,
     vm: Arc<Vm>,
+    /// What the vCPUs show of the processor, if the guest goes on from a saved state.
+    cpuid: Option<Vec<Vec<CpuidEntry>>>,
 }
 
 /// What vCPU threads and the device loop share.

@@ -362,6 +362,11 @@ impl Comparator {
         !self.ready.is_empty()
     }
 
+    /// Whether frames wait for the secondary's.
+    pub fn waits(&self) -> bool {
+        self.held.len() > 0
+    }
+
     /// Whether any frame is held.
     pub fn holds(&self) -> bool {
         self.held_count() > 0

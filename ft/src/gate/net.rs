@@ -63,6 +63,11 @@ struct Primary {
 }
 
 impl Primary {
+    /// Whether outputs wait for the secondary's.
+    fn waits(&self) -> bool {
+        !self.cut && self.comparator.waits()
+    }
+
     /// Tells the secondary how many of its outputs are out, if those are more than it knows.
     fn tell_settled(&mut self, gate: &NetGate) {
         let settled = self.comparator.settled();
@@ -219,6 +224,9 @@ impl NetGate {
             primary.cut = false;
             primary.told = 0;
             primary.comparator.commit(now);
+            if primary.waits() {
+                self.permit.tell_waiting();
+            }
         });
     }
 
@@ -284,6 +292,11 @@ impl NetGate {
             _ => false,
         };
         held || !state.blocked.is_empty()
+    }
+
+    /// Whether outputs wait for the secondary's.
+    pub fn waits(&self) -> bool {
+        matches!(&self.lock().side, Side::Primary(primary) if primary.waits())
     }
 
     /// Lets out what may leave after `act`. True if something does not match.
@@ -503,6 +516,8 @@ impl State {
                 primary.comparator.primary(Instant::now(), frame);
                 if primary.comparator.mismatch().is_some() {
                     gate.permit.call();
+                } else if primary.waits() {
+                    gate.permit.tell_waiting();
                 }
                 self.release(gate);
                 return Transmit::Sent;

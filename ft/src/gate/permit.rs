@@ -16,6 +16,8 @@ pub struct Permit {
     until: AtomicU64,
     /// Outputs wait for it, or something else is to be looked at.
     attention: AtomicBool,
+    /// Whoever looks at the gates wants to know of outputs that wait for the copy's.
+    eager: AtomicBool,
     event: EventFd,
 }
 
@@ -26,6 +28,7 @@ impl Permit {
             base: Instant::now(),
             until: AtomicU64::new(u64::MAX),
             attention: AtomicBool::new(false),
+            eager: AtomicBool::new(false),
             event,
         }
     }
@@ -53,6 +56,18 @@ impl Permit {
     pub fn call(&self) {
         if !self.attention.swap(true, Ordering::SeqCst) {
             self.wake();
+        }
+    }
+
+    /// Whether somebody is to be called for each output that waits for the copy's.
+    pub fn set_eager(&self, eager: bool) {
+        self.eager.store(eager, Ordering::SeqCst);
+    }
+
+    /// An output waits for the copy's: calls whoever wants to know.
+    pub fn tell_waiting(&self) {
+        if self.eager.load(Ordering::SeqCst) {
+            self.call();
         }
     }
 

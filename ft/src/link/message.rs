@@ -156,6 +156,8 @@ pub fn put(bytes: &mut Vec<u8>, kind: Kind, device: u8, payload: &[u8]) {
 pub struct Reader {
     bytes: Vec<u8>,
     start: usize,
+    /// Behind the last byte that came; what is behind that is room.
+    end: usize,
 }
 
 impl Reader {
@@ -167,13 +169,15 @@ impl Reader {
         &mut self,
         read: impl FnOnce(&mut [u8]) -> io::Result<usize>,
     ) -> Result<bool, MessageError> {
-        self.bytes.drain(..self.start);
+        self.bytes.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
         self.start = 0;
-        let end = self.bytes.len();
-        self.bytes.resize(end + ROOM, 0);
-        let result = read(&mut self.bytes[end..]);
-        let came = *result.as_ref().unwrap_or(&0);
-        self.bytes.truncate(end + came.min(ROOM));
+        if self.bytes.len() < self.end + ROOM {
+            self.bytes.resize(self.end + ROOM, 0);
+        }
+        let room = &mut self.bytes[self.end..][..ROOM];
+        let result = read(room);
+        self.end += (*result.as_ref().unwrap_or(&0)).min(ROOM);
         match result {
             Ok(0) => Err(MessageError::Closed),
             Ok(_) => Ok(true),
@@ -192,7 +196,7 @@ impl Reader {
     /// # Errors
     /// When what came is none.
     pub fn take(&mut self) -> Result<Option<Message<'_>>, MessageError> {
-        let rest = &self.bytes[self.start..];
+        let rest = &self.bytes[self.start..self.end];
         let Some((head, rest)) = rest.split_first_chunk::<HEAD_SIZE>() else {
             return Ok(None);
         };

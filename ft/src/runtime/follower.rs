@@ -66,7 +66,7 @@ fn load(
     let handle = core.handle().ok_or(ControlError::Gone)?;
     let replaced = handle.replace(Replacement {
         state,
-        age: stood.elapsed(),
+        since: stood.checked_sub(cut.age).unwrap_or(stood),
         load: Box::new(base.loader()),
     });
     tracing::debug!(%epoch, waited = ?begun - stood, took = ?begun.elapsed(), "loaded");

@@ -13,6 +13,7 @@
 mod asking;
 mod base;
 mod checkpoint;
+mod eagerness;
 mod error;
 pub mod events;
 mod follower;

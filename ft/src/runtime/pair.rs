@@ -25,6 +25,8 @@ use crate::pair::Notice;
 pub(super) struct PairCut {
     /// Number of the checkpoint.
     pub(super) epoch: u64,
+    /// How long ago the guest's clock was read when the mark of the checkpoint was sent.
+    pub(super) age: Duration,
     /// Per network device.
     pub(super) nets: Vec<NetCut>,
     /// Console output that it explains and that is not out.
@@ -126,6 +128,7 @@ impl Pair {
     pub(super) fn cut(&self, epoch: u64, patience: Duration) -> PairCut {
         PairCut {
             epoch,
+            age: Duration::ZERO,
             nets: self.nets.iter().map(|net| net.cut(patience)).collect(),
             console: self.console.cut(patience),
         }
@@ -168,6 +171,17 @@ impl Pair {
     pub(super) fn mismatch(&self) -> Option<String> {
         let nets = self.nets.iter().filter_map(|net| net.mismatch());
         nets.chain(self.console.mismatch()).next()
+    }
+
+    /// Whether frames wait for the secondary's.
+    pub(super) fn waits(&self) -> bool {
+        self.nets.iter().any(|net| net.waits())
+    }
+
+    /// Frames that ever matched.
+    pub(super) fn matched(&self) -> u64 {
+        let figures = self.nets.iter().map(|net| net.figures());
+        figures.map(|figures| figures.compared.matched_frames).sum()
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tandem_vmm::confinement::Entry;
-use tandem_vmm::control::{Handle, StopMode};
+use tandem_vmm::control::{FreezeTimes, Handle, StopMode};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::PageSender;
@@ -22,6 +22,7 @@ use tandem_vmm::snapshot::save::Session;
 
 use super::asking::Claims;
 use super::checkpoint::{Greeting, Offer, encode_rest, expect, greet};
+use super::eagerness::Eagerness;
 use super::link_thread::{Talk, listen};
 use super::{Pair, ProtectionError};
 use crate::arbiter::Term;
@@ -35,6 +36,8 @@ const PATIENCE: Duration = Duration::from_millis(50);
 const FIRST_STAND_BUDGET: Duration = Duration::from_millis(5);
 /// Pages that are copied while the guest runs before a checkpoint, if it wrote more than that.
 const STAGED_PAGES_MAX: u64 = 16 << 10;
+/// Room for staged pages that is kept between checkpoints, in bytes.
+const STAGING_KEPT: usize = 4 << 20;
 /// Rounds of that at most: a guest may write faster than memory is copied.
 const ROUNDS_MAX: u32 = 8;
 /// Resets of the guest that come in between until a checkpoint is given up.
@@ -135,9 +138,16 @@ impl Core {
             match action {
                 Action::SendBeat(number) => self.pair.outbox().tell(Kind::Beat, 0, number),
                 Action::Release => self.pair.release(),
-                Action::StartResync(epoch, cause) => self.order(Order::Resync(epoch, cause)),
+                Action::StartResync(epoch, cause) => {
+                    let began = (cause != Cause::Join).then(Instant::now);
+                    self.pair.lock_status().resync_began = began;
+                    self.order(Order::Resync(epoch, cause));
+                }
                 Action::SendCheckpoint(_) => send = true,
-                Action::Commit(epoch) => self.pair.commit(epoch.0),
+                Action::Commit(epoch) => {
+                    self.pair.commit(epoch.0);
+                    self.pair.lock_status().count_resync();
+                }
                 Action::StopGuest => {
                     let stands = self.handle.pause().is_ok();
                     self.suspended.store(stands, Ordering::SeqCst);
@@ -446,6 +456,9 @@ struct Driver<'a> {
 struct Connected<'a> {
     session: Session<'a>,
     checkpoints: Link,
+    /// Where the pages of a checkpoint are put together while the guest stands. It is used again: new memory
+    /// costs more than the copy.
+    staged: PageSender<Vec<u8>>,
     orders: Receiver<Order>,
     thread: JoinHandle<()>,
 }
@@ -552,6 +565,7 @@ impl<'a> Driver<'a> {
             .spawn(move || talk(&talking, &link))
             .map_err(ProtectionError::host("start the thread of a link"))?;
         Ok(Connected {
+            staged: PageSender::new(Vec::new(), session.saving().clone()),
             session,
             checkpoints,
             orders,
@@ -629,6 +643,8 @@ impl<'a> Driver<'a> {
             match connected.session.begin_again() {
                 // It may be reset again before long.
                 Ok(()) => {
+                    let saving = connected.session.saving().clone();
+                    connected.staged = PageSender::new(Vec::new(), saving);
                     made = self.try_checkpoint(connected, epoch, cause, Copying::Nothing);
                 }
                 Err(error) => made = Err(error.into()),
@@ -649,6 +665,7 @@ impl<'a> Driver<'a> {
         let Connected {
             session,
             checkpoints,
+            staged,
             ..
         } = connected;
         let saving = session.saving().clone();
@@ -663,32 +680,40 @@ impl<'a> Driver<'a> {
             let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
             session.copy_pending(&mut sender)?;
         }
-        let mut staged = PageSender::new(Vec::new(), saving);
-        let stopped = session.freeze(&mut staged)?;
+        // A checkpoint that came to nothing may have left some.
+        staged.sink().clear();
+        let stopped = session.freeze(staged)?;
         if !core.event(PrimaryEvent::CutDone(epoch)) {
             // The secondary is gone meanwhile.
             session.thaw()?;
             return Ok(());
         }
-        let cut = core.pair.cut(epoch.0, PATIENCE);
+        let mut cut = core.pair.cut(epoch.0, PATIENCE);
+        let FreezeTimes { stop, quiesce, .. } = stopped.frozen.times;
+        cut.age = (stopped.frozen.since + stop + quiesce).elapsed();
         core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
         let stand = session.thaw()?;
         let pause = stand.until - stand.from;
+        // The secondary takes the pages while the rest is put together.
+        let pages = staged.sink();
+        checkpoints.write_all(pages).map_err(frame::broken)?;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
-        let staged = staged.into_inner();
-        checkpoints
-            .write_all(&staged)
-            .and_then(|()| checkpoints.write_all(&rest))
-            .map_err(frame::broken)?;
+        checkpoints.write_all(&rest).map_err(frame::broken)?;
+        let bytes = pages.len() + rest.len();
+        pages.clear();
+        pages.shrink_to(STAGING_KEPT);
         if cause != Cause::Join {
-            let why = why.unwrap_or_else(|| format!("{cause:?}").to_lowercase());
+            let why = why.unwrap_or_else(|| match cause {
+                Cause::Mismatch => "the outputs before differed each time".into(),
+                cause => format!("{cause:?}").to_lowercase(),
+            });
             tracing::debug!(%epoch, %why, ?pause, pages = stopped.pages, "checkpoint");
             let mut status = core.pair.lock_status();
             status.resyncs += 1;
             status.last_resync = Some(why);
             status.pauses.add(pause);
             status.resync_pages += stopped.pages;
-            status.resync_bytes += (staged.len() + rest.len()) as u64;
+            status.resync_bytes += bytes as u64;
         }
         Ok(())
     }
@@ -699,7 +724,9 @@ fn talk(core: &Arc<Core>, link: &Link) {
     let mut talk = PrimaryTalk {
         core: Arc::clone(core),
         mismatch_in: None,
+        eagerness: Eagerness::default(),
     };
+    core.pair.permit().set_eager(false);
     let event = core.pair.permit().event();
     listen(link, core.pair.outbox(), event, &mut talk);
     link.shut_down();
@@ -710,6 +737,7 @@ struct PrimaryTalk {
     core: Arc<Core>,
     /// The epoch in which a mismatch was told.
     mismatch_in: Option<u64>,
+    eagerness: Eagerness,
 }
 
 impl PrimaryTalk {
@@ -723,6 +751,8 @@ impl PrimaryTalk {
         }
         if pair.mismatch().is_some() {
             self.differs();
+        } else if self.eagerness.is_eager() && pair.waits() {
+            self.hurry();
         }
         if called {
             self.core.event(PrimaryEvent::OutputsQueued);
@@ -732,8 +762,24 @@ impl PrimaryTalk {
     fn differs(&mut self) {
         let epoch = self.core.pair.epoch();
         if self.mismatch_in.replace(epoch) != Some(epoch) {
-            self.core.event(PrimaryEvent::Mismatch);
+            self.eagerness.differed(self.core.pair.matched());
+            self.resync();
         }
+    }
+
+    /// Outputs would differ: they are not waited for.
+    fn hurry(&mut self) {
+        let epoch = self.core.pair.epoch();
+        if self.mismatch_in.replace(epoch) != Some(epoch) {
+            self.eagerness.hurried(self.core.pair.matched());
+            self.resync();
+        }
+    }
+
+    fn resync(&self) {
+        let permit = self.core.pair.permit();
+        permit.set_eager(self.eagerness.is_eager());
+        self.core.event(PrimaryEvent::Mismatch);
     }
 }
 

@@ -1,7 +1,7 @@
 //! How the protection of a guest stands, for people and programs.
 
 use std::collections::VecDeque;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -98,6 +98,9 @@ pub struct Status {
     pub(super) pauses: Samples,
     #[serde(skip)]
     pub(super) resync_times: Samples,
+    /// When the resync under way began.
+    #[serde(skip)]
+    pub(super) resync_began: Option<Instant>,
 }
 
 impl Status {
@@ -121,6 +124,14 @@ impl Status {
             resync_bytes: 0,
             pauses: Samples::default(),
             resync_times: Samples::default(),
+            resync_began: None,
+        }
+    }
+
+    /// The resync under way is done.
+    pub(super) fn count_resync(&mut self) {
+        if let Some(began) = self.resync_began.take() {
+            self.resync_times.add(began.elapsed());
         }
     }
 

@@ -62,6 +62,9 @@ pub const VIRTIO_MMIO_SLOTS: u64 = 32;
 pub const IOAPIC_START: u32 = 0xfec0_0000;
 /// Pins of KVM's IOAPIC.
 pub const IOAPIC_PINS: u8 = 24;
+/// Two pages of which one is empty memory, once KVM was made to forget what it derived from page tables.
+pub const MOVED_PAGE: [u64; 2] = [0xd010_0000, 0xd010_1000];
+
 /// Local APIC registers.
 pub const LAPIC_START: u32 = 0xfee0_0000;
 /// One page for KVM_SET_IDENTITY_MAP_ADDR.

@@ -1,6 +1,7 @@
 //! What kind of KVM the host has.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 /// How the host runs guest code, as far as a guest's processor depends on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,21 @@ impl PlatformKind {
         let loaded = |module: &str| Path::new("/sys/module").join(module).exists();
         let cpu_flags = || std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         Self::classify(loaded, cpu_flags)
+    }
+
+    /// Whether KVM keeps page tables of its own that shadow those of guests, rather than have the processor
+    /// walk both. Looks once: later the process may not.
+    pub fn shadows_page_tables() -> bool {
+        static SHADOWS: OnceLock<bool> = OnceLock::new();
+        *SHADOWS.get_or_init(|| {
+            let on = |parameter: &str| {
+                let path = Path::new("/sys/module").join(parameter);
+                std::fs::read_to_string(path).is_ok_and(|text| text.trim() == "Y")
+            };
+            !["kvm_intel/parameters/ept", "kvm_amd/parameters/npt"]
+                .into_iter()
+                .any(on)
+        })
     }
 
     /// Decides by the modules of KVM, of which one at most is there, else by the processor's flags.

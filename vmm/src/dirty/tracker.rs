@@ -180,6 +180,11 @@ impl DirtyTracker {
         Err(Error::Internal("a vCPU or device wrote during the pause"))
     }
 
+    /// Forgets what the VMM itself wrote since the last harvest: both know of it.
+    pub fn forget_own_writes(&self) {
+        self.bitmaps().for_each(AtomicBitmap::reset);
+    }
+
     /// Makes room in the rings; for a vCPU that left the guest since its ring is full.
     ///
     /// # Errors

@@ -72,6 +72,14 @@ impl AckRing {
             .for_each(|a| a.store(0, Ordering::Relaxed));
     }
 
+    /// Forgets what the ring holds: the guest that wrote it is another now.
+    pub fn forget(&self) {
+        self.drain();
+        self.acked
+            .iter()
+            .for_each(|a| a.store(0, Ordering::Relaxed));
+    }
+
     /// The acknowledgements of the device in `slot`.
     pub fn slot(self: &Arc<Self>, slot: usize) -> SlotAcks {
         assert!(slot < VIRTIO_DEVICES_MAX, "no such slot");

@@ -10,6 +10,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use kvm_bindings::{
     KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
@@ -23,10 +24,21 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::acks::AckRing;
 use crate::boot::layout::{self, VirtioSlot};
+use crate::cpu::PlatformKind;
 use crate::error::Error;
 
 /// Memory slot of the register pages; those below it are RAM.
 const REGISTERS_SLOT: u32 = 8;
+
+/// Memory slot of an empty page that is moved to and fro.
+const MOVED_SLOT: u32 = REGISTERS_SLOT + 1;
+
+/// A page of memory.
+#[repr(align(4096))]
+struct Page([u8; 4096]);
+
+/// What the guest finds in [`MOVED_SLOT`].
+static EMPTY: Page = Page([0; 4096]);
 
 /// How often the creation of a virtual machine is tried when signals come in between.
 const CREATE_TRIES_MAX: u32 = 1000;
@@ -35,6 +47,9 @@ const CREATE_TRIES_MAX: u32 = 1000;
 pub struct Vm {
     fd: VmFd,
     coalesced: bool,
+    shadows: bool,
+    /// Which of its places the moved page has, plus one; 0 if none yet.
+    moved: AtomicUsize,
     // Both are kept mapped for KVM.
     memory: Arc<GuestMemory>,
     _registers: RegisterBank,
@@ -98,6 +113,8 @@ impl Vm {
         let fd = create_vm(kvm)?;
         let vm = Self {
             coalesced: kvm.check_extension(Cap::CoalescedMmio),
+            shadows: PlatformKind::shadows_page_tables(),
+            moved: AtomicUsize::new(0),
             fd,
             memory: Arc::clone(memory),
             _registers: registers.clone(),
@@ -170,6 +187,37 @@ impl Vm {
         // SAFETY: the bank is mapped there and held by `self`.
         unsafe { self.fd.set_user_memory_region(region) }
             .map_err(Error::kvm("map device registers"))
+    }
+
+    /// Makes KVM forget what it derived from the guest's page tables, which were written behind its back.
+    /// Where KVM shadows them it drops all of that when a memory slot moves, so an empty page does.
+    ///
+    /// Cost: two grace periods of KVM, and the guest's working set is looked up again.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn forget_page_tables(&self) -> Result<(), Error> {
+        if !self.shadows {
+            return Ok(());
+        }
+        let places = layout::MOVED_PAGE;
+        let place = self.moved.load(Ordering::SeqCst) % places.len();
+        let region = kvm_userspace_memory_region {
+            slot: MOVED_SLOT,
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: places[place],
+            memory_size: EMPTY.0.len() as u64,
+            userspace_addr: (&raw const EMPTY) as u64,
+        };
+        // SAFETY: the page is there for as long as the process is, and the guest cannot write to it.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(Error::kvm("move a page of memory"))?;
+        let before = self.moved.swap(place + 1, Ordering::SeqCst);
+        if before == 0 {
+            // That was new, and nothing moved yet.
+            return self.forget_page_tables();
+        }
+        Ok(())
     }
 
     /// Creates vCPU number `index`.

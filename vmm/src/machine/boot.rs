@@ -75,6 +75,7 @@ impl Machine {
             vcpus,
             tracker,
             vm,
+            cpuid: None,
         });
         Ok(())
     }

@@ -124,7 +124,11 @@ impl Machine {
             .restore(&state.devices)
             .map_err(|(id, source)| SnapshotError::Device { id, source })?;
         drop(model);
-        self.start_vcpus(parts)
+        self.start_vcpus(parts)?;
+        if let Some(running) = &mut self.running {
+            running.cpuid = Some(state.vcpus.iter().map(|v| v.cpuid.clone()).collect());
+        }
+        Ok(())
     }
 
     /// Lets what was not loaded of a restored guest's memory be empty: nobody needs it any more.

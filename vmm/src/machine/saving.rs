@@ -281,7 +281,7 @@ fn lock(probe: &Probe) -> std::sync::MutexGuard<'_, Option<VcpuProbe>> {
 }
 
 /// The results of all vCPUs' jobs; a vCPU whose thread has ended has none.
-fn collect<T>(jobs: Vec<Receiver<Result<T, StateError>>>) -> Result<Vec<T>, StateError> {
+pub(super) fn collect<T>(jobs: Vec<Receiver<Result<T, StateError>>>) -> Result<Vec<T>, StateError> {
     jobs.into_iter()
         .map(|job| job.recv().unwrap_or(Err(StateError::Ended)))
         .collect()

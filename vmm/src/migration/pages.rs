@@ -146,8 +146,8 @@ impl<W: Write> PageSender<W> {
     }
 
     /// Where they were sent to.
-    pub fn into_inner(self) -> W {
-        self.to
+    pub fn sink(&mut self) -> &mut W {
+        &mut self.to
     }
 
     /// Sends pages; zero pages only if `zeros`.

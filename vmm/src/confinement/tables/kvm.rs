@@ -112,6 +112,22 @@ pub(super) const SAVE_VCPU: &[Rule] = &[
     ioctl(&gives::<kvm_xsave>(0xcf), "KVM_GET_XSAVE2"),
 ];
 
+/// When a vCPU is given another state while its thread runs.
+const COPY: &str = "only a copy of a guest that runs elsewhere goes on from checkpoints";
+
+/// A vCPU of a copy that goes on from another state.
+pub(super) const REPLACE_VCPU: &[Rule] = &[
+    ioctl(&takes::<kvm_regs>(0x82), "KVM_SET_REGS").rare(COPY),
+    ioctl(&takes::<kvm_sregs>(0x84), "KVM_SET_SREGS").rare(COPY),
+    ioctl(&takes::<kvm_msrs>(0x89), "KVM_SET_MSRS").rare(COPY),
+    ioctl(&takes::<kvm_lapic_state>(0x8f), "KVM_SET_LAPIC").rare(COPY),
+    ioctl(&takes::<kvm_mp_state>(0x99), "KVM_SET_MP_STATE").rare(COPY),
+    ioctl(&takes::<kvm_vcpu_events>(0xa0), "KVM_SET_VCPU_EVENTS").rare(COPY),
+    ioctl(&takes::<kvm_debugregs>(0xa2), "KVM_SET_DEBUGREGS").rare(COPY),
+    ioctl(&takes::<kvm_xsave>(0xa5), "KVM_SET_XSAVE").rare(COPY),
+    ioctl(&takes::<kvm_xcrs>(0xa7), "KVM_SET_XCRS").rare(COPY),
+];
+
 /// A virtual machine that is saved.
 pub(super) const SAVE_MACHINE: &[Rule] = &[
     ioctl(&changes::<kvm_irqchip>(0x62), "KVM_GET_IRQCHIP"),

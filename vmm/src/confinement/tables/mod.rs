@@ -56,6 +56,7 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             devices::DEVICES,
             kvm::VCPU,
             kvm::SAVE_VCPU,
+            kvm::REPLACE_VCPU,
         ],
         ThreadKind::BlockWorker => &[runtime::EVERY_THREAD, devices::DISK_WRITES, devices::WORKER],
         ThreadKind::MemoryLoader => &[

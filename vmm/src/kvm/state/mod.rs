@@ -25,6 +25,10 @@
 //! 5. Devices: they raise interrupts that are not acknowledged. Level-triggered lines are set
 //!    again, since KVM does not save their level.
 //!
+//! Or into one that ran and stands, as a copy's does at each checkpoint: memory, then
+//! [`Vm::forget_page_tables`](super::vm::Vm::forget_page_tables), [`KvmState::restore`],
+//! [`VcpuState::restore_in_place`], devices.
+//!
 //! # Time
 //!
 //! The guest's clocks go on where they stood: kvmclock and time-stamp counters do not show the time

@@ -109,6 +109,14 @@ pub(super) fn set(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), StateError
     Ok(())
 }
 
+/// Takes back the deadline of a vCPU's timer, if that is among its registers `values`.
+pub(super) fn disarm(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), StateError> {
+    if values.iter().any(|(index, _)| *index == TSC_DEADLINE) {
+        return set(vcpu, &[(TSC_DEADLINE, 0)]);
+    }
+    Ok(())
+}
+
 /// The time-stamp counter first, since others are told relative to it; the deadline last, since it
 /// starts a timer.
 fn candidates(listed: &[u32]) -> Vec<u32> {

@@ -2,7 +2,10 @@
 
 use std::time::Instant;
 
-use kvm_bindings::{kvm_lapic_state, kvm_mp_state, kvm_xcr, kvm_xcrs};
+use kvm_bindings::{
+    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_lapic_state, kvm_mp_state, kvm_sregs, kvm_xcr,
+    kvm_xcrs,
+};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
@@ -15,6 +18,8 @@ use super::{CpuidEntry, DebugState, EventsState, RegistersState, StateError, Sys
 
 /// Most extended control registers; there is one so far.
 const XCRS_MAX: usize = 16;
+/// Page-level cache disable of the page tables' root (Intel SDM volume 3, 2.5): means nothing to guests.
+const CR3_PCD: u64 = 1 << 4;
 /// How often a periodic timer's interrupts are settled before the last one is given up.
 const SETTLE_MAX: usize = 8;
 
@@ -140,6 +145,42 @@ impl VcpuState {
     pub fn restore(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
         cpuid::write(vcpu, &self.cpuid)?;
         self.restore_tsc_frequency(vcpu)?;
+        self.set(vm, vcpu)
+    }
+
+    /// Sets the state of `vcpu` of `vm`, which has run, is stopped as for [`VcpuState::capture`], and has the
+    /// same CPUID and frequency. What it ran with is gone: the page tables that the processor holds as well
+    /// as its timer, in either mode.
+    ///
+    /// # Errors
+    /// When KVM of this host refuses a part, or either is a vCPU that waits to be started.
+    pub fn restore_in_place(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
+        // Asking for it makes KVM act on an INIT or SIPI that is on its way.
+        let now = read_mp_state(vcpu)?;
+        for value in [now, self.mp_state] {
+            if ![KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_HALTED].contains(&value) {
+                return Err(StateError::Value {
+                    what: "the run state of a vCPU that goes on from another",
+                    value: value.into(),
+                    allowed: "0 or 3",
+                });
+            }
+        }
+        let mut other: kvm_sregs = self.system.into();
+        // Page tables are looked up anew only where their root changes.
+        other.cr3 ^= CR3_PCD;
+        vcpu.set_sregs(&other)
+            .map_err(StateError::kvm("set a vCPU's system registers"))?;
+        // Changing the mode of the timer stops it, and a deadline that is over would be due at once.
+        msrs::disarm(vcpu, &self.msrs)?;
+        let mut page = self.lapic_page()?;
+        stop_timer(&mut page);
+        vcpu.set_lapic(&kvm_lapic(page))
+            .map_err(StateError::kvm("set a vCPU's local APIC"))?;
+        self.set(vm, vcpu)
+    }
+
+    fn set(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
         vcpu.set_sregs(&self.system.into())
             .map_err(StateError::kvm("set a vCPU's system registers"))?;
         vcpu.set_regs(&self.registers.into())
@@ -149,7 +190,7 @@ impl VcpuState {
         XsaveRoom::new(vm)?.write(vcpu, &self.xsave)?;
         vcpu.set_debug_regs(&self.debug.into())
             .map_err(StateError::kvm("set a vCPU's debug registers"))?;
-        vcpu.set_lapic(&self.kvm_lapic()?)
+        vcpu.set_lapic(&kvm_lapic(self.lapic_page()?))
             .map_err(StateError::kvm("set a vCPU's local APIC"))?;
         msrs::set(vcpu, &self.msrs)?;
         let mp_state = kvm_mp_state {
@@ -199,16 +240,19 @@ impl VcpuState {
         Ok(kvm)
     }
 
-    fn kvm_lapic(&self) -> Result<kvm_lapic_state, StateError> {
+    fn lapic_page(&self) -> Result<[u8; LAPIC_SIZE], StateError> {
         let page = <[u8; LAPIC_SIZE]>::try_from(self.lapic.as_slice());
-        let page = page.map_err(|_| StateError::Value {
+        page.map_err(|_| StateError::Value {
             what: "the number of bytes of the local APIC",
             value: self.lapic.len() as u64,
             allowed: "1024",
-        })?;
-        Ok(kvm_lapic_state {
-            regs: page.map(u8::cast_signed),
         })
+    }
+}
+
+fn kvm_lapic(page: [u8; LAPIC_SIZE]) -> kvm_lapic_state {
+    kvm_lapic_state {
+        regs: page.map(u8::cast_signed),
     }
 }
 

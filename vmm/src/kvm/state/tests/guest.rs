@@ -9,6 +9,7 @@
 // UNSAFETY: the guest's code is assembled into the test program and read from there.
 
 use std::arch::global_asm;
+use std::cell::Cell;
 use std::sync::Arc;
 
 use kvm_bindings::{kvm_regs, kvm_segment};
@@ -44,6 +45,8 @@ const RESULT_SIZE: usize = 64;
 const CODE: u64 = 0x10_0000;
 /// What it changes on the way.
 const DATA: u64 = 0x40_0000;
+/// Memory that nothing is in.
+const OTHER_DATA: u64 = 0x60_0000;
 const DATA_SIZE: usize = 256 << 10;
 
 /// A number is read from here.
@@ -164,6 +167,29 @@ pub(super) struct Machine {
     pub(super) vcpu: VcpuFd,
     pub(super) probe: Option<VcpuProbe>,
     pub(super) vm: Vm,
+    /// Where the data is.
+    data_at: Cell<u64>,
+}
+
+/// A guest as it stood.
+pub(super) struct Checkpoint {
+    pub(super) kvm: KvmState,
+    pub(super) vcpu: VcpuState,
+    memory: Vec<u8>,
+    data_at: u64,
+}
+
+impl Checkpoint {
+    /// Has the data elsewhere in memory, and page tables that lead there.
+    pub(super) fn move_data(&mut self) {
+        let (from, to) = (self.data_at, DATA + OTHER_DATA - self.data_at);
+        self.memory
+            .copy_within(from as usize..from as usize + DATA_SIZE, to as usize);
+        self.memory[from as usize..][..DATA_SIZE].fill(0xee);
+        let entry = (PAGE_TABLES + 0x2000 + (DATA >> 21) * 8) as usize;
+        self.memory[entry..entry + 8].copy_from_slice(&(to | 0x87).to_le_bytes());
+        self.data_at = to;
+    }
 }
 
 /// What a run of the guest came to.
@@ -197,6 +223,7 @@ impl Machine {
             vcpu,
             probe: None,
             vm,
+            data_at: Cell::new(DATA),
         })
     }
 
@@ -388,6 +415,33 @@ impl Machine {
         new
     }
 
+    /// All of the guest as it stands.
+    pub(super) fn checkpoint(&mut self) -> Checkpoint {
+        let (kvm, vcpu) = self.capture();
+        let mut memory = vec![0; MEMORY as usize];
+        self.memory
+            .read_slice(&mut memory, GuestAddress(0))
+            .unwrap();
+        Checkpoint {
+            kvm,
+            vcpu,
+            memory,
+            data_at: self.data_at.get(),
+        }
+    }
+
+    /// Goes on from `checkpoint`, in the virtual machine that is there.
+    pub(super) fn go_back(&self, checkpoint: &Checkpoint) {
+        self.memory
+            .write_slice(&checkpoint.memory, GuestAddress(0))
+            .unwrap();
+        self.vm.forget_page_tables().unwrap();
+        self.data_at.set(checkpoint.data_at);
+        checkpoint.kvm.restore(self.vm.fd()).unwrap();
+        let vcpu = &checkpoint.vcpu;
+        vcpu.restore_in_place(self.vm.fd(), &self.vcpu).unwrap();
+    }
+
     /// What the guest has come to.
     pub(super) fn outcome(&self) -> Outcome {
         let bytes = |at, len| {
@@ -399,7 +453,7 @@ impl Machine {
         };
         Outcome {
             registers: bytes(RESULT, RESULT_SIZE),
-            data: bytes(DATA, DATA_SIZE),
+            data: bytes(self.data_at.get(), DATA_SIZE),
             starts: self.get(STARTS),
             ticks: self.get(TICKS),
         }

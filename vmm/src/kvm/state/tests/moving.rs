@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::signal::SIGRTMIN;
 
 use super::guest::{Counting, Machine, Outcome, Stop};
+use crate::kvm::state::{KvmState, VcpuState};
 use crate::kvm::vcpu::install_kick_handler;
 
 const ROUNDS: u64 = 400;
@@ -187,6 +188,77 @@ fn a_guest_that_is_only_saved_ends_the_same() {
     assert!(machine.outcome() == expected);
 }
 
+/// Runs the guest to its end, going back to where it was some stops ago once in `one_in` stops.
+fn run_and_go_back(machine: &mut Machine, mut random: Random, one_in: u64) -> u64 {
+    let (mut number, mut returns) = (0, 0);
+    let start = Instant::now();
+    while machine.run(&mut number) != Stop::End {
+        assert!(start.elapsed() < PATIENCE, "the guest waits for ever");
+        if random.below(one_in) != 0 {
+            continue;
+        }
+        machine.complete();
+        if !machine.is_complete() {
+            continue;
+        }
+        let mut checkpoint = machine.checkpoint();
+        let mut later = number;
+        if random.below(2) == 0 {
+            checkpoint.move_data();
+        }
+        for _ in 0..random.below(20) {
+            machine.run(&mut later);
+        }
+        machine.complete();
+        while !machine.is_complete() {
+            machine.run(&mut later);
+            machine.complete();
+        }
+        machine.go_back(&checkpoint);
+        returns += 1;
+    }
+    returns
+}
+
+fn goes_back_exactly(counting: Counting, wanted: u64) {
+    let Some(expected) = undisturbed(counting) else {
+        println!("skipped: there is no KVM");
+        return;
+    };
+    let (mut total, mut seed) = (0, 0xbac0);
+    while total < wanted {
+        seed += 1;
+        let _kicker = Kicker::new(seed, 1200);
+        let mut machine = Machine::started(ROUNDS, counting).unwrap();
+        total += run_and_go_back(&mut machine, Random(seed << 8), 4);
+        let outcome = machine.outcome();
+        assert!(
+            outcome.registers == expected.registers,
+            "registers, seed {seed}"
+        );
+        assert!(outcome.data == expected.data, "memory, seed {seed}");
+        assert_eq!(outcome.starts, ROUNDS, "seed {seed}");
+        if counting == Counting::Once {
+            assert_eq!(
+                outcome.ticks, ROUNDS,
+                "interrupts lost or repeated, seed {seed}"
+            );
+        }
+    }
+    println!("went back {total} times");
+}
+
+/// What the guest did since, and where its page tables led then, leaves no trace.
+#[test]
+fn a_guest_that_goes_back_hundreds_of_times_ends_as_if_it_had_not() {
+    goes_back_exactly(Counting::Once, 400);
+}
+
+#[test]
+fn a_guest_with_a_periodic_timer_goes_back() {
+    goes_back_exactly(Counting::Periodically, 100);
+}
+
 /// What is restored is what was saved, in every part that does not tell the time.
 #[test]
 fn what_is_restored_is_what_was_saved() {
@@ -199,7 +271,15 @@ fn what_is_restored_is_what_was_saved() {
     machine.complete();
     let (kvm, vcpu) = machine.capture();
     let mut other = machine.restored(&kvm, &vcpu);
-    let (kvm_again, mut again) = other.capture();
+    assert_same(other.capture(), &kvm, &vcpu);
+    let checkpoint = machine.checkpoint();
+    (0..50).for_each(|_| assert_eq!(machine.run(&mut number), Stop::Number));
+    machine.complete();
+    machine.go_back(&checkpoint);
+    assert_same(machine.capture(), &checkpoint.kvm, &checkpoint.vcpu);
+}
+
+fn assert_same((kvm_again, mut again): (KvmState, VcpuState), kvm: &KvmState, vcpu: &VcpuState) {
     let time = |index: &u32| matches!(index, 0x10 | 0x6e0 | 0x4b56_4d00..=0x4b56_4dff);
     for ((index, value), (_, here)) in vcpu.msrs.iter().zip(&mut again.msrs) {
         if time(index) {
@@ -207,7 +287,7 @@ fn what_is_restored_is_what_was_saved() {
             *here = *value;
         }
     }
-    assert_eq!(again, vcpu);
+    assert_eq!(again, *vcpu);
     assert_eq!(kvm_again.irqchip, kvm.irqchip);
     assert_eq!(kvm_again.pit, kvm.pit);
     assert!(kvm_again.clock.ns >= kvm.clock.ns);
