@@ -143,10 +143,8 @@ pub(super) const DIRTY_PAGES: &[Rule] = &[
 ];
 
 /// As [`DIRTY_PAGES`], for threads that run no vCPU, which may reset rings anyway.
-pub(super) const DIRTY_RINGS: &[Rule] = &[
-    ioctl(&plain(0xc7), "KVM_RESET_DIRTY_RINGS")
-        .rare("only where KVM keeps rings rather than logs"),
-];
+pub(super) const DIRTY_RINGS: &[Rule] = &[ioctl(&plain(0xc7), "KVM_RESET_DIRTY_RINGS")
+    .rare("only where KVM keeps rings rather than logs")];
 
 /// A guest that was not taken elsewhere goes on in a new virtual machine.
 pub(super) const GO_ON: &[Rule] = &[
