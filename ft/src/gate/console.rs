@@ -209,6 +209,14 @@ impl ConsoleGate {
         }
     }
 
+    /// Whether everything is out that may leave.
+    pub fn is_even(&self) -> bool {
+        match &*self.lock() {
+            Side::Primary(primary) => primary.ready.is_empty(),
+            _ => true,
+        }
+    }
+
     /// Whether output is held.
     pub fn holds(&self) -> bool {
         match &*self.lock() {

@@ -284,6 +284,16 @@ impl NetGate {
         self.wake_device();
     }
 
+    /// Whether everything is out that may leave.
+    pub fn is_even(&self) -> bool {
+        let state = self.lock();
+        let ready = match &state.side {
+            Side::Primary(primary) => primary.comparator.has_ready(),
+            _ => false,
+        };
+        !ready && state.blocked.is_empty()
+    }
+
     /// Whether outputs are held.
     pub fn holds(&self) -> bool {
         let state = self.lock();

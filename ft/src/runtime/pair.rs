@@ -41,6 +41,8 @@ pub struct Pair {
     outbox: Arc<Outbox>,
     status: Mutex<Status>,
     epoch: AtomicU64,
+    /// Number of the checkpoint whose outputs leave, of which the secondary was not told yet; or 0.
+    committing: AtomicU64,
     permit: Arc<Permit>,
     events: Mutex<Events>,
 }
@@ -64,6 +66,7 @@ impl Pair {
             outbox,
             status: Mutex::new(Status::unprotected(name)),
             epoch: AtomicU64::new(0),
+            committing: AtomicU64::new(0),
             permit,
             events: Mutex::default(),
         })
@@ -134,13 +137,25 @@ impl Pair {
         }
     }
 
-    /// The checkpoint of `epoch` is loaded: the outputs that it explains leave, and the secondary is told.
+    /// The checkpoint of `epoch` is loaded: the outputs that it explains leave, and the secondary is told
+    /// once they did.
     pub(super) fn commit(&self, epoch: u64) {
         self.set_epoch(epoch);
         let now = Instant::now();
         self.console.commit(now);
         self.nets.iter().for_each(|net| net.commit(now));
-        self.outbox.tell(Kind::Committed, 0, epoch);
+        self.committing.store(epoch, Ordering::SeqCst);
+        self.tell_committed();
+    }
+
+    /// Tells the secondary of a checkpoint whose outputs are all out, if it was not told.
+    pub(super) fn tell_committed(&self) {
+        let epoch = self.committing.load(Ordering::SeqCst);
+        let even = || self.console.is_even() && self.nets.iter().all(|net| net.is_even());
+        if epoch != 0 && even() {
+            self.committing.store(0, Ordering::SeqCst);
+            self.outbox.tell(Kind::Committed, 0, epoch);
+        }
     }
 
     /// Outputs of the other side. True if they do not match.
@@ -238,7 +253,12 @@ impl Pair {
         Ok(())
     }
 
-    pub(super) fn committed(&self) {
+    /// The outputs that the checkpoint of `epoch` explains are out.
+    pub(super) fn committed(&self, epoch: u64) {
+        if epoch != self.epoch() {
+            // Others wait for a later one.
+            return;
+        }
         self.nets.iter().for_each(|net| net.committed());
     }
 

@@ -811,6 +811,7 @@ impl Talk for PrimaryTalk {
     fn tick(&mut self, now: Instant) -> Option<Instant> {
         self.look_at_gates(now);
         let core = &self.core;
+        core.pair.tell_committed();
         let due = lock(&core.machine).deadline();
         if due.is_some_and(|due| now >= due) {
             core.event(PrimaryEvent::Timer);

@@ -420,7 +420,7 @@ impl Talk for SecondaryTalk {
             Kind::ConsoleInput => pair.console_input(message.payload),
             Kind::Settled => pair.settle(message.device, number()?),
             Kind::Cut => self.cut(Epoch(number()?)),
-            Kind::Committed => pair.committed(),
+            Kind::Committed => pair.committed(number()?),
             Kind::Beat => drop(core.event(SecondaryEvent::Beat(number()?))),
             Kind::Term => drop(core.event(SecondaryEvent::TermIs(Term(number()?)))),
             Kind::End => drop(core.event(SecondaryEvent::Dismissed)),
