@@ -38,59 +38,40 @@ pub enum Life {
     FailedOver,
 }
 
-/// Makes two tests of each function that takes a [`Life`]: `NAME::booted` and `NAME::restored`.
+/// Makes tests of a function that takes a [`Life`], one for each life that is named.
 #[macro_export]
-macro_rules! in_each_life {
-    ($($test:ident),+ $(,)?) => { $(
+macro_rules! in_lives {
+    ($test:ident: $($name:ident $life:ident),+) => {
         mod $test {
             use $crate::guest::Life;
 
-            #[test]
-            fn booted() {
-                super::$test(Life::Booted);
-            }
-
-            #[test]
-            fn restored() {
-                super::$test(Life::Restored);
-            }
+            $(
+                #[test]
+                fn $name() {
+                    super::$test(Life::$life);
+                }
+            )+
         }
-    )+ };
+    };
+}
+
+/// Makes two tests of each function that takes a [`Life`]: `NAME::booted` and `NAME::restored`.
+#[macro_export]
+macro_rules! in_each_life {
+    ($($test:ident),+ $(,)?) => {
+        $($crate::in_lives!($test: booted Booted, restored Restored);)+
+    };
 }
 
 /// Makes a test of each life of each function that takes a [`Life`].
 #[macro_export]
 macro_rules! in_every_life {
-    ($($test:ident),+ $(,)?) => { $(
-        mod $test {
-            use $crate::guest::Life;
-
-            #[test]
-            fn booted() {
-                super::$test(Life::Booted);
-            }
-
-            #[test]
-            fn restored() {
-                super::$test(Life::Restored);
-            }
-
-            #[test]
-            fn protected() {
-                super::$test(Life::Protected);
-            }
-
-            #[test]
-            fn resynced() {
-                super::$test(Life::Resynced);
-            }
-
-            #[test]
-            fn failed_over() {
-                super::$test(Life::FailedOver);
-            }
-        }
-    )+ };
+    ($($test:ident),+ $(,)?) => {
+        $($crate::in_lives!(
+            $test: booted Booted, restored Restored, protected Protected, resynced Resynced,
+            failed_over FailedOver
+        );)+
+    };
 }
 
 /// A guest to be started.

@@ -245,6 +245,19 @@ pub fn receive(link: &mut impl Read, payload: &mut Vec<u8>) -> Result<Kind, Migr
     }
 }
 
+/// Receives one frame, which must be of kind `wanted`; its payload is thrown away.
+///
+/// # Errors
+/// As [`receive`], and when it is of another kind.
+pub fn expect(link: &mut impl Read, wanted: Kind) -> Result<(), MigrationError> {
+    match receive(link, &mut Vec::new())? {
+        kind if kind == wanted => Ok(()),
+        kind => Err(MigrationError::Garbled {
+            what: format!("{kind:?} instead of {wanted:?}"),
+        }),
+    }
+}
+
 /// An error of the link.
 pub fn broken(error: io::Error) -> MigrationError {
     match error.kind() {

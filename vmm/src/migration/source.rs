@@ -7,7 +7,6 @@ use super::pages::PageSender;
 use super::protocol::{End, SourceFate, SourcePhase, source_fate};
 use super::{Address, Link, MigrationError};
 use crate::control::{FreezeTimes, Handle};
-use crate::snapshot::Writer;
 use crate::snapshot::save::{Precopy, Session};
 
 /// What a migration came to.
@@ -51,7 +50,7 @@ pub fn migrate(
     };
     frame::send_preface(&mut link, Purpose::Migration)?;
     frame::send(&mut link, Kind::Hello, &hello.encode()?)?;
-    expect(&mut link, Kind::Accept)?;
+    frame::expect(&mut link, Kind::Accept)?;
     let given = hand_over(&mut session, &mut link, budget);
     let handed = match given {
         Ok(handed) => handed,
@@ -82,9 +81,7 @@ fn hand_over(
     let precopy = session.precopy(&mut sink, budget)?;
     let stopped = session.freeze(&mut sink)?;
     let sending = Instant::now();
-    let mut writer = Writer::new(Vec::new())?;
-    stopped.frozen.state.write(&mut writer)?;
-    frame::send(link, Kind::State, &writer.finish()?)?;
+    frame::send(link, Kind::State, &stopped.frozen.state.to_bytes()?)?;
     let send = stopped.harvest + stopped.copy + sending.elapsed();
     let releasing = Instant::now();
     session.release(stopped.frozen.state)?;
@@ -115,7 +112,7 @@ fn conclude(
     link: &mut Link,
     handed: Handed,
 ) -> Result<Report, MigrationError> {
-    let answer = expect(link, Kind::Running);
+    let answer = frame::expect(link, Kind::Running);
     let (downtime, takeover) = (handed.since.elapsed(), handed.waiting.elapsed());
     let end = match &answer {
         Ok(()) => End::Running,
@@ -140,14 +137,5 @@ fn conclude(
             session.leave_in_doubt()?;
             Err(MigrationError::InDoubt)
         }
-    }
-}
-
-fn expect(link: &mut Link, wanted: Kind) -> Result<(), MigrationError> {
-    match frame::receive(link, &mut Vec::new())? {
-        kind if kind == wanted => Ok(()),
-        kind => Err(MigrationError::Garbled {
-            what: format!("{kind:?} instead of {wanted:?}"),
-        }),
     }
 }

@@ -8,7 +8,7 @@ use super::frame::{self, Hello, Kind, Purpose};
 use super::pages;
 use super::protocol::{End, TargetFate, TargetPhase, target_fate};
 use super::{Link, MigrationError};
-use crate::snapshot::{GuestState, Sections};
+use crate::snapshot::GuestState;
 
 /// A source that said what it has.
 #[derive(Debug)]
@@ -106,9 +106,7 @@ impl Offer {
     }
 
     fn understand(&self, bytes: &[u8]) -> Result<GuestState, MigrationError> {
-        let mut sections = Sections::read_all(bytes)?;
-        let state = GuestState::take(&mut sections)?;
-        sections.finish()?;
+        let state = GuestState::from_bytes(bytes)?;
         state.hardware.expect(&self.hello.hardware)?;
         Ok(state)
     }

@@ -110,6 +110,27 @@ pub struct GuestState {
 }
 
 impl GuestState {
+    /// It alone as bytes.
+    ///
+    /// # Errors
+    /// As [`Writer::state`].
+    pub fn to_bytes(&self) -> Result<Vec<u8>, SnapshotError> {
+        let mut writer = Writer::new(Vec::new())?;
+        self.write(&mut writer)?;
+        writer.finish()
+    }
+
+    /// What [`GuestState::to_bytes`] wrote.
+    ///
+    /// # Errors
+    /// When it is not exactly that.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, SnapshotError> {
+        let mut sections = Sections::read_all(bytes)?;
+        let state = Self::take(&mut sections)?;
+        sections.finish()?;
+        Ok(state)
+    }
+
     /// Writes it, a section for each part.
     ///
     /// # Errors
