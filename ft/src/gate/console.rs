@@ -166,10 +166,10 @@ impl ConsoleGate {
         primary.mismatch.is_some()
     }
 
-    /// Looks for output that one side has waited for too long. True if there is a mismatch.
-    pub fn expire(&self, now: Instant) -> bool {
+    /// Looks for output that one side has waited for too long.
+    pub fn expire(&self, now: Instant) {
         let Side::Primary(primary) = &mut *self.lock() else {
-            return false;
+            return;
         };
         if primary.deadline().is_some_and(|at| now >= at) {
             let silent = if primary.behind.is_empty() {
@@ -179,7 +179,6 @@ impl ConsoleGate {
             };
             primary.mismatch = Some(format!("console: the {silent} printed nothing"));
         }
-        primary.mismatch.is_some()
     }
 
     /// When [`ConsoleGate::expire`] is due.

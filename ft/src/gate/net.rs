@@ -11,12 +11,13 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tandem_devices::virtio::net::{FRAME_MAX, HEADER_SIZE, NetBackend, Offloads, Transmit};
+use tandem_vmm::build::borrow;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Permit;
@@ -168,11 +169,8 @@ impl NetGate {
         self.lock().outside = outside;
     }
 
-    #[allow(unsafe_code)]
-    // UNSAFETY: `EventFd` does not implement `AsFd`.
     pub(super) fn event(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor stays open while `self` is borrowed.
-        unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) }
+        borrow(&self.event)
     }
 
     /// Takes the events that came.
@@ -244,13 +242,13 @@ impl NetGate {
         self.with_primary(|_| ());
     }
 
-    /// Looks for outputs that one side has waited for too long. True if there is a mismatch.
-    pub fn expire(&self, now: Instant) -> bool {
+    /// Looks for outputs that one side has waited for too long.
+    pub fn expire(&self, now: Instant) {
         self.with_primary(|primary| {
             if !primary.cut {
                 primary.comparator.expire(now);
             }
-        })
+        });
     }
 
     /// When [`NetGate::expire`] is due.

@@ -14,6 +14,22 @@ pub(super) struct Asking {
     reported: bool,
 }
 
+/// Hears the arbiter on the question in `asking`, which is over if there is an answer.
+///
+/// # Panics
+/// When nobody asked.
+pub(super) fn hear(
+    asking: &mut Option<Asking>,
+    now: Instant,
+    (term, outcome): (Term, Outcome),
+    actions: &mut Actions,
+) -> Option<Answer> {
+    let asked = asking.as_mut().expect("somebody asked");
+    let answer = asked.answer(now, term, outcome, actions)?;
+    *asking = None;
+    Some(answer)
+}
+
 /// A definite answer.
 pub(super) enum Answer {
     Won(Term),
@@ -47,7 +63,7 @@ impl Asking {
     ///
     /// # Panics
     /// When the question was not asked.
-    pub(super) fn answer(
+    fn answer(
         &mut self,
         now: Instant,
         term: Term,

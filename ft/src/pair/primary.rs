@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::asking::{Answer, Asking};
+use super::asking::{self, Answer, Asking};
 use super::{
     Action, Actions, Cause, Ending, Epoch, Gate, Loss, Notice, Outcome, STOP_AHEAD, earliest,
 };
@@ -395,14 +395,12 @@ impl Primary {
     }
 
     fn claimed(&mut self, now: Instant, term: Term, outcome: Outcome, actions: &mut Actions) {
-        let asking = self.asking.as_mut().expect("somebody asked");
-        let Some(answer) = asking.answer(now, term, outcome, actions) else {
-            return;
-        };
-        self.asking = None;
-        match answer {
-            Answer::Won(term) => self.won(term, actions),
-            Answer::Lost(found) => self.end(Over::Fenced, Ending::Fenced(found), actions),
+        match asking::hear(&mut self.asking, now, (term, outcome), actions) {
+            Some(Answer::Won(term)) => self.won(term, actions),
+            Some(Answer::Lost(found)) => {
+                self.end(Over::Fenced, Ending::Fenced(found), actions);
+            }
+            None => {}
         }
     }
 

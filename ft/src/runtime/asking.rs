@@ -1,9 +1,9 @@
 //! Asking the arbiter, which blocks on storage: on a thread of its own.
 
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
-use super::ProtectionError;
+use super::{ProtectionError, lock};
 use crate::arbiter::{Arbiter, ArbiterError, Claim, Claimant, DirectoryArbiter, Owner, Term};
 use crate::pair::Outcome;
 
@@ -47,7 +47,7 @@ impl Claims {
     /// # Errors
     /// As [`Arbiter::claim`].
     pub fn claim(&self, term: Term) -> Result<Claim, ArbiterError> {
-        let arbiter = self.arbiter.lock().unwrap_or_else(PoisonError::into_inner);
+        let arbiter = lock(&self.arbiter);
         arbiter.claim(&self.guest, term, &self.owner)
     }
 
@@ -57,7 +57,7 @@ impl Claims {
     /// # Errors
     /// As [`Arbiter::claim`].
     pub fn claim_next(&self) -> Result<Option<Term>, ArbiterError> {
-        let arbiter = self.arbiter.lock().unwrap_or_else(PoisonError::into_inner);
+        let arbiter = lock(&self.arbiter);
         let current = arbiter.current(&self.guest)?;
         let next = current.map_or(Term::FIRST, |tenure| tenure.term.next());
         let claim = arbiter.claim(&self.guest, next, &self.owner)?;

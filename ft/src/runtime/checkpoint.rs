@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tandem_vmm::migration::frame::{self, Kind, Purpose};
 use tandem_vmm::migration::{Hello, Link, MigrationError};
-use tandem_vmm::snapshot::{GuestState, Sections, Writer};
+use tandem_vmm::snapshot::GuestState;
 
 use super::ProtectionError;
 use super::pair::PairCut;
@@ -59,21 +59,10 @@ pub(super) fn hear<T: for<'a> Deserialize<'a>>(
     }
 }
 
-pub(super) fn expect(link: &mut Link, wanted: Kind) -> Result<(), ProtectionError> {
-    match frame::receive(link, &mut Vec::new())? {
-        kind if kind == wanted => Ok(()),
-        kind => Err(ProtectionError::Garbled(format!(
-            "{kind:?} instead of {wanted:?}"
-        ))),
-    }
-}
-
 /// The end of a checkpoint, after its pages.
 pub(super) fn encode_rest(state: &GuestState, cut: &PairCut) -> Result<Vec<u8>, ProtectionError> {
     let mut bytes = Vec::new();
-    let mut writer = Writer::new(Vec::new())?;
-    state.write(&mut writer)?;
-    frame::send(&mut bytes, Kind::State, &writer.finish()?)?;
+    frame::send(&mut bytes, Kind::State, &state.to_bytes()?)?;
     frame::send(&mut bytes, Kind::Outputs, &encode(cut)?)?;
     frame::send(&mut bytes, Kind::Complete, &[])?;
     Ok(bytes)
@@ -117,7 +106,9 @@ impl Receiver {
             };
             match kind {
                 Kind::Pages => return Ok(Part::Pages(&self.payload)),
-                Kind::State => self.state = Some(Box::new(understand(&self.payload)?)),
+                Kind::State => {
+                    self.state = Some(Box::new(GuestState::from_bytes(&self.payload)?));
+                }
                 Kind::Outputs => self.cut = Some(decode(&self.payload, "outputs")?),
                 Kind::Complete => match (self.state.take(), self.cut.take()) {
                     (Some(state), Some(cut)) => return Ok(Part::Whole(state, cut)),
@@ -136,11 +127,4 @@ fn wrong(kind: Kind) -> ProtectionError {
 /// Whether nothing came for a while, which between checkpoints is as it should be.
 fn is_silence(error: &MigrationError) -> bool {
     matches!(error, MigrationError::Broken(error) if error.kind() == std::io::ErrorKind::WouldBlock)
-}
-
-fn understand(bytes: &[u8]) -> Result<GuestState, ProtectionError> {
-    let mut sections = Sections::read_all(bytes)?;
-    let state = GuestState::take(&mut sections)?;
-    sections.finish()?;
-    Ok(state)
 }

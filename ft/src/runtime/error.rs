@@ -1,7 +1,6 @@
 //! Why a guest is not protected.
 
 use tandem_vmm::control::ControlError;
-use tandem_vmm::error::Error;
 use tandem_vmm::migration::MigrationError;
 use tandem_vmm::snapshot::SnapshotError;
 
@@ -23,9 +22,6 @@ pub enum ProtectionError {
     /// The guest's VMM refused.
     #[error(transparent)]
     Control(#[from] ControlError),
-    /// The machine cannot be built.
-    #[error(transparent)]
-    Machine(#[from] Box<Error>),
     /// The arbiter cannot be used.
     #[error(transparent)]
     Arbiter(#[from] ArbiterError),
@@ -35,14 +31,6 @@ pub enum ProtectionError {
     /// The other side said what does not fit.
     #[error("the other side sent {0}")]
     Garbled(String),
-    /// The guest has a device that cannot be protected.
-    #[error("{device} cannot be protected: {why}")]
-    Device {
-        /// The device.
-        device: String,
-        /// Why not, and what is allowed.
-        why: &'static str,
-    },
     /// The host has no threads or descriptors left.
     #[error("cannot {action}")]
     Host {

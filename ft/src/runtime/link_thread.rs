@@ -1,10 +1,12 @@
 //! The thread that reads what the other side says, and looks at the clock.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, recv};
+use smallvec::SmallVec;
+use tandem_vmm::build::borrow;
 use tandem_vmm::migration::Link;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -73,7 +75,8 @@ fn wait(link: Option<&Link>, outbox: &Outbox, event: &EventFd, due: Instant) -> 
     if outbox.has_waiting() {
         flags |= PollFlags::OUT;
     }
-    let mut fds = vec![PollFd::from_borrowed_fd(wake, PollFlags::IN)];
+    let mut fds = SmallVec::<[_; 2]>::new();
+    fds.push(PollFd::from_borrowed_fd(wake, PollFlags::IN));
     fds.extend(link.map(|link| PollFd::new(link, flags)));
     if !matches!(poll(&mut fds, Some(&timeout)), Ok(1..)) {
         return false;
@@ -84,11 +87,4 @@ fn wait(link: Option<&Link>, outbox: &Outbox, event: &EventFd, due: Instant) -> 
     }
     let link = fds.get(1).map(|fd| fd.revents() - PollFlags::OUT);
     link.is_some_and(|events| !events.is_empty())
-}
-
-#[allow(unsafe_code)]
-// UNSAFETY: `EventFd` does not implement `AsFd`.
-fn borrow(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor stays open while `event` is borrowed.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }

@@ -10,9 +10,12 @@
 //! Who runs the guest is decided by the machines of [`crate::pair`]: each side's threads tell its machine what
 //! happened and carry out what it says.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 mod asking;
 mod base;
 mod checkpoint;
+mod driver;
 mod eagerness;
 mod error;
 pub mod events;
@@ -20,6 +23,7 @@ mod follower;
 mod link_thread;
 mod pair;
 mod primary;
+mod protector;
 mod secondary;
 pub mod status;
 
@@ -27,5 +31,10 @@ pub use asking::Claims;
 pub use checkpoint::Offer;
 pub use error::ProtectionError;
 pub use pair::Pair;
-pub use primary::{Desk, Guest, Protect, Protector};
+pub use protector::{Desk, Guest, Protect, Protector};
 pub use secondary::{Invitation, Joined, Standby};
+
+/// Locks what no panic leaves half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -11,9 +11,9 @@ use tandem_vmm::console::ConsoleHub;
 use tandem_vmm::gates::Gates;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::ProtectionError;
 use super::events::{Event, Events, describe};
 use super::status::Status;
+use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
 use crate::gate::{CONSOLE, ConsoleGate, NetCut, NetGate, Permit};
 use crate::link::{Kind, Outbox};
@@ -82,7 +82,7 @@ impl Pair {
     }
 
     pub(super) fn lock_status(&self) -> MutexGuard<'_, Status> {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.status)
     }
 
     pub(super) fn permit(&self) -> &Permit {
@@ -95,7 +95,7 @@ impl Pair {
     }
 
     fn lock_events(&self) -> MutexGuard<'_, Events> {
-        self.events.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.events)
     }
 
     pub(super) fn report(&self, notice: &Notice) {

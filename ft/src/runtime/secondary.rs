@@ -3,7 +3,7 @@
 //! (`pair`), one receives checkpoints (`follow`), one per question asks the arbiter (`ask`). What they do is
 //! decided by [`pair::Secondary`], behind one lock.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use super::follower::follow;
 use super::link_thread::{Talk, listen};
 use super::pair::PairCut;
 use super::status::Role;
-use super::{Pair, ProtectionError};
+use super::{Pair, ProtectionError, lock};
 use crate::arbiter::Term;
 use crate::detector::Scheduling;
 use crate::link::{Kind, Message, MessageError};
@@ -185,10 +185,6 @@ pub(super) struct Core {
     heard: Mutex<Instant>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Core {
     fn start(
         offer: &Offer,
@@ -332,10 +328,7 @@ impl Core {
         self.pair.report(notice);
         let mut status = self.pair.lock_status();
         match notice {
-            Notice::Protected(_) | Notice::HeardAgain => {
-                status.protected = true;
-                status.reason = "both copies run".into();
-            }
+            Notice::Protected(_) | Notice::HeardAgain => status.both_run(),
             Notice::Deciding(..) => {
                 status.protected = false;
                 status.reason = "the primary is lost: the arbiter is asked".into();

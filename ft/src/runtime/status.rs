@@ -103,7 +103,16 @@ pub struct Status {
     pub(super) resync_began: Option<Instant>,
 }
 
+/// Why a guest is protected.
+pub(super) const BOTH_RUN: &str = "both copies run";
+
 impl Status {
+    /// A second copy could go on from now on.
+    pub(super) fn both_run(&mut self) {
+        self.protected = true;
+        self.reason = BOTH_RUN.into();
+    }
+
     /// Of a guest whose protection nobody asked for.
     pub fn unprotected(name: &str) -> Self {
         Self {

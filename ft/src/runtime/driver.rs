@@ -1,0 +1,326 @@
+//! The thread that makes checkpoints of a primary's guest: it connects to a standby, sends all of the guest, and
+//! then what changed, whenever the roles ask for it.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tandem_vmm::control::FreezeTimes;
+use tandem_vmm::error::causes;
+use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
+use tandem_vmm::migration::pages::PageSender;
+use tandem_vmm::migration::{Address, Hello, Link};
+use tandem_vmm::snapshot::SnapshotError;
+use tandem_vmm::snapshot::save::Session;
+
+use super::checkpoint::{Greeting, Offer, encode_rest, greet};
+use super::primary::{Core, Order, talk};
+use super::protector::{Guest, Protect, Shared};
+use super::{ProtectionError, lock};
+use crate::link::Kind;
+use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
+
+/// How long the copy of one side may stay behind the other with an output.
+const PATIENCE: Duration = Duration::from_millis(50);
+/// How long copying the last pages of the first checkpoint may take while the guest stands.
+const FIRST_STAND_BUDGET: Duration = Duration::from_millis(5);
+/// Pages that are copied while the guest runs before a checkpoint, if it wrote more than that.
+const STAGED_PAGES_MAX: u64 = 16 << 10;
+/// Room for staged pages that is kept between checkpoints, in bytes.
+const STAGING_KEPT: usize = 4 << 20;
+/// Rounds of that at most: a guest may write faster than memory is copied.
+const ROUNDS_MAX: u32 = 8;
+/// Resets of the guest that come in between until a checkpoint is given up.
+const RESETS_MAX: u32 = 8;
+/// Longest time between checkpoints: what a secondary must undo stays little.
+const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
+/// How long the secondary may take to load a checkpoint.
+const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause before a secondary that could not be reached is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often a thread that waits looks whether it is to end.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What of a guest's memory is copied before it is frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Copying {
+    /// All of it.
+    All,
+    /// What it wrote, until that is little.
+    WhileMuch,
+    /// Nothing.
+    Nothing,
+}
+
+pub(super) struct Driver<'a> {
+    core: Arc<Core>,
+    to: Address,
+    guest: &'a Guest,
+    shared: Arc<Shared>,
+}
+
+/// A secondary that is connected.
+struct Connected<'a> {
+    session: Session<'a>,
+    checkpoints: Link,
+    /// Where the pages of a checkpoint are put together while the guest stands. It is used again: new memory
+    /// costs more than the copy.
+    staged: PageSender<Vec<u8>>,
+    orders: Receiver<Order>,
+    thread: JoinHandle<()>,
+}
+
+impl<'a> Driver<'a> {
+    pub(super) fn new(guest: &'a Guest, protect: Protect, shared: &Arc<Shared>) -> Self {
+        let Protect { to, claims, term } = protect;
+        let pair = Arc::clone(&guest.pair);
+        let core = Core::alone(pair, guest.handle.clone(), claims, term);
+        shared.dismiss.store(false, Ordering::SeqCst);
+        *lock(&shared.core) = Some(Arc::clone(&core));
+        let mut status = guest.pair.lock_status();
+        status.term = term.0;
+        status.reason = "a secondary is looked for".into();
+        drop(status);
+        Self {
+            core,
+            to,
+            guest,
+            shared: Arc::clone(shared),
+        }
+    }
+
+    /// Protects the guest until that is not wanted any more, or it ends.
+    pub(super) fn run(&self) {
+        while !self.stopped() {
+            match self.connect() {
+                Ok(connected) => self.serve(connected),
+                Err(error) => {
+                    let why = causes(&error);
+                    tracing::debug!(%why, "the guest is not protected yet");
+                    self.core.pair.lock_status().reason = format!("no secondary: {why}");
+                }
+            }
+            self.rest();
+        }
+        if self.dismissed() {
+            let mut status = self.core.pair.lock_status();
+            status.reason = "protection was ended".into();
+            status.peer = None;
+        }
+    }
+
+    fn dismissed(&self) -> bool {
+        self.shared.dismiss.load(Ordering::SeqCst)
+    }
+
+    fn stopped(&self) -> bool {
+        let over = matches!(
+            self.core.state(),
+            PrimaryState::Fenced | PrimaryState::Ended
+        );
+        over || self.dismissed() || self.shared.stop.load(Ordering::SeqCst)
+    }
+
+    fn rest(&self) {
+        let until = Instant::now() + RETRY;
+        while Instant::now() < until && !self.stopped() {
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    fn connect(&self) -> Result<Connected<'_>, ProtectionError> {
+        let core = &self.core;
+        let mut checkpoints = self.to.connect()?;
+        let session = Session::begin(&core.handle)?;
+        let token = token();
+        let offer = Offer {
+            token,
+            term: core.term().0,
+            hello: Hello {
+                description: self.guest.description.clone(),
+                hardware: session.saving().hardware.clone(),
+            },
+        };
+        greet(&mut checkpoints, Purpose::Protection, &offer)?;
+        frame::expect(&mut checkpoints, FrameKind::Accept)?;
+        let mut link = self.to.connect()?;
+        greet(&mut link, Purpose::Pairing, &Greeting { token })?;
+        let share = |link: &Link| {
+            link.try_clone()
+                .map_err(ProtectionError::host("share a connection"))
+        };
+        core.pair.outbox().connect(share(&link)?);
+        *lock(&core.link) = Some(share(&checkpoints)?);
+        let (tell, orders) = channel();
+        *lock(&core.orders) = Some(tell);
+        core.pair.lock_status().peer = Some(self.to.to_string());
+        core.event(PrimaryEvent::Joined);
+        let talking = Arc::clone(core);
+        let thread = std::thread::Builder::new()
+            .name("pair".into())
+            .spawn(move || talk(&talking, &link))
+            .map_err(ProtectionError::host("start the thread of a link"))?;
+        Ok(Connected {
+            staged: PageSender::new(Vec::new(), session.saving().clone()),
+            session,
+            checkpoints,
+            orders,
+            thread,
+        })
+    }
+
+    /// Makes checkpoints until the secondary is lost or the guest is to end.
+    fn serve(&self, mut connected: Connected<'_>) {
+        let mut last = Instant::now();
+        loop {
+            match connected.orders.recv_timeout(LOOK) {
+                Ok(Order::Resync(epoch, cause)) => {
+                    if let Err(error) = self.checkpoint(&mut connected, epoch, cause) {
+                        let why = causes(&error);
+                        tracing::warn!(%epoch, %why, "a checkpoint failed");
+                        self.core.pair.lock_status().reason = why;
+                        self.core.event(PrimaryEvent::GivenUp);
+                    }
+                    last = Instant::now();
+                }
+                Ok(Order::Alone) | Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => self.look(&mut last),
+            }
+        }
+        if let Some(link) = lock(&self.core.link).take() {
+            link.shut_down();
+        }
+        *lock(&self.core.orders) = None;
+        self.core.pair.permit().wake();
+        drop(connected.thread.join());
+    }
+
+    /// Nothing is to be done for a while.
+    fn look(&self, last: &mut Instant) {
+        if self.dismissed() {
+            self.core.event(PrimaryEvent::GivenUp);
+            return;
+        }
+        let event = match self.core.state() {
+            PrimaryState::Protected(_) if last.elapsed() >= CHECKPOINT_INTERVAL_MAX => {
+                *last = Instant::now();
+                PrimaryEvent::BoundReached
+            }
+            PrimaryState::Joining | PrimaryState::Resyncing(..)
+                if last.elapsed() >= LOAD_TIMEOUT =>
+            {
+                self.core.pair.lock_status().reason =
+                    ProtectionError::Slow(LOAD_TIMEOUT.as_secs()).to_string();
+                PrimaryEvent::GivenUp
+            }
+            _ => return,
+        };
+        self.core.event(event);
+    }
+
+    /// Makes the secondary the same as the primary. A guest that was reset is copied whole.
+    fn checkpoint(
+        &self,
+        connected: &mut Connected<'_>,
+        epoch: Epoch,
+        cause: Cause,
+    ) -> Result<(), ProtectionError> {
+        let copying = match cause {
+            Cause::Join => Copying::All,
+            _ => Copying::WhileMuch,
+        };
+        let mut made = self.try_checkpoint(connected, epoch, cause, copying);
+        for _ in 0..RESETS_MAX {
+            match made {
+                Err(ProtectionError::Snapshot(SnapshotError::Reset)) => {}
+                made => return made,
+            }
+            tracing::info!(%epoch, "the guest was reset: all of it is copied");
+            match connected.session.begin_again() {
+                // It may be reset again before long.
+                Ok(()) => {
+                    let saving = connected.session.saving().clone();
+                    connected.staged = PageSender::new(Vec::new(), saving);
+                    made = self.try_checkpoint(connected, epoch, cause, Copying::Nothing);
+                }
+                Err(error) => made = Err(error.into()),
+            }
+        }
+        made
+    }
+
+    fn try_checkpoint(
+        &self,
+        connected: &mut Connected<'_>,
+        epoch: Epoch,
+        cause: Cause,
+        copying: Copying,
+    ) -> Result<(), ProtectionError> {
+        let core = &self.core;
+        let why = core.pair.mismatch();
+        let Connected {
+            session,
+            checkpoints,
+            staged,
+            ..
+        } = connected;
+        let saving = session.saving().clone();
+        if copying == Copying::All {
+            let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
+            session.precopy(&mut sender, FIRST_STAND_BUDGET)?;
+        }
+        for _ in 0..ROUNDS_MAX {
+            if copying == Copying::Nothing || session.pending()? <= STAGED_PAGES_MAX {
+                break;
+            }
+            let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
+            session.copy_pending(&mut sender)?;
+        }
+        // A checkpoint that came to nothing may have left some.
+        staged.sink().clear();
+        let stopped = session.freeze(staged)?;
+        if !core.event(PrimaryEvent::CutDone(epoch)) {
+            // The secondary is gone meanwhile.
+            session.thaw()?;
+            return Ok(());
+        }
+        let mut cut = core.pair.cut(epoch.0, PATIENCE);
+        let FreezeTimes { stop, quiesce, .. } = stopped.frozen.times;
+        cut.age = (stopped.frozen.since + stop + quiesce).elapsed();
+        core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
+        let stand = session.thaw()?;
+        let pause = stand.until - stand.from;
+        // The secondary takes the pages while the rest is put together.
+        let pages = staged.sink();
+        checkpoints.write_all(pages).map_err(frame::broken)?;
+        let rest = encode_rest(&stopped.frozen.state, &cut)?;
+        checkpoints.write_all(&rest).map_err(frame::broken)?;
+        let bytes = pages.len() + rest.len();
+        pages.clear();
+        pages.shrink_to(STAGING_KEPT);
+        if cause != Cause::Join {
+            let why = why.unwrap_or_else(|| match cause {
+                Cause::Mismatch => "the outputs before differed each time".into(),
+                cause => format!("{cause:?}").to_lowercase(),
+            });
+            tracing::debug!(%epoch, %why, ?pause, pages = stopped.pages, "checkpoint");
+            let mut status = core.pair.lock_status();
+            status.resyncs += 1;
+            status.last_resync = Some(why);
+            status.pauses.add(pause);
+            status.resync_pages += stopped.pages;
+            status.resync_bytes += bytes as u64;
+        }
+        Ok(())
+    }
+}
+
+/// A number that no other pair of connections has.
+fn token() -> u128 {
+    let part = || u128::from(RandomState::new().build_hasher().finish());
+    part() << 64 | part()
+}

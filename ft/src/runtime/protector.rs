@@ -1,0 +1,254 @@
+//! Where the protection of a guest is asked for, begun and ended.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tandem_vmm::confinement::Entry;
+use tandem_vmm::control::{Handle, StopMode};
+use tandem_vmm::error::causes;
+use tandem_vmm::migration::Address;
+
+use super::asking::Claims;
+use super::driver::Driver;
+use super::primary::Core;
+use super::{Pair, ProtectionError, lock};
+use crate::arbiter::Term;
+use crate::pair::{PrimaryEvent, PrimaryState};
+
+/// How long asking for protection may take: an arbiter's storage is slow at times.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
+/// Stack of the thread that makes checkpoints, in bytes.
+const THREAD_STACK: usize = 512 << 10;
+/// How long the last outputs may take to be compared when the guest has ended.
+const LAST_OUTPUTS: Duration = Duration::from_millis(500);
+
+/// How a guest is to be protected.
+pub struct Protect {
+    /// Where a standby listens.
+    pub to: Address,
+    /// Who decides who owns the guest.
+    pub claims: Claims,
+    /// Number of this owner.
+    pub term: Term,
+}
+
+/// A guest that may be protected.
+pub struct Guest {
+    /// Its gates.
+    pub pair: Arc<Pair>,
+    /// It itself.
+    pub handle: Handle,
+    /// Its file, as `tandem run` takes it.
+    pub description: String,
+    /// What the threads that protect it may still do.
+    pub confinement: Entry,
+}
+
+/// What is asked of a protector.
+enum Request {
+    Protect {
+        to: Address,
+        arbiter: PathBuf,
+        answer: SyncSender<Result<(), String>>,
+    },
+    /// The guest has ended.
+    End,
+}
+
+/// What all threads of a protector share.
+pub(super) struct Shared {
+    /// The guest has ended.
+    pub(super) stop: AtomicBool,
+    /// It is not to be protected any more.
+    pub(super) dismiss: AtomicBool,
+    /// The secondary is to take over.
+    leave: AtomicBool,
+    pub(super) core: Mutex<Option<Arc<Core>>>,
+}
+
+/// Protects a guest when it is asked to, for as long as the guest lives.
+pub struct Protector {
+    thread: JoinHandle<()>,
+    desk: Desk,
+}
+
+/// Where protection is asked for. Cheap to clone.
+#[derive(Clone)]
+pub struct Desk {
+    pair: Arc<Pair>,
+    handle: Handle,
+    shared: Arc<Shared>,
+    requests: Sender<Request>,
+}
+
+impl Protector {
+    /// Stands ready to protect `guest`, and begins with it if `protect` says how.
+    ///
+    /// # Errors
+    /// When the host has no threads left.
+    pub fn start(guest: Guest, protect: Option<Protect>) -> Result<Self, ProtectionError> {
+        let shared = Arc::new(Shared {
+            stop: AtomicBool::new(false),
+            dismiss: AtomicBool::new(false),
+            leave: AtomicBool::new(false),
+            core: Mutex::new(None),
+        });
+        let (requests, incoming) = channel();
+        let desk = Desk {
+            pair: Arc::clone(&guest.pair),
+            handle: guest.handle.clone(),
+            shared: Arc::clone(&shared),
+            requests,
+        };
+        let thread = std::thread::Builder::new()
+            .name("protect".into())
+            .stack_size(THREAD_STACK)
+            .spawn(move || supervise(&guest, protect, &shared, &incoming))
+            .map_err(ProtectionError::host("start the protecting thread"))?;
+        Ok(Self { thread, desk })
+    }
+
+    /// Where protection is asked for.
+    pub fn desk(&self) -> Desk {
+        self.desk.clone()
+    }
+
+    /// The guest has ended: its last outputs are compared, and the secondary is told, unless it is to take
+    /// over.
+    pub fn finish(self) {
+        let shared = &self.desk.shared;
+        let core = lock(&shared.core).clone();
+        if shared.leave.load(Ordering::SeqCst) {
+            // The end of this process says the rest.
+            return;
+        }
+        let deadline = Instant::now() + LAST_OUTPUTS;
+        while self.desk.pair.holds() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        shared.stop.store(true, Ordering::SeqCst);
+        if let Some(core) = core {
+            core.event(PrimaryEvent::GuestEnded);
+        }
+        // It may have ended.
+        drop(self.desk.requests.send(Request::End));
+        // It may be in the middle of a checkpoint of a guest that is gone, and finds out.
+        drop(self.thread.join());
+    }
+}
+
+impl Desk {
+    /// Protects the guest by who stands by at `to`; the directory `arbiter` decides who owns it. Returns when
+    /// its term is won, or it cannot be.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub fn protect(&self, to: Address, arbiter: PathBuf) -> Result<(), String> {
+        let (answer, answered) = sync_channel(1);
+        let gone = "the guest has ended".to_owned();
+        if lock(&self.shared.core).is_some() {
+            return Err("the guest is protected already, or is to be: see `tandem status`".into());
+        }
+        let request = Request::Protect {
+            to,
+            arbiter,
+            answer,
+        };
+        self.requests.send(request).map_err(|_| gone.clone())?;
+        answered.recv_timeout(ANSWER_TIMEOUT).map_err(|_| gone)?
+    }
+
+    /// Protects the guest no longer: its secondary is dismissed.
+    ///
+    /// # Errors
+    /// When it is not protected.
+    pub fn unprotect(&self) -> Result<(), String> {
+        if lock(&self.shared.core).is_none() {
+            return Err("the guest is not protected".into());
+        }
+        self.shared.dismiss.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Whether the secondary could take over now, and where it is.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_fail_over(&self) -> Result<String, String> {
+        let state = lock(&self.shared.core).as_ref().map(|core| core.state());
+        match state {
+            Some(PrimaryState::Protected(_)) => {
+                let peer = self.pair.status().peer;
+                Ok(peer.unwrap_or_default())
+            }
+            Some(_) => Err(self.pair.status().reason),
+            None => Err("the guest is not protected".into()),
+        }
+    }
+
+    /// Ends the guest here, so that its secondary takes over.
+    ///
+    /// # Errors
+    /// When it could not.
+    pub fn fail_over(&self) -> Result<String, String> {
+        let peer = self.may_fail_over()?;
+        self.shared.leave.store(true, Ordering::SeqCst);
+        if let Some(core) = &*lock(&self.shared.core) {
+            core.leave();
+        }
+        self.pair.happened(
+            "failing-over",
+            format!("the secondary at {peer} is to take over"),
+        );
+        self.handle
+            .stop(StopMode::Force)
+            .map_err(|error| error.to_string())?;
+        Ok(peer)
+    }
+}
+
+/// Protects the guest whenever that is asked for, until it ends.
+fn supervise(
+    guest: &Guest,
+    mut protect: Option<Protect>,
+    shared: &Arc<Shared>,
+    requests: &Receiver<Request>,
+) {
+    if let Err(error) = guest.confinement.enter() {
+        tracing::error!(%error, "the protecting thread cannot be confined");
+        return;
+    }
+    loop {
+        if let Some(protect) = protect.take() {
+            Driver::new(guest, protect, shared).run();
+            *lock(&shared.core) = None;
+        }
+        if shared.stop.load(Ordering::SeqCst) {
+            return;
+        }
+        let Ok(Request::Protect {
+            to,
+            arbiter,
+            answer,
+        }) = requests.recv()
+        else {
+            return;
+        };
+        let opened = open(guest, to, &arbiter);
+        let told = opened.map(|opened| protect = Some(opened));
+        // Whoever asked may have stopped waiting.
+        drop(answer.send(told.map_err(|error| causes(&error))));
+    }
+}
+
+fn open(guest: &Guest, to: Address, arbiter: &Path) -> Result<Protect, ProtectionError> {
+    let name = guest.pair.status().name;
+    let claims = Claims::open(arbiter, &name)?;
+    let term = claims.claim_next()?;
+    let term = term.ok_or_else(|| ProtectionError::Garbled("that another won the guest".into()))?;
+    Ok(Protect { to, claims, term })
+}
