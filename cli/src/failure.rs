@@ -139,7 +139,6 @@ fn machine_exit(kind: ErrorKind) -> Exit {
 
 fn protection_exit(error: &ProtectionError) -> Exit {
     match error {
-        ProtectionError::Device { .. } => Exit::Usage,
         ProtectionError::Snapshot(_) => Exit::Snapshot,
         ProtectionError::Arbiter(_) | ProtectionError::Host { .. } => Exit::Resource,
         _ => Exit::Failed,

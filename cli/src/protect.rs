@@ -11,14 +11,14 @@ use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
-use tandem_vmm::migration::address::Listener;
 
 use crate::args::StandbyArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
-use crate::run::{Beside, RunContext, accept, run_machine};
-use crate::settings::{Launch, Protection, describe, file};
+use crate::receive::{first_heard, plan};
+use crate::run::{Beside, RunContext, run_machine};
+use crate::settings::{Launch, Protection, describe};
 
 /// Runs `launch` as a guest that can be protected, and is if its settings say so.
 ///
@@ -71,9 +71,12 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
     // Before anybody comes: what is wrong with it is told now.
     drop(DirectoryArbiter::open(&args.arbiter)?);
     let listener = args.listen.listen()?;
-    let invitation = wait_for_primary(&listener, context.quiet)?;
+    if !context.quiet {
+        output::tell(&format!("tandem: standing by on {}", listener.address()));
+    }
+    let invitation = first_heard(&listener, "primary", Invitation::hear)?;
     let claims = Claims::open(&args.arbiter, &invitation.offer.hello.hardware.name)?;
-    let launch = match plan(args, &invitation) {
+    let launch = match plan(&args.place, &invitation.offer.hello) {
         Ok(launch) => launch,
         Err(failure) => {
             invitation.refuse(&failure.report());
@@ -116,8 +119,10 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
             pair: Some(pair),
             desk: None,
             begin: Box::new(move || {
-                let thread = joined.start(handle);
-                Box::new(move || drop(thread))
+                if let Err(error) = joined.start(handle) {
+                    tracing::error!(%error, "the copy stands: it cannot follow its primary");
+                }
+                Box::new(|| {})
             }),
         };
         Ok((machine, beside))
@@ -133,31 +138,6 @@ fn surroundings(confinement: &Confinement, pair: &Arc<Pair>) -> Surroundings {
         confinement: confinement.clone(),
         gates: pair.clone(),
     }
-}
-
-/// Whoever connects and is no primary is told so, and does not keep others from coming.
-fn wait_for_primary(listener: &Listener, quiet: bool) -> Result<Invitation, Failure> {
-    if !quiet {
-        output::tell(&format!("tandem: standing by on {}", listener.address()));
-    }
-    loop {
-        let link = listener
-            .accept()
-            .map_err(Failure::host("wait for a connection"))?;
-        match Invitation::hear(link) {
-            Ok(invitation) => return Ok(invitation),
-            Err(error) => output::tell(&format!("tandem: a primary was refused: {error}")),
-        }
-    }
-}
-
-/// Lays the flags over what the primary says.
-fn plan(args: &StandbyArgs, invitation: &Invitation) -> Result<Launch, Failure> {
-    let hello = &invitation.offer.hello;
-    let (described, problems) = file::parse(&hello.description);
-    let name = hello.hardware.name.clone();
-    let settings = described.replace(args.place.settings());
-    accept(settings.launch_restored(name), problems, None)
 }
 
 impl From<ArbiterError> for Failure {

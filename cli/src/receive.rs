@@ -4,10 +4,11 @@ use std::time::Instant;
 
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
+use tandem_vmm::migration::address::Listener;
 use tandem_vmm::migration::target::Offer;
-use tandem_vmm::migration::{Hello, MigrationError};
+use tandem_vmm::migration::{Hello, Link, MigrationError};
 
-use crate::args::ReceiveArgs;
+use crate::args::{PlaceArgs, ReceiveArgs};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
@@ -20,7 +21,7 @@ use crate::settings::{Launch, file};
 /// When no guest comes, it cannot run here, or does not end well.
 pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure> {
     let offer = wait_for_source(args, context.quiet)?;
-    let launch = match plan(args, &offer.hello) {
+    let launch = match plan(&args.place, &offer.hello) {
         Ok(launch) => launch,
         Err(failure) => {
             offer.refuse(&failure.report());
@@ -54,7 +55,6 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
     ran
 }
 
-/// Whoever connects and is no source is told so, and does not keep others from coming.
 fn wait_for_source(args: &ReceiveArgs, quiet: bool) -> Result<Offer, Failure> {
     let listener = args.listen.listen()?;
     if !quiet {
@@ -63,21 +63,31 @@ fn wait_for_source(args: &ReceiveArgs, quiet: bool) -> Result<Offer, Failure> {
             listener.address()
         ));
     }
+    first_heard(&listener, "source", Offer::hear)
+}
+
+/// The first who connects and is a `who`, as `hear` finds out. Whoever is none is told so, and does not keep
+/// others from coming.
+pub(crate) fn first_heard<T, E: std::fmt::Display>(
+    listener: &Listener,
+    who: &str,
+    hear: impl Fn(Link) -> Result<T, E>,
+) -> Result<T, Failure> {
     loop {
         let link = listener
             .accept()
             .map_err(Failure::host("wait for a connection"))?;
-        match Offer::hear(link) {
-            Ok(offer) => return Ok(offer),
-            Err(error) => output::tell(&format!("tandem: a source was refused: {error}")),
+        match hear(link) {
+            Ok(heard) => return Ok(heard),
+            Err(error) => output::tell(&format!("tandem: a {who} was refused: {error}")),
         }
     }
 }
 
-/// Lays the flags over what the source says.
-fn plan(args: &ReceiveArgs, hello: &Hello) -> Result<Launch, Failure> {
+/// Lays the flags over what the other side says of its guest.
+pub(crate) fn plan(place: &PlaceArgs, hello: &Hello) -> Result<Launch, Failure> {
     let (described, problems) = file::parse(&hello.description);
     let name = hello.hardware.name.clone();
-    let settings = described.replace(args.place.settings());
+    let settings = described.replace(place.settings());
     accept(settings.launch_restored(name), problems, None)
 }
