@@ -219,6 +219,11 @@ impl Machine {
         // has, too. That it takes a moment does not delay the guest's start.
         if self.state == MachineState::Running {
             self.go_on();
+            // They go first where they share this thread's CPU.
+            std::thread::yield_now();
+        }
+        if let Some(loader) = &mut self.loader {
+            loader.load_ahead();
         }
         let result = self.confine().and_then(|()| self.serve_until_end());
         match &result {

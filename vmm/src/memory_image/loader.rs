@@ -10,13 +10,14 @@
 //!
 //! `ahead` loads chunk by chunk and hands each [`GROUP`] back to the host, so that zeros cost no
 //! memory before someone writes to them, and nothing is left of all this at the end. `faults` serves
-//! those who wait. Neither waits for the other: when both load the same chunk, the second finds it
+//! those who wait. `ahead` begins when the guest runs: where it shares a CPU with those who make the guest,
+//! or their locks on the address space, it would keep them waiting. Neither waits for the other: when both load the same chunk, the second finds it
 //! there, which costs less than waiting for a thread of low priority.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -66,7 +67,7 @@ pub fn on_demand_is_available() -> Result<(), String> {
 ///
 /// The first touch of a page, by a vCPU, a device, or the kernel on behalf of one (KVM, io_uring),
 /// waits until the chunk around it was read and checked; nobody ever sees a byte that was not checked.
-/// Meanwhile the rest is loaded in order. [`Loader::is_complete`] from then on.
+/// After [`Loader::load_ahead`] the rest is loaded in order meanwhile, and it [`Loader::is_complete`] then.
 ///
 /// # When a chunk is damaged
 ///
@@ -87,6 +88,8 @@ pub fn on_demand_is_available() -> Result<(), String> {
 pub struct Loader {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
+    /// Lets the thread go that loads ahead.
+    go: Option<SyncSender<()>>,
 }
 
 impl Loader {
@@ -106,13 +109,16 @@ impl Loader {
         memory: Arc<GuestMemory>,
         on_failure: OnFailure,
     ) -> Result<Self, MemoryImageError> {
-        Self::start_beginning_with(file, sums, memory, on_failure, || Ok(()))
+        let mut loader = Self::start_beginning_with(file, sums, memory, on_failure, || Ok(()))?;
+        loader.load_ahead();
+        Ok(loader)
     }
 
-    /// As [`Loader::start`]; each thread calls `begin` before it loads anything.
+    /// As [`Loader::start`], but loads only what is touched until [`Loader::load_ahead`]. Each thread calls
+    /// `begin` before it loads anything.
     ///
     /// # Errors
-    /// Those of [`Loader::start`] and of `begin`.
+    /// Those of [`Loader::start`] and of the first `begin`; that of the second goes to `on_failure`.
     pub fn start_beginning_with(
         file: File,
         sums: Checksums,
@@ -124,45 +130,68 @@ impl Loader {
         let mut loader = Self {
             shared,
             threads: Vec::new(),
+            go: None,
         };
-        let shared = Arc::clone(&loader.shared);
-        loader.spawn("memory-faults", begin.clone(), move || {
-            shared.serve_faults();
-        })?;
-        let shared = Arc::clone(&loader.shared);
-        loader.spawn("memory-ahead", begin, move || {
-            shared.run_ahead(on_failure);
-        })?;
+        loader.spawn_faults(begin.clone())?;
+        loader.spawn_ahead(begin, on_failure)?;
         Ok(loader)
+    }
+
+    /// Serves those who wait, once this returns.
+    fn spawn_faults(
+        &mut self,
+        begin: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> Result<(), MemoryImageError> {
+        let shared = Arc::clone(&self.shared);
+        let (begun, beginning) = sync_channel(1);
+        self.spawn("memory-faults", move || {
+            let result = begin();
+            let works = result.is_ok();
+            drop(begun.send(result));
+            if works {
+                shared.serve_faults();
+            }
+        })?;
+        let began = beginning.recv().map_err(io::Error::other).flatten();
+        began.map_err(|e| no_thread(&e))
+    }
+
+    fn spawn_ahead(
+        &mut self,
+        begin: impl FnOnce() -> io::Result<()> + Send + 'static,
+        on_failure: OnFailure,
+    ) -> Result<(), MemoryImageError> {
+        let shared = Arc::clone(&self.shared);
+        let (go, gone) = sync_channel(1);
+        self.go = Some(go);
+        self.spawn("memory-ahead", move || {
+            // Otherwise the loader is dropped.
+            if gone.recv().is_ok() {
+                shared.run_ahead(begin, on_failure);
+            }
+        })
     }
 
     fn spawn(
         &mut self,
         name: &str,
-        begin: impl FnOnce() -> io::Result<()> + Send + 'static,
         work: impl FnOnce() + Send + 'static,
     ) -> Result<(), MemoryImageError> {
-        let no_thread = |e| unavailable("no thread can be started", &e);
-        let (begun, beginning) = sync_channel(1);
         let thread = thread::Builder::new()
             .name(name.into())
             .stack_size(STACK_SIZE)
-            .spawn(move || {
-                let result = begin();
-                let works = result.is_ok();
-                // Whoever started the thread waits for it.
-                drop(begun.send(result));
-                if works {
-                    work();
-                }
-            })
-            .map_err(no_thread)?;
+            .spawn(work)
+            .map_err(|e| no_thread(&e))?;
         self.threads.push(thread);
-        beginning
-            .recv()
-            .map_err(io::Error::other)
-            .flatten()
-            .map_err(no_thread)
+        Ok(())
+    }
+
+    /// Loads from now on what nobody has touched yet.
+    pub fn load_ahead(&mut self) {
+        if let Some(go) = self.go.take() {
+            // The thread has ended only if it panicked.
+            let _ = go.send(());
+        }
     }
 
     /// Whether all is loaded and checked.
@@ -199,6 +228,7 @@ impl Loader {
 impl Drop for Loader {
     fn drop(&mut self) {
         self.shared.stop();
+        self.go = None;
         for thread in self.threads.drain(..) {
             // `on_failure` may own the loader.
             if thread.thread().id() != thread::current().id() {
@@ -451,11 +481,14 @@ impl Shared {
 
 /// The thread that loads ahead.
 impl Shared {
-    fn run_ahead(&self, on_failure: OnFailure) {
+    fn run_ahead(&self, begin: impl FnOnce() -> io::Result<()>, on_failure: OnFailure) {
         if let Err(error) = setpriority_process(None, AHEAD_NICE) {
             tracing::warn!(%error, "cannot give a thread low priority");
         }
-        match self.load_ahead() {
+        let loaded = begin()
+            .map_err(|e| no_thread(&e))
+            .and_then(|()| self.load_ahead());
+        match loaded {
             Ok(Ahead::Complete) => {
                 self.progress.end(Phase::Complete);
                 self.settle();
@@ -568,6 +601,10 @@ fn watch(memory: Arc<GuestMemory>) -> Result<Userfaultfd, MemoryImageError> {
             .map_err(|e| unavailable("the kernel does not watch guest memory", &e))?;
     }
     Ok(faults)
+}
+
+fn no_thread(error: &io::Error) -> MemoryImageError {
+    unavailable("no thread can be started", error)
 }
 
 fn unavailable(what: &str, error: &io::Error) -> MemoryImageError {

@@ -111,7 +111,6 @@ pub(super) const LOADER: &[Rule] = &[
     allow(Sysno::preadv, "saved memory").rare("as `pread64`"),
     allow(Sysno::lseek, "holes in saved memory"),
     allow(Sysno::fadvise64, "saved memory is read before it is needed"),
-    allow(Sysno::setpriority, "who loads ahead makes way"),
     allow(Sysno::clock_nanosleep, "waits for the machine to end").rare("lost memory only"),
     allow_if(
         Sysno::ioctl,
