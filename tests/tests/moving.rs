@@ -470,6 +470,30 @@ fn a_save_that_a_reset_overtakes_fails_and_the_guest_lives() {
 }
 
 #[test]
+fn a_guest_that_resets_again_and_again_is_saved_as_it_stands() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let bench = Bench::new();
+    let guest = resetting(&bench);
+    for _ in 0..50 {
+        // It may have asked for a reset just now.
+        let mut tries = (0..8).filter_map(|_| Session::begin_frozen(&guest.handle).ok());
+        let (mut session, frozen) = tries.next().expect("it stands at once");
+        let before = guest.resets();
+        std::thread::sleep(Duration::from_millis(10));
+        assert_eq!(guest.resets(), before, "a frozen guest runs");
+        let file = tempfile::tempfile().unwrap();
+        let memory = session.saving().memory.clone();
+        let mut sink = Sink(MemoryWriter::new(file, memory).unwrap());
+        session.copy_all(frozen, &mut sink).unwrap();
+        sink.0.finish(false).unwrap();
+        session.finish().unwrap();
+    }
+    guest.stop();
+}
+
+#[test]
 fn a_guest_that_resets_while_it_is_paused_stays_paused() {
     if must_skip(&[Need::Kvm]) {
         return;

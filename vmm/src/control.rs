@@ -118,6 +118,8 @@ pub enum Command {
     AttachConsole(UnixStream),
     /// Make ready to save the guest: follow its writes to memory from now on.
     BeginSave,
+    /// Both at once: no reset of the guest comes between.
+    BeginFrozen,
     /// Stop the guest and read its state; it stays as it is until [`Command::Thaw`].
     Freeze,
     /// Let a frozen guest go on, if it ran before.
@@ -149,6 +151,8 @@ pub enum Answer {
     Saving(Saving),
     /// The guest's state.
     Frozen(Box<Frozen>),
+    /// Both.
+    BegunFrozen(Saving, Box<Frozen>),
     /// A guest was thawed: from when it began to stop until its vCPUs were let go, if it was to go on.
     Thawed(Stand),
 }
@@ -314,6 +318,18 @@ impl Handle {
     pub fn begin_save(&self) -> Result<Saving, ControlError> {
         match self.request(Command::BeginSave)? {
             Answer::Saving(saving) => Ok(saving),
+            _ => Err(ControlError::Failed("the VMM does not save".into())),
+        }
+    }
+
+    /// As [`Handle::begin_save`] and [`Handle::freeze`] in one step, which a guest that resets itself
+    /// again and again cannot come between.
+    ///
+    /// # Errors
+    /// As those; the guest goes on and its writes are not followed then.
+    pub fn begin_frozen(&self) -> Result<(Saving, Frozen), ControlError> {
+        match self.request(Command::BeginFrozen)? {
+            Answer::BegunFrozen(saving, frozen) => Ok((saving, *frozen)),
             _ => Err(ControlError::Failed("the VMM does not save".into())),
         }
     }

@@ -9,13 +9,13 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tandem_vmm::control::FreezeTimes;
+use tandem_vmm::control::{FreezeTimes, Frozen};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::PageSender;
 use tandem_vmm::migration::{Address, Hello, Link};
 use tandem_vmm::snapshot::SnapshotError;
-use tandem_vmm::snapshot::save::Session;
+use tandem_vmm::snapshot::save::{PageSink, Session};
 
 use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::primary::{Core, Order, talk};
@@ -46,14 +46,13 @@ const RETRY: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// What of a guest's memory is copied before it is frozen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Copying {
     /// All of it.
     All,
     /// What it wrote, until that is little.
     WhileMuch,
-    /// Nothing.
-    Nothing,
+    /// Nothing: it stands already.
+    Standing(Box<Frozen>),
 }
 
 pub(super) struct Driver<'a> {
@@ -241,11 +240,11 @@ impl<'a> Driver<'a> {
             }
             tracing::info!(%epoch, "the guest was reset: all of it is copied");
             match connected.session.begin_again() {
-                // It may be reset again before long.
-                Ok(()) => {
+                Ok(frozen) => {
                     let saving = connected.session.saving().clone();
                     connected.staged = PageSender::new(Vec::new(), saving);
-                    made = self.try_checkpoint(connected, epoch, cause, Copying::Nothing);
+                    let copying = Copying::Standing(Box::new(frozen));
+                    made = self.try_checkpoint(connected, epoch, cause, copying);
                 }
                 Err(error) => made = Err(error.into()),
             }
@@ -269,20 +268,21 @@ impl<'a> Driver<'a> {
             ..
         } = connected;
         let saving = session.saving().clone();
-        if copying == Copying::All {
-            let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
-            session.precopy(&mut sender, FIRST_STAND_BUDGET)?;
-        }
-        for _ in 0..ROUNDS_MAX {
-            if copying == Copying::Nothing || session.pending()? <= STAGED_PAGES_MAX {
-                break;
-            }
-            let mut sender = PageSender::new(&mut *checkpoints, saving.clone());
-            session.copy_pending(&mut sender)?;
-        }
+        let mut ahead = PageSender::new(&mut *checkpoints, saving);
         // A checkpoint that came to nothing may have left some.
         staged.sink().clear();
-        let stopped = session.freeze(staged)?;
+        let stopped = match copying {
+            Copying::Standing(frozen) => session.copy_rest(*frozen, staged)?,
+            Copying::All => {
+                session.precopy(&mut ahead, FIRST_STAND_BUDGET)?;
+                copy_while_much(session, &mut ahead)?;
+                session.freeze(staged)?
+            }
+            Copying::WhileMuch => {
+                copy_while_much(session, &mut ahead)?;
+                session.freeze(staged)?
+            }
+        };
         if !core.event(PrimaryEvent::CutDone(epoch)) {
             // The secondary is gone meanwhile.
             session.thaw()?;
@@ -317,6 +317,20 @@ impl<'a> Driver<'a> {
         }
         Ok(())
     }
+}
+
+/// Copies what the guest writes while it runs, until that is little.
+fn copy_while_much(
+    session: &mut Session<'_>,
+    sink: &mut impl PageSink,
+) -> Result<(), SnapshotError> {
+    for _ in 0..ROUNDS_MAX {
+        if session.pending()? <= STAGED_PAGES_MAX {
+            break;
+        }
+        session.copy_pending(sink)?;
+    }
+    Ok(())
 }
 
 /// A number that no other pair of connections has.

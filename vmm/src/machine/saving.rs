@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   BeginSave > (memory is copied while the guest runs) > Freeze > (the rest is copied) > Thaw > EndSave
+//!   BeginFrozen (for guests that reset themselves again and again)  > (all is copied) > Thaw > EndSave
 //!                                                         Freeze > Release > Leave
 //!                                                                          > Reacquire > Thaw > EndSave
 //!                                                                          > Doubt
@@ -61,7 +62,18 @@ impl Machine {
         }
     }
 
-    pub(super) fn begin_save(&mut self) -> Result<Answer, ControlError> {
+    pub(super) fn begin_frozen(&mut self) -> Result<Answer, ControlError> {
+        let saving = self.begin_save()?;
+        match self.freeze() {
+            Ok(frozen) => Ok(Answer::BegunFrozen(saving, Box::new(frozen))),
+            Err(error) => {
+                self.end_save()?;
+                Err(error)
+            }
+        }
+    }
+
+    pub(super) fn begin_save(&mut self) -> Result<Saving, ControlError> {
         if self.saving != SavePhase::None {
             return Err(ControlError::Failed(
                 "the guest is being saved already".into(),
@@ -74,13 +86,13 @@ impl Machine {
         self.probe_vcpus()?;
         tracker.start().map_err(failed)?;
         self.saving = SavePhase::Following;
-        Ok(Answer::Saving(Saving {
+        Ok(Saving {
             tracker,
             memory: Arc::clone(&self.memory),
             standings,
             hardware: self.hardware(),
             resets: self.resets,
-        }))
+        })
     }
 
     /// Finds out what there is to save of each vCPU, which takes milliseconds the first time and
@@ -114,7 +126,7 @@ impl Machine {
         probed.map(drop).map_err(unreadable)
     }
 
-    pub(super) fn freeze(&mut self) -> Result<Answer, ControlError> {
+    pub(super) fn freeze(&mut self) -> Result<Frozen, ControlError> {
         if self.saving == SavePhase::Overtaken {
             return Err(ControlError::Overtaken);
         }
@@ -146,13 +158,13 @@ impl Machine {
         };
         self.saving = SavePhase::Frozen { ran, goes_on: ran };
         self.froze = Some(began);
-        Ok(Answer::Frozen(Box::new(Frozen {
+        Ok(Frozen {
             state,
             since: began.at,
             times,
             ran,
             resets: self.resets,
-        })))
+        })
     }
 
     /// Stops vCPUs, then finishes the I/O in flight.

@@ -39,8 +39,8 @@ const STATE_FILE_MAX: u64 = super::STATE_LENGTH_MAX + (1 << 20);
 /// How long copying the last pages may take while the guest stands, where that can be had.
 const STAND_BUDGET: Duration = Duration::from_millis(5);
 
-/// How often it is tried to save a guest that is reset meanwhile. From the second time on, a reset can
-/// come between only in the moment before the guest stands.
+/// How often it is tried to save a guest that is reset meanwhile. From the second time on, only a reset
+/// that the guest has asked for in the moment in which it is to stand comes between.
 const ATTEMPTS_MAX: u32 = 8;
 
 /// What saving came to.
@@ -90,18 +90,24 @@ fn save_once(
     copying: Copying,
 ) -> Result<Report, SnapshotError> {
     // First of all: one save of the guest at a time, so two never write to one place.
-    let mut session = Session::begin(guest)?;
+    let (mut session, frozen) = match copying {
+        Copying::WhileRunning => (Session::begin(guest)?, None),
+        Copying::WhileStanding => {
+            let (session, frozen) = Session::begin_frozen(guest)?;
+            (session, Some(frozen))
+        }
+    };
     let partial = Partial::make(directory)?;
     let memory = partial.create(MEMORY)?;
     let saved_memory = session.saving().memory.clone();
     let bytes = session.saving().hardware.memory;
     let mut sink = FileSink(MemoryWriter::new(memory, saved_memory)?);
-    let (precopy, stopped) = match copying {
-        Copying::WhileRunning => {
+    let (precopy, stopped) = match frozen {
+        None => {
             let precopy = session.precopy(&mut sink, STAND_BUDGET)?;
             (precopy, session.freeze(&mut sink)?)
         }
-        Copying::WhileStanding => (Precopy::default(), session.freeze_for_all(&mut sink)?),
+        Some(frozen) => (Precopy::default(), session.copy_all(frozen, &mut sink)?),
     };
     let stand = session.thaw()?;
     session.finish()?;

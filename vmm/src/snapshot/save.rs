@@ -80,17 +80,34 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Begins to save the guest anew after it was reset: all of its pages are to be copied.
+    /// Begins to save `guest`, which stands from the same moment on: for guests that reset themselves
+    /// again and again. All of its pages are to be copied.
     ///
     /// # Errors
-    /// As [`Session::begin`].
-    pub fn begin_again(&mut self) -> Result<(), SnapshotError> {
+    /// As [`Session::begin`] and [`Session::freeze`].
+    pub fn begin_frozen(guest: &'a Handle) -> Result<(Self, Frozen), SnapshotError> {
+        let (saving, frozen) = guest.begin_frozen()?;
+        let session = Self {
+            guest,
+            left: PageSet::all_of(&saving.memory),
+            saving,
+            frozen: true,
+            released: false,
+            over: false,
+        };
+        Ok((session, frozen))
+    }
+
+    /// Begins anew as [`Session::begin_frozen`] does, after the guest was reset.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn begin_again(&mut self) -> Result<Frozen, SnapshotError> {
         // It may have been reset, or ended, in any phase.
         drop(self.end());
-        self.saving = self.guest.begin_save()?;
-        self.left = PageSet::all_of(&self.saving.memory);
-        (self.frozen, self.released, self.over) = (false, false, false);
-        Ok(())
+        let (session, frozen) = Self::begin_frozen(self.guest)?;
+        *self = session;
+        Ok(frozen)
     }
 
     /// What there is to save.
@@ -143,49 +160,57 @@ impl<'a> Session<'a> {
     /// # Errors
     /// When the guest cannot be stopped, was reset meanwhile, or `sink` fails.
     pub fn freeze(&mut self, sink: &mut impl PageSink) -> Result<Stopped, SnapshotError> {
-        self.freeze_with(|session| {
-            session
-                .saving
-                .tracker
-                .final_harvest(&mut session.left)
-                .map_err(|e| session.untracked(&e))?;
-            let harvested = Instant::now();
-            let pages = session.left.len();
-            let bytes = session.copy_left(sink)?;
-            Ok((pages, bytes, harvested))
-        })
-    }
-
-    /// Stops the guest, reads its state, and copies all of its memory.
-    ///
-    /// # Errors
-    /// As [`Session::freeze`].
-    pub fn freeze_for_all(&mut self, sink: &mut impl PageSink) -> Result<Stopped, SnapshotError> {
-        self.freeze_with(|session| {
-            let harvested = Instant::now();
-            Ok((session.saving.memory_pages(), sink.all()?, harvested))
-        })
-    }
-
-    /// Stops the guest, reads its state, and has `copy` copy pages: it returns how many, their
-    /// bytes, and when it knew which.
-    fn freeze_with(
-        &mut self,
-        copy: impl FnOnce(&mut Self) -> Result<(u64, u64, Instant), SnapshotError>,
-    ) -> Result<Stopped, SnapshotError> {
         let frozen = self.guest.freeze()?;
         self.frozen = true;
         if frozen.resets != self.saving.resets {
             return Err(SnapshotError::Reset);
         }
+        self.copy_rest(frozen, sink)
+    }
+
+    /// Copies the pages that are left of a guest that stands.
+    ///
+    /// # Errors
+    /// When `sink` fails, or writes could not be followed.
+    pub fn copy_rest(
+        &mut self,
+        frozen: Frozen,
+        sink: &mut impl PageSink,
+    ) -> Result<Stopped, SnapshotError> {
         let read = Instant::now();
-        let (pages, bytes, harvested) = copy(self)?;
+        self.saving
+            .tracker
+            .final_harvest(&mut self.left)
+            .map_err(|e| self.untracked(&e))?;
+        let harvested = Instant::now();
+        let pages = self.left.len();
+        let bytes = self.copy_left(sink)?;
         Ok(Stopped {
             frozen,
             pages,
             bytes,
             harvest: harvested - read,
             copy: harvested.elapsed(),
+        })
+    }
+
+    /// Copies all memory of a guest that stands.
+    ///
+    /// # Errors
+    /// When `sink` fails.
+    pub fn copy_all(
+        &mut self,
+        frozen: Frozen,
+        sink: &mut impl PageSink,
+    ) -> Result<Stopped, SnapshotError> {
+        let start = Instant::now();
+        let bytes = sink.all()?;
+        Ok(Stopped {
+            frozen,
+            pages: self.saving.memory_pages(),
+            bytes,
+            harvest: Duration::ZERO,
+            copy: start.elapsed(),
         })
     }
 
