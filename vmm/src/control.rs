@@ -118,7 +118,7 @@ pub enum Command {
     AttachConsole(UnixStream),
     /// Make ready to save the guest: follow its writes to memory from now on.
     BeginSave,
-    /// Both at once: no reset of the guest comes between.
+    /// Both at once; if the guest is about to be reset, after that and before it runs.
     BeginFrozen,
     /// Stop the guest and read its state; it stays as it is until [`Command::Thaw`].
     Freeze,
@@ -240,9 +240,12 @@ pub enum ControlError {
     Failed(String),
 }
 
+/// Where the answer to a command goes.
+pub(crate) type Reply = SyncSender<Result<Answer, ControlError>>;
+
 pub(crate) struct Request {
     pub(crate) command: Command,
-    pub(crate) reply: SyncSender<Result<Answer, ControlError>>,
+    pub(crate) reply: Reply,
 }
 
 /// Sends commands to one machine. Cheap to clone, usable from any thread.
@@ -322,8 +325,8 @@ impl Handle {
         }
     }
 
-    /// As [`Handle::begin_save`] and [`Handle::freeze`] in one step, which a guest that resets itself
-    /// again and again cannot come between.
+    /// As [`Handle::begin_save`] and [`Handle::freeze`] in one step, between which no reset of the guest
+    /// comes. One that is about to be reset stands after that, before it runs.
     ///
     /// # Errors
     /// As those; the guest goes on and its writes are not followed then.

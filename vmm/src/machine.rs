@@ -31,7 +31,7 @@ use crate::config::MachineConfig;
 use crate::confinement::{Confinement, Entry, ThreadKind};
 use crate::console::ConsoleHub;
 use crate::console_port::ConsolePort;
-use crate::control::{Handle, MachineState, Outcome, Request};
+use crate::control::{Handle, MachineState, Outcome, Reply, Request};
 use crate::device_model::{DeviceModel, Source, watch};
 use crate::dirty::DirtyTracker;
 use crate::error::Error;
@@ -78,6 +78,8 @@ pub struct Machine {
     saving: SavePhase,
     /// The guest is a copy that another process may replace: it does not end by itself.
     shadow: Shadow,
+    /// Who wants the guest to stand as it is after its reset.
+    overtaken: Option<Reply>,
     /// Since when a frozen guest stands.
     froze: Option<Begin>,
     /// State of the guest while its devices are let go.
@@ -190,6 +192,7 @@ impl Machine {
             running: None,
             state: MachineState::Running,
             saving: SavePhase::None,
+            overtaken: None,
             shadow: Shadow::default(),
             froze: None,
             released: None,

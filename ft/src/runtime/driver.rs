@@ -34,8 +34,6 @@ const STAGED_PAGES_MAX: u64 = 16 << 10;
 const STAGING_KEPT: usize = 4 << 20;
 /// Rounds of that at most: a guest may write faster than memory is copied.
 const ROUNDS_MAX: u32 = 8;
-/// Resets of the guest that come in between until a checkpoint is given up.
-const RESETS_MAX: u32 = 8;
 /// Longest time between checkpoints: what a secondary must undo stays little.
 const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// How long the secondary may take to load a checkpoint.
@@ -232,24 +230,15 @@ impl<'a> Driver<'a> {
             Cause::Join => Copying::All,
             _ => Copying::WhileMuch,
         };
-        let mut made = self.try_checkpoint(connected, epoch, cause, copying);
-        for _ in 0..RESETS_MAX {
-            match made {
-                Err(ProtectionError::Snapshot(SnapshotError::Reset)) => {}
-                made => return made,
-            }
-            tracing::info!(%epoch, "the guest was reset: all of it is copied");
-            match connected.session.begin_again() {
-                Ok(frozen) => {
-                    let saving = connected.session.saving().clone();
-                    connected.staged = PageSender::new(Vec::new(), saving);
-                    let copying = Copying::Standing(Box::new(frozen));
-                    made = self.try_checkpoint(connected, epoch, cause, copying);
-                }
-                Err(error) => made = Err(error.into()),
-            }
+        match self.try_checkpoint(connected, epoch, cause, copying) {
+            Err(ProtectionError::Snapshot(SnapshotError::Reset)) => {}
+            made => return made,
         }
-        made
+        tracing::info!(%epoch, "the guest was reset: all of it is copied");
+        let frozen = Box::new(connected.session.begin_again()?);
+        let saving = connected.session.saving().clone();
+        connected.staged = PageSender::new(Vec::new(), saving);
+        self.try_checkpoint(connected, epoch, cause, Copying::Standing(frozen))
     }
 
     fn try_checkpoint(

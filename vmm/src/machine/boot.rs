@@ -125,6 +125,9 @@ impl Machine {
             self.saving = SavePhase::Overtaken;
         }
         self.boot()?;
+        if let Some(reply) = self.overtaken.take() {
+            self.begin_frozen(reply);
+        }
         // It may have been paused after it asked for the reset.
         if self.state == MachineState::Running {
             self.resume_vcpus();

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::{Machine, Running};
-use crate::control::{Answer, ControlError, FreezeTimes, Frozen, MachineState, Saving};
+use crate::control::{Answer, ControlError, FreezeTimes, Frozen, MachineState, Reply, Saving};
 use crate::error::causes;
 use crate::kvm::standing::Begin;
 use crate::kvm::state::{KvmState, StateError, VcpuProbe, VcpuState};
@@ -62,7 +62,16 @@ impl Machine {
         }
     }
 
-    pub(super) fn begin_frozen(&mut self) -> Result<Answer, ControlError> {
+    /// Answers at once, or, if the guest has just asked for its reset, after that.
+    pub(super) fn begin_frozen(&mut self, reply: Reply) {
+        match self.try_begin_frozen() {
+            Err(ControlError::Overtaken) => self.overtaken = Some(reply),
+            // Whoever asked may have stopped waiting.
+            answer => drop(reply.send(answer)),
+        }
+    }
+
+    fn try_begin_frozen(&mut self) -> Result<Answer, ControlError> {
         let saving = self.begin_save()?;
         match self.freeze() {
             Ok(frozen) => Ok(Answer::BegunFrozen(saving, Box::new(frozen))),

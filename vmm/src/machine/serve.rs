@@ -194,6 +194,10 @@ impl Machine {
             return Ok(Some(end));
         }
         while let Ok(request) = self.requests.try_recv() {
+            if matches!(request.command, Command::BeginFrozen) {
+                self.begin_frozen(request.reply);
+                continue;
+            }
             let (answer, end) = self.carry_out(request.command);
             // Whoever asked may have stopped waiting.
             drop(request.reply.send(answer));
@@ -232,7 +236,7 @@ impl Machine {
             Command::AttachConsole(client) => self.attach_console(client),
             Command::Stop(StopMode::PowerButton) => self.press_power_button(),
             Command::BeginSave => self.begin_save().map(Answer::Saving),
-            Command::BeginFrozen => self.begin_frozen(),
+            Command::BeginFrozen => unreachable!("it may have to wait for a reset"),
             Command::Freeze => self.freeze().map(Box::new).map(Answer::Frozen),
             Command::Thaw => self.thaw(),
             Command::EndSave => self.end_save(),

@@ -39,10 +39,6 @@ const STATE_FILE_MAX: u64 = super::STATE_LENGTH_MAX + (1 << 20);
 /// How long copying the last pages may take while the guest stands, where that can be had.
 const STAND_BUDGET: Duration = Duration::from_millis(5);
 
-/// How often it is tried to save a guest that is reset meanwhile. From the second time on, only a reset
-/// that the guest has asked for in the moment in which it is to stand comes between.
-const ATTEMPTS_MAX: u32 = 8;
-
 /// What saving came to.
 #[derive(Clone, Copy, Debug)]
 pub struct Report {
@@ -66,14 +62,12 @@ pub struct Report {
 /// When the guest cannot be saved or the files not be written; nothing is left behind then.
 pub fn save(guest: &Handle, directory: &Path, description: &str) -> Result<Report, SnapshotError> {
     expect_free(directory)?;
-    let mut result = save_once(guest, directory, description, Copying::WhileRunning);
-    for _ in 1..ATTEMPTS_MAX {
-        if !matches!(result, Err(SnapshotError::Reset)) {
-            break;
+    match save_once(guest, directory, description, Copying::WhileRunning) {
+        Err(SnapshotError::Reset) => {
+            save_once(guest, directory, description, Copying::WhileStanding)
         }
-        result = save_once(guest, directory, description, Copying::WhileStanding);
+        result => result,
     }
-    result
 }
 
 /// When all of memory is copied.
