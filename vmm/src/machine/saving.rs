@@ -40,6 +40,13 @@ pub(super) enum SavePhase {
     Overtaken,
 }
 
+/// A guest that was stopped to be saved.
+struct StoppedGuest {
+    began: Begin,
+    ran: bool,
+    times: FreezeTimes,
+}
+
 /// What there is to save of a vCPU, once it is known.
 pub(super) type Probe = Arc<Mutex<Option<VcpuProbe>>>;
 
@@ -72,8 +79,15 @@ impl Machine {
     }
 
     fn try_begin_frozen(&mut self) -> Result<Answer, ControlError> {
-        let saving = self.begin_save()?;
-        match self.freeze() {
+        let standing = self.stand();
+        let saving = match self.begin_save() {
+            Ok(saving) => saving,
+            Err(error) => {
+                self.stand_no_more(&standing);
+                return Err(error);
+            }
+        };
+        match self.read(standing) {
             Ok(frozen) => Ok(Answer::BegunFrozen(saving, Box::new(frozen))),
             Err(error) => {
                 self.end_save()?;
@@ -144,32 +158,49 @@ impl Machine {
                 "no save of the guest was begun".into(),
             ));
         }
+        let standing = self.stand();
+        self.read(standing)
+    }
+
+    /// Stops the guest to read its state.
+    fn stand(&mut self) -> StoppedGuest {
         let began = Begin::now();
         let ran = self.state == MachineState::Running;
         let mut times = FreezeTimes::default();
         if ran {
             self.stop_guest(&mut times);
         }
+        StoppedGuest { began, ran, times }
+    }
+
+    /// Lets it go on, if it did.
+    fn stand_no_more(&mut self, standing: &StoppedGuest) {
+        if standing.ran {
+            self.go_on();
+        }
+    }
+
+    fn read(&mut self, mut standing: StoppedGuest) -> Result<Frozen, ControlError> {
         let stood = Instant::now();
         let state = self.read_state();
-        times.state = stood.elapsed();
+        standing.times.state = stood.elapsed();
         let state = match state {
             Ok(state) => state,
             Err(error) => {
-                if ran {
-                    self.go_on();
-                }
+                self.stand_no_more(&standing);
                 return Err(match error {
                     SnapshotError::Kvm(error) => unreadable(error),
                     error => failed(error),
                 });
             }
         };
+        let StoppedGuest { began, ran, times } = standing;
         self.saving = SavePhase::Frozen { ran, goes_on: ran };
+        let since = began.at;
         self.froze = Some(began);
         Ok(Frozen {
             state,
-            since: began.at,
+            since,
             times,
             ran,
             resets: self.resets,
