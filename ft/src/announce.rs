@@ -48,6 +48,12 @@ impl Announcer {
         }
     }
 
+    /// Whether a frame, which begins with a virtio-net header, is to the guest's own MAC address.
+    pub fn is_for(&self, frame: &[u8]) -> bool {
+        let to = frame.get(HEADER_SIZE..HEADER_SIZE + 6);
+        self.mac.is_some_and(|mac| to == Some(mac.as_slice()))
+    }
+
     fn see_v4(&mut self, bytes: Option<&[u8]>) {
         if let Some(Ok(bytes)) = bytes.map(<[u8; 4]>::try_from) {
             let address = Ipv4Addr::from(bytes);

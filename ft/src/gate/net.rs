@@ -32,6 +32,8 @@ const KEPT_MAX: usize = 16 << 10;
 const CONNECTIONS_MAX: usize = 16 << 10;
 /// Inputs that wait for a secondary's guest, at most, in bytes. More than the primary may be ahead.
 const INBOX_MAX: usize = 64 << 20;
+/// Frames from the outside that a secondary keeps for the moment in which the primary is lost, at most.
+const OVERHEARD_MAX: usize = 1024;
 /// How far the time stamps of a guest that goes on elsewhere are moved ahead, in ticks of its own (1 ms
 /// in Linux): its clock may be behind the other's by as long as a checkpoint takes to load.
 const SLACK_TICKS: u32 = 1000;
@@ -93,6 +95,18 @@ struct Secondary {
     settled: u64,
     /// Frames that the last checkpoint explains, and that may not be out.
     covered: Vec<Vec<u8>>,
+    /// Frames to the guest's own address that the outside sent here, and when: a network that lost its way to the
+    /// primary sends them everywhere.
+    overheard: VecDeque<(Instant, Vec<u8>)>,
+}
+
+impl Secondary {
+    fn overhear(&mut self, frame: &[u8]) {
+        if self.overheard.len() >= OVERHEARD_MAX {
+            self.overheard.pop_front();
+        }
+        self.overheard.push_back((Instant::now(), frame.to_vec()));
+    }
 }
 
 /// What a checkpoint says of a network device besides the device's own state.
@@ -118,8 +132,6 @@ pub(super) struct State {
     room: Vec<u8>,
     /// What the driver takes, while it is ready.
     pub(super) started: Option<Offloads>,
-    /// The outside is to be started by the device.
-    pub(super) to_start: bool,
     pub(super) waits_for_room: bool,
     released: u64,
 }
@@ -151,7 +163,6 @@ impl NetGate {
                 blocked: VecDeque::new(),
                 room: vec![0; HEADER_SIZE + FRAME_MAX],
                 started: None,
-                to_start: false,
                 waits_for_room: false,
                 released: 0,
             }),
@@ -402,9 +413,9 @@ impl NetGate {
         }
     }
 
-    /// The guest is the only one now: what it kept leaves, and it talks to the outside itself.
-    /// Returns how many frames those were.
-    pub fn go_live(&self) -> usize {
+    /// The guest is the only one now: what it kept leaves, and it talks to the outside itself. It gets what
+    /// the outside sent after the primary was `heard` last. Returns how many frames left.
+    pub fn go_live(&self, heard: Instant) -> usize {
         let mut state = self.lock();
         let Side::Secondary(secondary) = std::mem::replace(&mut state.side, Side::Alone) else {
             return 0;
@@ -419,7 +430,9 @@ impl NetGate {
             count += 1;
         }
         state.left = secondary.inbox;
-        state.to_start = state.started.is_some();
+        let since = |(at, frame)| (at >= heard).then_some(frame);
+        let overheard = secondary.overheard.into_iter().filter_map(since);
+        state.left.extend(overheard);
         state.send_blocked();
         drop(state);
         self.wake_device();
@@ -507,9 +520,23 @@ impl State {
             && self.left.is_empty()
     }
 
-    /// Whether the guest is a copy, which the outside knows nothing of.
-    pub(super) fn is_secondary(&self) -> bool {
-        matches!(self.side, Side::Secondary(_))
+    /// Takes what the outside sends to a copy, of which it knows nothing. False if the guest is none.
+    pub(super) fn overhear(&mut self) -> bool {
+        let Side::Secondary(secondary) = &mut self.side else {
+            return false;
+        };
+        let Some(outside) = &mut self.outside else {
+            return true;
+        };
+        while outside.next_room().is_some()
+            && let Some(length) = outside.take(&mut self.room)
+        {
+            let frame = &self.room[..length];
+            if self.announcer.is_for(frame) {
+                secondary.overhear(frame);
+            }
+        }
+        true
     }
 
     /// Takes a frame of the guest.
@@ -585,5 +612,80 @@ impl State {
             primary.comparator.inbound(&self.room[..len]);
         }
         Some(&self.room[..len])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+    use tandem_devices::virtio::net::memory::MemoryBackend;
+
+    use super::*;
+
+    const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
+    const CLIENT: [u8; 6] = [2, 0, 0, 0, 0, 9];
+
+    fn frame(to: [u8; 6], from: [u8; 6], mark: u8) -> Vec<u8> {
+        let mut frame = vec![0; HEADER_SIZE];
+        frame.extend(to);
+        frame.extend(from);
+        frame.extend([0x88, 0xb5, mark]);
+        frame
+    }
+
+    /// A copy's gate whose guest was heard of, and its outside.
+    fn copy() -> (NetGate, MemoryBackend) {
+        let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let permit = Arc::new(Permit::new(event()));
+        let gate = NetGate::new(0, Arc::new(Outbox::default()), permit).unwrap();
+        let outside = MemoryBackend::default();
+        gate.set_outside(Some(Box::new(outside.clone())));
+        gate.become_secondary();
+        gate.lock().transmit(&gate, frame(CLIENT, GUEST, 0));
+        (gate, outside)
+    }
+
+    fn marks(gate: &NetGate) -> Vec<u8> {
+        let mut state = gate.lock();
+        let mut marks = Vec::new();
+        while let Some(frame) = state.receive(gate) {
+            marks.push(frame[HEADER_SIZE + 14]);
+        }
+        marks
+    }
+
+    #[test]
+    fn what_the_network_sends_here_when_the_primary_is_lost_reaches_the_guest() {
+        let (gate, outside) = copy();
+        let hear = |frames: &[Vec<u8>]| {
+            outside.wire().incoming.extend(frames.iter().cloned());
+            assert!(gate.lock().overhear());
+            assert!(outside.wire().incoming.is_empty());
+        };
+        hear(&[frame(GUEST, CLIENT, 1)]);
+        let heard = Instant::now();
+        hear(&[
+            frame(GUEST, CLIENT, 2),
+            frame([0xff; 6], CLIENT, 3),
+            frame([2, 0, 0, 0, 0, 7], CLIENT, 4),
+            frame(GUEST, CLIENT, 5),
+        ]);
+        assert!(gate.input(&frame(GUEST, CLIENT, 6)));
+        gate.go_live(heard);
+        outside.wire().incoming.push_back(frame(GUEST, CLIENT, 7));
+        assert_eq!(marks(&gate), [6, 2, 5, 7]);
+    }
+
+    #[test]
+    fn a_copy_keeps_a_bounded_part_of_what_it_overhears() {
+        let (gate, outside) = copy();
+        let heard = Instant::now();
+        for _ in 0..2 * OVERHEARD_MAX {
+            outside.wire().incoming.push_back(frame(GUEST, CLIENT, 1));
+        }
+        assert!(gate.lock().overhear());
+        gate.go_live(heard);
+        assert_eq!(marks(&gate).len(), OVERHEARD_MAX);
     }
 }

@@ -44,9 +44,6 @@ impl NetBackend for GatedBackend {
         poller.watch_input(self.gate.event(), token)?;
         let mut state = self.gate.lock();
         state.started = Some(receive);
-        if state.is_secondary() {
-            return Ok(());
-        }
         match &mut state.outside {
             Some(outside) => outside.start(receive, poller, token),
             None => Ok(()),
@@ -56,7 +53,7 @@ impl NetBackend for GatedBackend {
     fn stop(&mut self, poller: &mut dyn Poller) {
         poller.unwatch(self.gate.event());
         let mut state = self.gate.lock();
-        let started = state.started.take().is_some() && !state.is_secondary();
+        let started = state.started.take().is_some();
         if let Some(outside) = state.outside.as_mut().filter(|_| started) {
             outside.stop(poller);
         }
@@ -65,20 +62,11 @@ impl NetBackend for GatedBackend {
     fn ready(&mut self, poller: &mut dyn Poller) {
         self.gate.take_event();
         let mut state = self.gate.lock();
-        let start = std::mem::take(&mut state.to_start);
-        if state.is_secondary() {
-            return;
-        }
-        let started = state.started;
         if let Some(outside) = &mut state.outside {
-            if let Some(receive) = started.filter(|_| start) {
-                // What came before was for the other.
-                outside.stop(poller);
-                if let Err(error) = outside.start(receive, poller, self.token) {
-                    tracing::error!(%error, "the network cannot be started");
-                }
-            }
             outside.ready(poller);
+        }
+        if state.overhear() {
+            return;
         }
         state.send_blocked();
         if state.is_blocked()

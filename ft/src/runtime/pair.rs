@@ -262,11 +262,12 @@ impl Pair {
         self.nets.iter().for_each(|net| net.committed());
     }
 
-    /// The guest is the only one now. Returns how many frames left that it had kept.
-    pub(super) fn go_live(&self) -> usize {
+    /// The guest is the only one now; the primary was `heard` last then. Returns how many frames left that it
+    /// had kept.
+    pub(super) fn go_live(&self, heard: Instant) -> usize {
         self.outbox.disconnect();
         self.console.go_live();
-        self.nets.iter().map(|net| net.go_live()).sum()
+        self.nets.iter().map(|net| net.go_live(heard)).sum()
     }
 }
 

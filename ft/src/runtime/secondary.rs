@@ -277,7 +277,8 @@ impl Core {
     /// The guest is the only one: what it kept leaves, and it runs on.
     fn go_live(&self, term: Term) {
         let begun = Instant::now();
-        let kept = self.pair.go_live();
+        let heard = *lock(&self.heard);
+        let kept = self.pair.go_live(heard);
         let released = begun.elapsed();
         if let Some(handle) = self.handle.get() {
             // Each may have been done, or the guest have ended.
@@ -285,7 +286,7 @@ impl Core {
             drop(handle.resume());
             drop(handle.end_save());
         }
-        let silent = begun - *lock(&self.heard);
+        let silent = begun - heard;
         let mut status = self.pair.lock_status();
         status.role = Role::Primary;
         status.protected = false;
