@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use tandem_ft::arbiter::{ArbiterError, DirectoryArbiter};
+use tandem_ft::keeper::Keeper;
 use tandem_ft::runtime::{
     Claims, Guest, Invitation, Pair, Protect, ProtectionError, Protector, Standby,
 };
@@ -36,6 +37,11 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
     let started = context.started;
     run_machine(launch, context, |config, confinement| {
         let description = describe(&config);
+        let keeper = match &protect {
+            // As long as this process has one thread.
+            Some(_) => Some(keeper(confinement)?),
+            None => None,
+        };
         let surroundings = surroundings(confinement, &pair);
         let machine = Machine::open(config, surroundings, started)?;
         let guest = Guest {
@@ -43,6 +49,7 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
             handle: machine.handle(),
             description,
             confinement: confinement.entry(ThreadKind::Protection),
+            keeper,
         };
         let protector = Protector::start(guest, protect)?;
         let beside = Beside {
@@ -52,6 +59,12 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
         };
         Ok::<_, Failure>((machine, beside))
     })
+}
+
+fn keeper(confinement: &Confinement) -> Result<Keeper, Failure> {
+    Keeper::start(&confinement.entry(ThreadKind::Keeper)).map_err(Failure::host(
+        "start the process that holds the guest's taps",
+    ))
 }
 
 fn claim(protection: &Protection, name: &str) -> Result<Protect, Failure> {

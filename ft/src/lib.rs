@@ -9,6 +9,7 @@ pub mod arbiter;
 pub mod compare;
 pub mod detector;
 pub mod gate;
+pub mod keeper;
 pub mod lease;
 pub mod link;
 pub mod packet;

@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -32,6 +32,8 @@ const KEPT_MAX: usize = 16 << 10;
 const CONNECTIONS_MAX: usize = 16 << 10;
 /// Inputs that wait for a secondary's guest, at most, in bytes. More than the primary may be ahead.
 const INBOX_MAX: usize = 64 << 20;
+/// Frames that were on their way to a lost primary and wait for the guest, at most.
+const LATE_MAX: usize = 16 << 10;
 /// Frames from the outside that a secondary keeps for the moment in which the primary is lost, at most.
 const OVERHEARD_MAX: usize = 1024;
 /// How far the time stamps of a guest that goes on elsewhere are moved ahead, in ticks of its own (1 ms
@@ -178,6 +180,14 @@ impl NetGate {
 
     pub(super) fn set_outside(&self, outside: Option<Box<dyn NetBackend>>) {
         self.lock().outside = outside;
+    }
+
+    /// What frames from the outside are read from, shared, if another process can do that.
+    pub(crate) fn descriptor(&self) -> Option<OwnedFd> {
+        let state = self.lock();
+        let fd = state.outside.as_ref()?.descriptor()?;
+        // Without one, what waits there is lost with this process.
+        fd.try_clone_to_owned().ok()
     }
 
     pub(super) fn event(&self) -> BorrowedFd<'_> {
@@ -355,6 +365,22 @@ impl NetGate {
         drop(state);
         self.wake_device();
         room
+    }
+
+    /// A frame that was on its way to the primary when that was lost. False if too many wait.
+    pub fn late_input(&self, frame: &[u8]) -> bool {
+        let mut state = self.lock();
+        if matches!(state.side, Side::Secondary(_)) {
+            drop(state);
+            return self.input(frame);
+        }
+        if matches!(state.side, Side::Primary(_)) || state.left.len() >= LATE_MAX {
+            return false;
+        }
+        state.left.push_back(frame.to_vec());
+        drop(state);
+        self.wake_device();
+        true
     }
 
     /// The first `count` outputs since the checkpoint are out.

@@ -19,5 +19,5 @@
 pub mod message;
 pub mod outbox;
 
-pub use message::{Kind, Message, MessageError, Reader};
+pub use message::{Kind, Message, MessageError, Reader, put};
 pub use outbox::Outbox;

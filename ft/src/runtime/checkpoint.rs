@@ -12,15 +12,17 @@ use super::pair::PairCut;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Offer {
-    /// By which its two connections are known to belong together.
+    /// By which its connections are known to belong together.
     pub token: u128,
+    /// Whether there is a third one, from a keeper (see [`crate::keeper`]).
+    pub keeper: bool,
     /// Number of the guest's owner.
     pub term: u64,
     /// The guest.
     pub hello: Hello,
 }
 
-/// What a primary says on its second connection.
+/// What a primary says on its other connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Greeting {

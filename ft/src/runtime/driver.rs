@@ -3,6 +3,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -21,6 +22,7 @@ use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, Shared};
 use super::{ProtectionError, lock};
+use crate::keeper::Keeper;
 use crate::link::Kind;
 use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
 
@@ -136,6 +138,7 @@ impl<'a> Driver<'a> {
         let token = token();
         let offer = Offer {
             token,
+            keeper: self.guest.keeper.is_some(),
             term: core.term().0,
             hello: Hello {
                 description: self.guest.description.clone(),
@@ -146,6 +149,9 @@ impl<'a> Driver<'a> {
         frame::expect(&mut checkpoints, FrameKind::Accept)?;
         let mut link = self.to.connect()?;
         greet(&mut link, Purpose::Pairing, &Greeting { token })?;
+        if let Some(keeper) = &self.guest.keeper {
+            self.entrust(keeper, token)?;
+        }
         let share = |link: &Link| {
             link.try_clone()
                 .map_err(ProtectionError::host("share a connection"))
@@ -170,6 +176,18 @@ impl<'a> Driver<'a> {
         })
     }
 
+    /// Gives the guest's taps to its keeper, with a connection of its own.
+    fn entrust(&self, keeper: &Keeper, token: u128) -> Result<(), ProtectionError> {
+        let mut link = self.to.connect()?;
+        greet(&mut link, Purpose::Keeping, &Greeting { token })?;
+        let taps = self.core.pair.descriptors();
+        if let Err(error) = keeper.entrust(link.as_fd(), &taps) {
+            // What waits in them is lost when this process dies, as on a host that dies.
+            tracing::warn!(%error, "the guest's taps have no keeper");
+        }
+        Ok(())
+    }
+
     /// Makes checkpoints until the secondary is lost or the guest is to end.
     fn serve(&self, mut connected: Connected<'_>) {
         let mut last = Instant::now();
@@ -190,6 +208,9 @@ impl<'a> Driver<'a> {
         }
         if let Some(link) = lock(&self.core.link).take() {
             link.shut_down();
+        }
+        if let Some(keeper) = &self.guest.keeper {
+            keeper.release();
         }
         *lock(&self.core.orders) = None;
         self.core.pair.permit().wake();

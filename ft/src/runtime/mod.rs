@@ -20,6 +20,7 @@ mod eagerness;
 mod error;
 pub mod events;
 mod follower;
+mod late;
 mod link_thread;
 mod pair;
 mod primary;

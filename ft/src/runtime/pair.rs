@@ -1,6 +1,7 @@
 //! What all threads of a protected guest share: its gates, the way to the other side, its figures.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -16,6 +17,7 @@ use super::status::Status;
 use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
 use crate::gate::{CONSOLE, ConsoleGate, NetCut, NetGate, Permit};
+use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
 use crate::pair::Notice;
 
@@ -128,6 +130,14 @@ impl Pair {
 
     // Primary.
 
+    /// What the outside's frames are read from, by device, where another process can.
+    pub(super) fn descriptors(&self) -> Vec<(u8, OwnedFd)> {
+        let nets = (0..).zip(&self.nets);
+        nets.filter_map(|(device, net)| Some((device, net.descriptor()?)))
+            .take(TAPS_MAX)
+            .collect()
+    }
+
     pub(super) fn cut(&self, epoch: u64, patience: Duration) -> PairCut {
         PairCut {
             epoch,
@@ -217,6 +227,13 @@ impl Pair {
     pub fn become_secondary(&self) {
         self.console.become_secondary();
         self.nets.iter().for_each(|net| net.become_secondary());
+    }
+
+    /// A frame that was on its way to the primary when that was lost. False if too many wait, or there is no
+    /// such device.
+    pub(super) fn late_input(&self, device: u8, frame: &[u8]) -> bool {
+        let net = self.nets.get(usize::from(device));
+        net.is_some_and(|net| net.late_input(frame))
     }
 
     /// A frame for the guest. False if too many wait, or there is no such device.

@@ -17,6 +17,7 @@ use super::driver::Driver;
 use super::primary::Core;
 use super::{Pair, ProtectionError, lock};
 use crate::arbiter::Term;
+use crate::keeper::Keeper;
 use crate::pair::{PrimaryEvent, PrimaryState};
 
 /// How long asking for protection may take: an arbiter's storage is slow at times.
@@ -46,6 +47,8 @@ pub struct Guest {
     pub description: String,
     /// What the threads that protect it may still do.
     pub confinement: Entry,
+    /// Who holds its taps too while it is protected.
+    pub keeper: Option<Keeper>,
 }
 
 /// What is asked of a protector.

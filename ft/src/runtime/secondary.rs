@@ -3,6 +3,7 @@
 //! (`pair`), one receives checkpoints (`follow`), one per question asks the arbiter (`ask`). What they do is
 //! decided by [`pair::Secondary`], behind one lock.
 
+use std::io::Write;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,13 +22,14 @@ use super::asking::Claims;
 use super::base::Base;
 use super::checkpoint::{Greeting, Offer, Part, Receiver, hear};
 use super::follower::follow;
+use super::late;
 use super::link_thread::{Talk, listen};
 use super::pair::PairCut;
 use super::status::Role;
 use super::{Pair, ProtectionError, lock};
 use crate::arbiter::Term;
 use crate::detector::Scheduling;
-use crate::link::{Kind, Message, MessageError};
+use crate::link::{self, Kind, Message, MessageError};
 use crate::pair::{self, Action, Actions, Ending, Epoch, Notice, SecondaryEvent, SecondaryState};
 
 /// How long the mark of a checkpoint that came whole may take to come too.
@@ -76,9 +78,14 @@ impl Invitation {
         pair: &Arc<Pair>,
     ) -> Result<Joined, ProtectionError> {
         frame::send(&mut self.link, FrameKind::Accept, &[])?;
-        let link = second_connection(listener, self.offer.token)?;
+        let token = self.offer.token;
+        let link = next_connection(listener, token, Purpose::Pairing)?;
+        let keeper = match self.offer.keeper {
+            true => Some(next_connection(listener, token, Purpose::Keeping)?),
+            false => None,
+        };
         pair.become_secondary();
-        let core = Core::start(&self.offer, standby, pair, link)?;
+        let core = Core::start(&self.offer, standby, pair, link, keeper)?;
         let mut receiver = Receiver::new(self.link);
         let mut base = Base::new(base);
         loop {
@@ -100,12 +107,17 @@ impl Invitation {
     }
 }
 
-fn second_connection(listener: &Listener, token: u128) -> Result<Link, ProtectionError> {
-    let failed = ProtectionError::host("wait for the second connection");
+/// The next of the connections by which a primary's guest and its copy are joined.
+fn next_connection(
+    listener: &Listener,
+    token: u128,
+    purpose: Purpose,
+) -> Result<Link, ProtectionError> {
+    let failed = ProtectionError::host("wait for the next connection");
     let mut link = listener.accept().map_err(failed)?;
-    let greeting: Greeting = hear(&mut link, Purpose::Pairing)?;
+    let greeting: Greeting = hear(&mut link, purpose)?;
     if greeting.token != token {
-        let what = "the second connection of another guest".to_owned();
+        let what = "a connection of another guest".to_owned();
         return Err(MigrationError::Garbled { what }.into());
     }
     Ok(link)
@@ -176,13 +188,15 @@ pub(super) struct Core {
     pub(super) pair: Arc<Pair>,
     handle: OnceLock<Handle>,
     claims: Claims,
-    confinement: Entry,
+    pub(super) confinement: Entry,
     machine: Mutex<pair::Secondary>,
     /// The newest mark, and whether more may come.
     mark: Mutex<(Option<Mark>, bool)>,
     marked: Condvar,
     /// When the primary was heard last.
     heard: Mutex<Instant>,
+    /// The connection to the primary's keeper.
+    keeper: Mutex<Option<Link>>,
 }
 
 impl Core {
@@ -191,11 +205,15 @@ impl Core {
         standby: Standby,
         pair: &Arc<Pair>,
         link: Link,
+        keeper: Option<Link>,
     ) -> Result<Arc<Self>, ProtectionError> {
         let term = Term(offer.term);
-        let shared = link.try_clone();
-        let shared = shared.map_err(ProtectionError::host("share a connection"))?;
-        pair.outbox().connect(shared);
+        let share = |link: &Link| {
+            link.try_clone()
+                .map_err(ProtectionError::host("share a connection"))
+        };
+        pair.outbox().connect(share(&link)?);
+        let kept = keeper.as_ref().map(share).transpose()?;
         {
             let mut status = pair.lock_status();
             status.role = Role::Secondary;
@@ -213,7 +231,11 @@ impl Core {
             mark: Mutex::new((None, true)),
             marked: Condvar::new(),
             heard: Mutex::new(now),
+            keeper: Mutex::new(kept),
         });
+        if let Some(link) = keeper {
+            late::listen(Arc::clone(&core), link)?;
+        }
         let talking = Arc::clone(&core);
         std::thread::Builder::new()
             .name("pair".into())
@@ -279,6 +301,7 @@ impl Core {
         let begun = Instant::now();
         let heard = *lock(&self.heard);
         let kept = self.pair.go_live(heard);
+        self.tell_keeper(term);
         let released = begun.elapsed();
         if let Some(handle) = self.handle.get() {
             // Each may have been done, or the guest have ended.
@@ -301,6 +324,17 @@ impl Core {
             begun.elapsed().as_micros(),
         );
         self.pair.happened("took-over", text);
+    }
+
+    /// The primary's keeper is to send what still comes there.
+    fn tell_keeper(&self, term: Term) {
+        let Some(mut link) = lock(&self.keeper).take() else {
+            return;
+        };
+        let mut bytes = Vec::new();
+        link::put(&mut bytes, Kind::Term, 0, &term.0.to_le_bytes());
+        // It may be gone, as its host.
+        drop(link.write_all(&bytes));
     }
 
     fn end(&self, ending: &Ending) {

@@ -20,7 +20,7 @@ type Run = fn(Prepare<'_>);
 const FRAME_LEN: u32 = 60;
 
 /// All of them, by name.
-pub(crate) const ALL: [(&str, Run); 15] = [
+pub(crate) const ALL: [(&str, Run); 16] = [
     ("reset", reset),
     ("console", console),
     ("verbs", verbs),
@@ -34,6 +34,7 @@ pub(crate) const ALL: [(&str, Run); 15] = [
     ("receive", receive),
     ("protect", protect),
     ("standby", standby),
+    ("keeper", keeper),
     ("disk-uring", |prepare| disk(prepare, "engine=uring")),
     ("disk-threads", |prepare| disk(prepare, "engine=threads")),
 ];
@@ -232,6 +233,11 @@ fn protect(prepare: Prepare<'_>) {
 /// The copy of a server, which takes over.
 fn standby(prepare: Prepare<'_>) {
     lose(&|guest| guest, prepare, Side::Primary);
+}
+
+/// A protected server that dies: its keeper sends what waits for it to the copy.
+fn keeper(prepare: Prepare<'_>) {
+    lose(prepare, &|guest| guest, Side::Primary);
 }
 
 /// A protected server is made the same as its copy again, and then one of both is killed.

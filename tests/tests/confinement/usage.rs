@@ -33,7 +33,8 @@ fn kind_of(name: &str) -> Option<ThreadKind> {
         "disk" => Some(ThreadKind::BlockWorker),
         "memory-faults" | "memory-ahead" => Some(ThreadKind::MemoryLoader),
         "api" => Some(ThreadKind::Api),
-        "protect" | "pair" | "follow" | "ask" => Some(ThreadKind::Protection),
+        "protect" | "pair" | "follow" | "late" | "ask" => Some(ThreadKind::Protection),
+        "keeper" => Some(ThreadKind::Keeper),
         _ => None,
     }
 }

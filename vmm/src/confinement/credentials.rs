@@ -39,7 +39,8 @@ fn kept(kind: ThreadKind) -> CapabilitySet {
         | ThreadKind::BlockWorker
         | ThreadKind::MemoryLoader
         | ThreadKind::Api
-        | ThreadKind::Protection => CapabilitySet::empty(),
+        | ThreadKind::Protection
+        | ThreadKind::Keeper => CapabilitySet::empty(),
     }
 }
 

@@ -53,17 +53,20 @@ pub enum ThreadKind {
     Api,
     /// Protects the guest, or runs it as a copy, with the threads that it starts.
     Protection,
+    /// Holds a protected guest's taps, in a process of its own.
+    Keeper,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::DeviceLoop,
         Self::Vcpu,
         Self::BlockWorker,
         Self::MemoryLoader,
         Self::Api,
         Self::Protection,
+        Self::Keeper,
     ];
 
     /// The kind in words.
@@ -75,6 +78,7 @@ impl ThreadKind {
             Self::MemoryLoader => "memory loader",
             Self::Api => "API",
             Self::Protection => "protection",
+            Self::Keeper => "keeper",
         }
     }
 
@@ -82,7 +86,7 @@ impl ThreadKind {
     fn starts_threads(self) -> bool {
         match self {
             Self::DeviceLoop | Self::Api | Self::Protection => true,
-            Self::Vcpu | Self::BlockWorker | Self::MemoryLoader => false,
+            Self::Vcpu | Self::BlockWorker | Self::MemoryLoader | Self::Keeper => false,
         }
     }
 
@@ -229,9 +233,10 @@ impl Entry {
                 let reach = match self.kind {
                     ThreadKind::DeviceLoop => Reach::Grants(&plan.grants),
                     ThreadKind::Api | ThreadKind::Protection => Reach::Saves,
-                    ThreadKind::Vcpu | ThreadKind::BlockWorker | ThreadKind::MemoryLoader => {
-                        Reach::Nothing
-                    }
+                    ThreadKind::Vcpu
+                    | ThreadKind::BlockWorker
+                    | ThreadKind::MemoryLoader
+                    | ThreadKind::Keeper => Reach::Nothing,
                 };
                 // Places are looked up with the rights that they were made with.
                 let restricted = files::restrict(reach)?;

@@ -25,16 +25,24 @@ pub enum Purpose {
     Protection,
     /// What a protected guest and its copy tell each other meanwhile.
     Pairing,
+    /// Frames that wait for a guest whose primary is gone.
+    Keeping,
 }
 
 impl Purpose {
-    const ALL: [Self; 3] = [Self::Migration, Self::Protection, Self::Pairing];
+    const ALL: [Self; 4] = [
+        Self::Migration,
+        Self::Protection,
+        Self::Pairing,
+        Self::Keeping,
+    ];
 
     fn magic(self) -> [u8; 8] {
         match self {
             Self::Migration => *b"TANDEM\x1a\x02",
             Self::Protection => *b"TANDEM\x1a\x03",
             Self::Pairing => *b"TANDEM\x1a\x04",
+            Self::Keeping => *b"TANDEM\x1a\x05",
         }
     }
 
@@ -43,6 +51,7 @@ impl Purpose {
             Self::Migration => "migration",
             Self::Protection => "protection",
             Self::Pairing => "pairing",
+            Self::Keeping => "keeping",
         }
     }
 }

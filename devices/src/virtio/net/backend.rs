@@ -1,6 +1,7 @@
 //! Where frames go and come from.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use crate::event::Poller;
 use crate::virtio::buffers::Buffers;
@@ -101,4 +102,9 @@ pub trait NetBackend: Send {
 
     /// Whether frames can pass.
     fn link_up(&self) -> bool;
+
+    /// What frames are read from, one at a time and with their headers, if another process can do that.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }

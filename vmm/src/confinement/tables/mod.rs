@@ -82,6 +82,7 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             protection::PAIR,
             protection::ARBITER,
         ],
+        ThreadKind::Keeper => &[runtime::EVERY_THREAD, protection::KEEPER],
     }
 }
 

@@ -9,6 +9,7 @@ use super::super::rules::{Rule, allow, allow_if};
 pub(super) const PAIR: &[Rule] = &[
     allow(Sysno::ppoll, "waits for what the other side says"),
     allow(Sysno::recvfrom, "what the other side says"),
+    allow(Sysno::sendmsg, "gives the guest's taps to its keeper"),
     allow(
         Sysno::shutdown,
         "connections of a pair that is none any more",
@@ -27,6 +28,14 @@ pub(super) const PAIR: &[Rule] = &[
         Sysno::clock_nanosleep,
         "waits before a standby is tried again",
     ),
+];
+
+/// The process that holds a guest's taps.
+pub(super) const KEEPER: &[Rule] = &[
+    allow(Sysno::ppoll, "waits for the end of the VMM"),
+    allow(Sysno::recvmsg, "what it is to hold"),
+    allow(Sysno::recvfrom, "whether the secondary owns the guest"),
+    allow(Sysno::read, "frames that wait in a tap"),
 ];
 
 /// The arbiter's directory.

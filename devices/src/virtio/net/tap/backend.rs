@@ -1,7 +1,7 @@
 //! Frames through a tap.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use super::Tap;
 use super::interface::set_offloads;
@@ -145,6 +145,10 @@ impl NetBackend for TapBackend {
 
     fn link_up(&self) -> bool {
         !self.broken
+    }
+
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.tap.as_fd())
     }
 }
 

@@ -1,0 +1,217 @@
+//! The keeper's own process. It writes no log: its descriptors are not those of the VMM.
+
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
+};
+use tandem_devices::virtio::net::{FRAME_MAX, HEADER_SIZE};
+use tandem_vmm::confinement::Entry;
+
+use super::{FORGET, HOLD, KEPT_FD, TAPS_MAX, shed};
+use crate::link::{Kind, Reader, put};
+
+/// How long it waits for the secondary to own the guest once the VMM is gone.
+const DECISION_MAX: Duration = Duration::from_secs(2);
+/// How long frames may still come here once the secondary has announced the guest.
+const AFTER_TAKEOVER: Duration = Duration::from_millis(50);
+/// Bytes that may wait for the secondary to take them; with more, frames stay in their taps.
+const WAITING_MAX: usize = 4 << 20;
+/// Frames that are read from one tap before others are looked at.
+const BURST: usize = 64;
+
+/// Does a keeper's work in this process, and ends it.
+pub(super) fn live(socket: &OwnedFd, confinement: &Entry) -> ! {
+    let begun = shed(socket).is_ok() && {
+        // Signals for the VMM's terminal are not for this process.
+        let _ = rustix::process::setsid();
+        let _ = rustix::thread::set_name(c"keeper");
+        confinement.enter().is_ok()
+    };
+    let worked = begun && catch_unwind(AssertUnwindSafe(keep)).is_ok();
+    // SAFETY: nothing of the VMM's that this process has a copy of may be dropped or flushed here.
+    unsafe { libc::_exit(i32::from(!worked)) }
+}
+
+/// What it was given.
+struct Held {
+    link: OwnedFd,
+    taps: Vec<(u8, OwnedFd)>,
+}
+
+/// What its VMM tells it.
+enum Told {
+    Hold(Held),
+    Forget,
+    Gone,
+}
+
+fn keep() {
+    // SAFETY: `shed` made it, and nothing else has it.
+    let socket = unsafe { OwnedFd::from_raw_fd(KEPT_FD) };
+    let mut held: Option<(Held, Reader)> = None;
+    loop {
+        let link = held.as_ref().map(|(held, _)| held.link.as_fd());
+        let Ok((told, said)) = wait(socket.as_fd(), link) else {
+            return;
+        };
+        if said && let Some((mine, reader)) = &mut held {
+            match hear(mine.link.as_fd(), reader) {
+                Heard::Nothing => {}
+                Heard::Lost => held = None,
+                Heard::TookOver => {
+                    // The VMM may live, but is not the owner any more.
+                    mine.forward(reader, Instant::now() + AFTER_TAKEOVER);
+                    held = None;
+                }
+            }
+        }
+        if !told {
+            continue;
+        }
+        match listen(socket.as_fd()) {
+            Told::Hold(mine) => held = Some((mine, Reader::default())),
+            Told::Forget => held = None,
+            Told::Gone => {
+                if let Some((mine, mut reader)) = held {
+                    mine.forward(&mut reader, Instant::now() + DECISION_MAX);
+                }
+                return;
+            }
+        }
+    }
+}
+
+/// Waits until the VMM or the secondary says something.
+fn wait(vmm: BorrowedFd<'_>, link: Option<BorrowedFd<'_>>) -> io::Result<(bool, bool)> {
+    let mut fds = vec![PollFd::from_borrowed_fd(vmm, PollFlags::IN)];
+    fds.extend(link.map(|link| PollFd::from_borrowed_fd(link, PollFlags::IN)));
+    match poll(&mut fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let has = |index: usize| fds.get(index).is_some_and(|fd| !fd.revents().is_empty());
+    Ok((has(0), has(1)))
+}
+
+/// What the VMM says.
+fn listen(socket: BorrowedFd<'_>) -> Told {
+    let mut words = [0; 1 + TAPS_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1 + TAPS_MAX))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let slices = &mut [IoSliceMut::new(&mut words)];
+    let Ok(received) = recvmsg(socket, slices, &mut ancillary, flags) else {
+        return Told::Gone;
+    };
+    let mut fds = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let mut fds = fds.next().into_iter().flatten();
+    match words[..received.bytes].split_first() {
+        Some((&HOLD, devices)) => match fds.next() {
+            Some(link) => Told::Hold(Held {
+                link,
+                taps: devices.iter().copied().zip(fds).collect(),
+            }),
+            None => Told::Forget,
+        },
+        Some((&FORGET, _)) => Told::Forget,
+        _ => Told::Gone,
+    }
+}
+
+/// What the secondary says.
+enum Heard {
+    Nothing,
+    TookOver,
+    Lost,
+}
+
+fn hear(link: BorrowedFd<'_>, reader: &mut Reader) -> Heard {
+    let filled = reader.fill(|room| {
+        let (_, length) = recv(link, room, RecvFlags::DONTWAIT)?;
+        Ok(length)
+    });
+    if filled.is_err() {
+        return Heard::Lost;
+    }
+    match reader.take() {
+        Ok(None) => Heard::Nothing,
+        Ok(Some(message)) if message.kind == Kind::Term => Heard::TookOver,
+        _ => Heard::Lost,
+    }
+}
+
+impl Held {
+    /// Sends the secondary what waits in the taps and what comes, until `deadline`, or for so long as frames
+    /// may come once it owns the guest.
+    fn forward(&self, reader: &mut Reader, mut deadline: Instant) {
+        let mut frame = vec![0; HEADER_SIZE + FRAME_MAX];
+        let mut waiting = Vec::new();
+        while Instant::now() < deadline {
+            for (device, tap) in &self.taps {
+                take_frames(*device, tap, &mut frame, &mut waiting);
+            }
+            if self.send(&mut waiting).is_err() {
+                return;
+            }
+            match hear(self.link.as_fd(), reader) {
+                Heard::Nothing => {}
+                Heard::Lost => return,
+                Heard::TookOver => deadline = deadline.min(Instant::now() + AFTER_TAKEOVER),
+            }
+            self.wait(!waiting.is_empty(), deadline);
+        }
+    }
+
+    /// Sends as much of `waiting` as the secondary takes now.
+    fn send(&self, waiting: &mut Vec<u8>) -> io::Result<()> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let mut sent = 0;
+        while sent < waiting.len() {
+            match send(&self.link, &waiting[sent..], flags) {
+                Ok(count) => sent += count,
+                Err(rustix::io::Errno::AGAIN) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        waiting.drain(..sent);
+        Ok(())
+    }
+
+    /// Waits until there is something to do, or until `deadline`.
+    fn wait(&self, behind: bool, deadline: Instant) {
+        let mut flags = PollFlags::IN;
+        flags.set(PollFlags::OUT, behind);
+        let mut fds = vec![PollFd::new(&self.link, flags)];
+        let taps = self.taps.iter().filter(|_| !behind);
+        fds.extend(taps.map(|(_, tap)| PollFd::new(tap, PollFlags::IN)));
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec {
+            tv_sec: left.as_secs() as i64,
+            tv_nsec: left.subsec_nanos().into(),
+        };
+        // Whatever it was, everything is looked at.
+        let _ = poll(&mut fds, Some(&left));
+    }
+}
+
+/// Adds what waits in a tap to `waiting`, if there is room.
+fn take_frames(device: u8, tap: &OwnedFd, frame: &mut [u8], waiting: &mut Vec<u8>) {
+    for _ in 0..BURST {
+        if waiting.len() > WAITING_MAX {
+            return;
+        }
+        match rustix::io::read(tap, &mut *frame) {
+            Ok(length) if length > 0 => put(waiting, Kind::Input, device, &frame[..length]),
+            _ => return,
+        }
+    }
+}
