@@ -96,6 +96,20 @@ impl Network {
         text.trim().parse().expect("a number of frames")
     }
 
+    /// How often the network's own sockets sent something again because nothing came for so long.
+    pub fn retransmission_timeouts(&self) -> u64 {
+        let text = self.run("cat", &["/proc/net/netstat"]);
+        let mut lines = text
+            .lines()
+            .filter_map(|line| line.strip_prefix("TcpExt: "));
+        let names = lines.next().expect("names of figures").split(' ');
+        let figures = names.zip(lines.next().expect("figures").split(' '));
+        let timeouts = figures.filter(|(name, _)| ["TCPTimeouts", "TCPLossProbes"].contains(name));
+        timeouts
+            .map(|(_, figure)| figure.parse::<u64>().expect("a figure"))
+            .sum()
+    }
+
     /// Does `act` in the network, in a thread of its own; sockets that it makes stay there.
     pub fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
         let name = File::open(format!("/run/netns/{}", self.namespace)).expect("it exists");

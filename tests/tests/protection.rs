@@ -8,7 +8,7 @@ mod protection {
     pub(crate) mod history;
 }
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use protection::clients::{Chance, ECHO, HTTP, KV, Load, Service};
 use protection::history;
@@ -30,6 +30,10 @@ const RESYNCS: usize = 3;
 const RESYNC_DUE: Duration = Duration::from_millis(45);
 /// For how long from then on primaries are killed.
 const RESYNC_WATCHED: Duration = Duration::from_millis(60);
+/// Takeovers after which it is looked whether clients waited.
+const TAKEOVERS: u32 = 6;
+/// Shorter than TCP's shortest timer, with room for replies.
+const TIMER: Duration = Duration::from_millis(150);
 /// Attempts to begin with a guest that is protected: on a busy machine a side may take the other for dead
 /// before the test does anything to it.
 const ATTEMPTS: u32 = 5;
@@ -118,6 +122,28 @@ impl Stage {
     fn finish(self) {
         self.load.finish();
     }
+}
+
+#[test]
+fn no_client_waits_for_its_retransmission_timer_when_a_primary_dies() {
+    if cannot_run() {
+        return;
+    }
+    let mut quick = 0;
+    for _ in 0..TAKEOVERS {
+        let mut stage = Stage::new(KV);
+        let before = stage.network.retransmission_timeouts();
+        let killed = Instant::now();
+        stage.pair.kill(Side::Primary);
+        stage.load.expect_progress();
+        // On a busy machine the takeover itself may take as long as the timers.
+        if killed.elapsed() < TIMER {
+            assert_eq!(stage.network.retransmission_timeouts(), before);
+            quick += 1;
+        }
+        stage.finish();
+    }
+    assert!(quick > 0, "each takeover took as long as a timer");
 }
 
 fn kill(service: Service, side: Side) {
