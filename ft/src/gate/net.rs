@@ -263,6 +263,16 @@ impl NetGate {
         self.with_primary(|_| ());
     }
 
+    /// Tells the other side which of its outputs it need not keep: once for all that left since.
+    pub fn tell_settled(&self) {
+        let state = &mut *self.lock();
+        if let Side::Primary(primary) = &mut state.side
+            && state.blocked.is_empty()
+        {
+            primary.tell_settled(self);
+        }
+    }
+
     /// Looks for outputs that one side has waited for too long.
     pub fn expire(&self, now: Instant) {
         self.with_primary(|primary| {
@@ -359,11 +369,15 @@ impl NetGate {
         let Side::Secondary(secondary) = &mut state.side else {
             return false;
         };
+        // The device goes on until there is none.
+        let wake = secondary.inbox.is_empty();
         secondary.inbox_bytes += frame.len();
         secondary.inbox.push_back(frame.to_vec());
         let room = secondary.inbox_bytes <= INBOX_MAX;
         drop(state);
-        self.wake_device();
+        if wake {
+            self.wake_device();
+        }
         room
     }
 
@@ -480,7 +494,7 @@ impl NetGate {
 }
 
 impl State {
-    /// Lets out what may leave, and tells the other side what it need not keep. True if something left.
+    /// Lets out what may leave. True if something left.
     fn release(&mut self, gate: &NetGate) -> bool {
         self.send_blocked();
         let mut any = false;
@@ -504,11 +518,6 @@ impl State {
         }
         if any && let Some(outside) = &mut self.outside {
             outside.flush();
-        }
-        if let Side::Primary(primary) = &mut self.side
-            && self.blocked.is_empty()
-        {
-            primary.tell_settled(gate);
         }
         any
     }

@@ -107,6 +107,7 @@ impl NetBackend for GatedBackend {
         if let Some(outside) = &mut self.gate.lock().outside {
             outside.flush();
         }
+        self.gate.tell_settled();
         self.gate.outbox().flush();
     }
 

@@ -184,6 +184,11 @@ impl Pair {
         self.nets.iter().for_each(|net| net.release());
     }
 
+    /// Tells the secondary which of its frames it need not keep.
+    pub(super) fn tell_settled(&self) {
+        self.nets.iter().for_each(|net| net.tell_settled());
+    }
+
     /// Looks for outputs that one side has waited for too long.
     pub(super) fn expire(&self, now: Instant) {
         self.console.expire(now);

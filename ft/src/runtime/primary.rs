@@ -274,6 +274,7 @@ impl Talk for PrimaryTalk {
     fn tick(&mut self, now: Instant) -> Option<Instant> {
         self.look_at_gates(now);
         let core = &self.core;
+        core.pair.tell_settled();
         core.pair.tell_committed();
         let due = lock(&core.machine).deadline();
         if due.is_some_and(|due| now >= due) {
