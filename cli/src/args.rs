@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, VsockConfig};
 use tandem_vmm::confinement::{Enforcement, User};
 use tandem_vmm::migration::Address;
@@ -191,12 +192,18 @@ pub enum Verb {
         /// The directory that decides who owns the guest; on storage that both hosts share
         #[arg(long, value_name = "DIR", value_parser = value::path)]
         arbiter: PathBuf,
+        /// What the guest waits for when its copy is made the same: `running` only for its own part,
+        /// `stopped` until the copy runs too, to compare
+        #[arg(long, value_name = "MODE", default_value = "running", value_parser = value::resync)]
+        resync: ResyncMode,
         /// How long to wait until the guest is protected
         #[arg(long, value_name = "TIME", default_value = "30s", value_parser = value::duration)]
         timeout: Duration,
     },
     /// Protect a guest no longer: its copy ends
     Unprotect(ChangeArgs),
+    /// Make a guest's copy the same as the guest once more
+    Resync(ChangeArgs),
     /// Let a guest's copy take over: the guest ends here and goes on there
     Failover(ChangeArgs),
     /// Show what happened to a guest's protection
@@ -339,6 +346,10 @@ pub struct RunArgs {
     /// The directory that decides who owns the guest; on storage that both hosts share
     #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
     pub arbiter: Option<PathBuf>,
+    /// What the guest waits for when its copy is made the same: `running` only for its own part,
+    /// `stopped` until the copy runs too, to compare [default: running]
+    #[arg(long, value_name = "MODE", value_parser = value::resync, help_heading = "Protection")]
+    pub resync: Option<ResyncMode>,
 }
 
 /// What `tandem standby` takes.
@@ -473,6 +484,7 @@ impl RunArgs {
             user: self.user.map(Located::flag),
             protect: self.protect.map(Located::flag),
             arbiter: self.arbiter.map(Located::flag),
+            resync: self.resync.map(Located::flag),
             disks: self.disks.into_iter().map(Into::into).collect(),
             nets: self.nets.into_iter().map(Into::into).collect(),
             vsock: self.vsock.map(Located::flag),

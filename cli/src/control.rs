@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
-use tandem_ft::runtime::{Desk, Pair};
+use tandem_ft::runtime::{Desk, Pair, ResyncMode};
 use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
 use tandem_vmm::migration::{Address, MigrationError, source};
 use tandem_vmm::snapshot::{SnapshotError, directory};
@@ -36,9 +36,11 @@ pub trait Control: Send + Sync + 'static {
     /// What happened to the guest's protection lately.
     fn events(&self) -> Vec<Event>;
     /// Protects the guest by who stands by at `to`.
-    fn protect(&self, to: &Address, arbiter: &Path) -> Result<(), ControlError>;
+    fn protect(&self, to: &Address, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError>;
     /// Protects the guest no longer.
     fn unprotect(&self) -> Result<(), ControlError>;
+    /// Makes the guest's copy the same once more.
+    fn resync(&self) -> Result<(), ControlError>;
     /// Lets the guest's copy take over, or only says where it would.
     fn fail_over(&self, dry_run: bool) -> Result<String, ControlError>;
     /// Saves the guest to a directory that does not exist, with its description. Waits until that
@@ -117,13 +119,17 @@ impl Control for Commander {
         pair.map_or_else(Vec::new, |pair| pair.events(0))
     }
 
-    fn protect(&self, to: &Address, arbiter: &Path) -> Result<(), ControlError> {
-        let asked = self.desk()?.protect(to.clone(), arbiter.to_owned());
+    fn protect(&self, to: &Address, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+        let asked = self.desk()?.protect(to.clone(), arbiter.to_owned(), mode);
         asked.map_err(ControlError::Failed)
     }
 
     fn unprotect(&self) -> Result<(), ControlError> {
         self.desk()?.unprotect().map_err(ControlError::Failed)
+    }
+
+    fn resync(&self) -> Result<(), ControlError> {
+        self.desk()?.resync().map_err(ControlError::Failed)
     }
 
     fn fail_over(&self, dry_run: bool) -> Result<String, ControlError> {

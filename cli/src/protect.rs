@@ -71,7 +71,12 @@ fn claim(protection: &Protection, name: &str) -> Result<Protect, Failure> {
     let to = protection.to.resolved()?;
     let claims = Claims::open(&protection.arbiter, name)?;
     match claims.claim_next()? {
-        Some(term) => Ok(Protect { to, claims, term }),
+        Some(term) => Ok(Protect {
+            to,
+            claims,
+            term,
+            mode: protection.resync,
+        }),
         None => Err(Failure::Owned { name: name.into() }),
     }
 }

@@ -14,6 +14,7 @@ use tandem_cli::api::{BODY_LEN_MAX, Facts, Guest, OPENAPI, ROUTES};
 use tandem_cli::client::{Client, ClientError};
 use tandem_cli::control::Control;
 use tandem_cli::settings::file;
+use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
@@ -119,8 +120,16 @@ impl Control for Fake {
         vec![event]
     }
 
-    fn protect(&self, to: &Address, arbiter: &Path) -> Result<(), ControlError> {
-        self.ask(&format!("protect {to} {}", arbiter.display()))
+    fn protect(&self, to: &Address, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+        self.ask(&format!(
+            "protect {to} {} {}",
+            arbiter.display(),
+            mode.name()
+        ))
+    }
+
+    fn resync(&self) -> Result<(), ControlError> {
+        self.ask("resync")
     }
 
     fn unprotect(&self) -> Result<(), ControlError> {

@@ -13,6 +13,7 @@ use tandem_cli::api::types::{MigrationReport, SnapshotReport};
 use tandem_cli::api::{Facts, Guest};
 use tandem_cli::control::Control;
 use tandem_cli::settings::file;
+use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
 use tandem_vmm::control::{ControlError, MachineState, MachineStats, StopMode};
@@ -140,7 +141,7 @@ impl Control for Machine {
         vec![event]
     }
 
-    fn protect(&self, to: &Address, arbiter: &Path) -> Result<(), ControlError> {
+    fn protect(&self, to: &Address, arbiter: &Path, _mode: ResyncMode) -> Result<(), ControlError> {
         match (to.to_string().len(), arbiter.is_absolute()) {
             (0, _) | (_, false) => Err(ControlError::Gone),
             _ => Ok(()),
@@ -148,6 +149,10 @@ impl Control for Machine {
     }
 
     fn unprotect(&self) -> Result<(), ControlError> {
+        Err(ControlError::Failed("it is not protected".into()))
+    }
+
+    fn resync(&self) -> Result<(), ControlError> {
         Err(ControlError::Failed("it is not protected".into()))
     }
 

@@ -10,6 +10,8 @@ mod protection {
 
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use protection::clients::{Chance, ECHO, HTTP, KV, Load, Service};
 use protection::history;
 use tandem_tests::guest::GuestBuilder;
@@ -173,6 +175,33 @@ fn a_guest_that_resets_over_and_over_is_protected_again_and_again() {
         1,
         "nobody was given up"
     );
+}
+
+#[test]
+fn a_guest_is_made_the_same_as_often_as_that_is_asked_for() {
+    if cannot_run() {
+        return;
+    }
+    for mode in ["running", "stopped"] {
+        let mut stage = match mode {
+            "stopped" => Stage::with(KV, |guest| {
+                Pair::start(guest.arg("--resync").arg("stopped"))
+            }),
+            _ => Stage::new(KV),
+        };
+        for asked in 1..=10 {
+            let primary = stage.pair.side(Side::Primary);
+            let answer = primary.tandem(&["resync", "guest", "--format", "json"]);
+            assert!(answer.status.success(), "{answer:?}");
+            let status: Value = serde_json::from_slice(&answer.stdout).unwrap();
+            assert!(status["resyncs"].as_u64() >= Some(asked), "{status}");
+            assert_eq!(status["mode"], mode);
+            stage.load.expect_progress();
+        }
+        stage.pair.kill(Side::Primary);
+        assert_eq!(stage.expect_one(), Side::Secondary);
+        stage.finish();
+    }
 }
 
 #[test]

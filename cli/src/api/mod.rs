@@ -77,6 +77,8 @@ pub enum Endpoint {
     Protect,
     /// Protect it no longer.
     Unprotect,
+    /// Make its copy the same once more.
+    Resync,
     /// Let its copy take over.
     FailOver,
     /// Save the guest to a directory.
@@ -111,7 +113,7 @@ const fn route(method: Method, path: &'static str, endpoint: Endpoint) -> Route 
 }
 
 /// Every route that the server has.
-pub static ROUTES: [Route; 15] = [
+pub static ROUTES: [Route; 16] = [
     route(Method::GET, "/api/v1/guest", Endpoint::Info),
     route(Method::GET, "/api/v1/stats", Endpoint::Stats),
     route(Method::GET, "/api/v1/logs", Endpoint::Logs),
@@ -121,6 +123,7 @@ pub static ROUTES: [Route; 15] = [
     route(Method::GET, "/api/v1/events", Endpoint::Events),
     route(Method::POST, "/api/v1/protect", Endpoint::Protect),
     route(Method::POST, "/api/v1/unprotect", Endpoint::Unprotect),
+    route(Method::POST, "/api/v1/resync", Endpoint::Resync),
     route(Method::POST, "/api/v1/failover", Endpoint::FailOver),
     route(Method::POST, "/api/v1/snapshot", Endpoint::Snapshot),
     route(Method::POST, "/api/v1/migrate", Endpoint::Migrate),
@@ -238,6 +241,10 @@ impl Guest {
                 self.control.unprotect()?;
                 json(StatusCode::ACCEPTED, &self.control.protection())
             }
+            Endpoint::Resync => {
+                self.control.resync()?;
+                json(StatusCode::ACCEPTED, &self.control.protection())
+            }
             Endpoint::FailOver => self.fail_over(body),
             Endpoint::Snapshot => self.snapshot(body),
             Endpoint::Migrate => self.migrate(body),
@@ -264,7 +271,8 @@ impl Guest {
     fn protect(&self, body: &[u8]) -> Result<Response, ErrorBody> {
         let bad = |reason: String| {
             let message = format!(
-                "the body must be {{\"to\": \"ADDRESS\", \"arbiter\": \"/PATH\"}}: {reason}"
+                "the body must be {{\"to\": \"ADDRESS\", \"arbiter\": \"/PATH\"}}, and may have \
+                 {{\"resync\": \"running\"|\"stopped\"}}: {reason}"
             );
             ErrorBody::new(ErrorCode::BadBody, message)
         };
@@ -276,7 +284,7 @@ impl Guest {
         if !body.arbiter.is_absolute() {
             return Err(bad("the path is relative".into()));
         }
-        self.control.protect(&to, &body.arbiter)?;
+        self.control.protect(&to, &body.arbiter, body.resync)?;
         json(StatusCode::ACCEPTED, &self.control.protection())
     }
 

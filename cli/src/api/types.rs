@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState};
 use tandem_vmm::error::causes;
@@ -211,6 +212,9 @@ pub struct ProtectBody {
     pub to: String,
     /// The directory that decides who owns the guest.
     pub arbiter: PathBuf,
+    /// What of a resync it waits for.
+    #[serde(default)]
+    pub resync: ResyncMode,
 }
 
 /// Whether the copy of a guest is to take over, or only to be looked at.

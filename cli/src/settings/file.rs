@@ -115,6 +115,7 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         user: root.text("user", value::user),
         protect: root.text("protect", value::address),
         arbiter: root.text("arbiter", value::path),
+        resync: root.text("resync", value::resync),
         disks: root.tables("disk", disk),
         nets: root.tables("net", net),
         vsock: root.table("vsock", vsock),

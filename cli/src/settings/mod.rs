@@ -12,6 +12,7 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
+use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::{
     BootConfig, BootProtocol, ConsoleConfig, DiskConfig, MacAddr, MachineConfig, NetBackendConfig,
     NetConfig, VsockConfig,
@@ -94,6 +95,7 @@ pub struct Settings {
     pub user: Option<Located<User>>,
     pub protect: Option<Located<Address>>,
     pub arbiter: Option<Located<PathBuf>>,
+    pub resync: Option<Located<ResyncMode>>,
     pub disks: Vec<DiskSetting>,
     pub nets: Vec<NetSetting>,
     pub vsock: Option<Located<VsockConfig>>,
@@ -156,6 +158,8 @@ pub struct Protection {
     pub to: Address,
     /// The directory that decides who owns the guest.
     pub arbiter: PathBuf,
+    /// What of a resync it waits for.
+    pub resync: ResyncMode,
 }
 
 impl From<DiskConfig> for DiskSetting {
@@ -214,6 +218,7 @@ impl Settings {
             user: over.user.or(self.user),
             protect: over.protect.or(self.protect),
             arbiter: over.arbiter.or(self.arbiter),
+            resync: over.resync.or(self.resync),
             vsock: over.vsock.or(self.vsock),
             disks: self.disks,
             nets: self.nets,
@@ -293,6 +298,7 @@ impl Settings {
                 .map(|(to, arbiter)| Protection {
                     to: to.value,
                     arbiter: arbiter.value,
+                    resync: value(self.resync).unwrap_or_default(),
                 }),
         })
     }

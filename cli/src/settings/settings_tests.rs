@@ -2,6 +2,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::{DiskEngine, MacAddr};
 
 use super::*;
@@ -299,6 +300,10 @@ prop_compose! {
         user in proptest::option::of((1u32.., any::<u32>())),
         protect in proptest::option::of(some_path()),
         arbiter in proptest::option::of(some_path()),
+        resync in proptest::option::of(prop_oneof![
+            Just(ResyncMode::Running),
+            Just(ResyncMode::Stopped),
+        ]),
         disks in proptest::collection::vec(some_disk(), 0..3),
         nets in proptest::collection::vec(some_net(), 0..3),
         vsock in proptest::option::of((3u32..u32::MAX, some_path())),
@@ -321,6 +326,7 @@ prop_compose! {
             user: user.map(|(uid, gid)| Located::flag(User { uid, gid })),
             protect: protect.map(|path| Located::flag(Address::Unix(Path::new("/").join(path)))),
             arbiter: arbiter.map(Located::flag),
+            resync: resync.map(Located::flag),
             disks,
             nets,
             vsock: vsock.map(|(cid, path)| Located::flag(VsockConfig { cid, path })),

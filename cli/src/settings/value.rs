@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::{
     BootProtocol, CPUS_MAX, ConsoleConfig, DISK_ID_LEN_MAX, DiskConfig, DiskEngine, MEMORY_ALIGN,
     MEMORY_MIN, MacAddr, NAME_LEN_MAX, NetBackendConfig, NetConfig, VsockConfig,
@@ -252,6 +253,18 @@ pub fn confine_text(enforcement: Enforcement) -> &'static str {
         Enforcement::On => "on",
         Enforcement::Log => "log",
         Enforcement::Off => "off",
+    }
+}
+
+/// What of a resync a protected guest waits for.
+///
+/// # Errors
+/// On any other text than the allowed ones.
+pub fn resync(text: &str) -> Result<ResyncMode, ValueError> {
+    match text {
+        "running" => Ok(ResyncMode::Running),
+        "stopped" => Ok(ResyncMode::Stopped),
+        _ => allowed("must be `running` or `stopped`"),
     }
 }
 

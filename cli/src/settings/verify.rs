@@ -301,6 +301,10 @@ fn protection(settings: &Settings, problems: &mut Problems) {
         (Some(_), Some(_)) => protected_devices(settings, problems),
         (None, None) => {}
     }
+    if let (None, Some(resync)) = (&settings.protect, &settings.resync) {
+        let message = "a guest that is not protected has no resyncs; allowed with `protect`";
+        problems.add(resync.at, "resync", message);
+    }
 }
 
 fn protected_devices(settings: &Settings, problems: &mut Problems) {

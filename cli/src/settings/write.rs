@@ -96,6 +96,7 @@ impl Settings {
         let protect = self.protect.as_ref().map(|to| to.value.to_string());
         out.text("protect", protect.as_deref());
         out.path("arbiter", self.arbiter.as_ref().map(|p| p.value.as_path()));
+        out.text("resync", self.resync.as_ref().map(|mode| mode.value.name()));
     }
 
     fn write_devices(&self, out: &mut Writer) {
@@ -155,6 +156,7 @@ impl From<Launch> for Settings {
             confine: Some(Located::flag(launch.confine)),
             user: launch.user.map(Located::flag),
             protect: launch.protection.clone().map(|p| Located::flag(p.to)),
+            resync: launch.protection.as_ref().map(|p| Located::flag(p.resync)),
             arbiter: launch.protection.map(|p| Located::flag(p.arbiter)),
             disks: machine.disks.into_iter().map(Into::into).collect(),
             nets: machine.nets.into_iter().map(Into::into).collect(),

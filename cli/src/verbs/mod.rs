@@ -120,17 +120,22 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             change,
             to,
             arbiter,
+            resync,
             timeout,
         } => {
             let ask = protection::Ask {
                 to,
                 arbiter,
+                resync,
                 timeout,
             };
             protection::protect(&root()?.find(&change.name)?, &change, &ask, style)?;
         }
         Verb::Unprotect(change) => {
             protection::unprotect(&root()?.find(&change.name)?, &change, style)?;
+        }
+        Verb::Resync(change) => {
+            protection::resync(&root()?.find(&change.name)?, &change, style)?;
         }
         Verb::Failover(change) => {
             protection::fail_over(&root()?.find(&change.name)?, &change, style)?;

@@ -1,9 +1,10 @@
-//! Verbs about a guest's protection: `status`, `protect`, `unprotect`, `failover`, `events`.
+//! Verbs about a guest's protection: `status`, `protect`, `unprotect`, `resync`, `failover`, `events`.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::{Percentiles, Role, Status};
 use tandem_vmm::migration::Address;
@@ -19,6 +20,8 @@ use crate::runtime_dir::Guest;
 
 /// Time between two looks at a guest whose protection changes.
 const LOOK: Duration = Duration::from_millis(50);
+/// How long making a copy the same may take.
+const RESYNC_TIMEOUT: Duration = Duration::from_secs(20);
 /// Time between two looks for new events.
 const EVENTS_LOOK: Duration = Duration::from_millis(200);
 
@@ -29,6 +32,8 @@ pub(super) struct Ask {
     pub(super) to: Address,
     /// The directory that decides who owns the guest.
     pub(super) arbiter: PathBuf,
+    /// What of a resync it waits for.
+    pub(super) resync: ResyncMode,
     /// How long it may take.
     pub(super) timeout: Duration,
 }
@@ -64,6 +69,7 @@ pub(super) fn protect(
     let body = ProtectBody {
         to: ask.to.resolved()?.to_string(),
         arbiter: directory.map_err(Failure::host("find the working directory"))?,
+        resync: ask.resync,
     };
     let client = Client::new(guest)?.with_timeout(ask.timeout);
     client.post("/api/v1/protect", &body)?;
@@ -100,6 +106,18 @@ pub(super) fn unprotect(guest: &Guest, change: &ChangeArgs, style: Style) -> Res
     Client::new(guest)?.post("/api/v1/unprotect", &json!({}))?;
     let over = |status: &Status| !status.protected && status.peer.is_none();
     let status = wait_until(guest, Duration::from_secs(10), over)?;
+    print_status(&status, style)
+}
+
+/// Makes a guest's copy the same once more, and waits until it is.
+pub(super) fn resync(guest: &Guest, change: &ChangeArgs, style: Style) -> Result<(), Failure> {
+    if change.dry_run {
+        return tell_plan(guest, "resync", style);
+    }
+    let before = ask_status(guest)?.resyncs;
+    Client::new(guest)?.post("/api/v1/resync", &json!({}))?;
+    let done = |status: &Status| status.protected && status.resyncs > before;
+    let status = wait_until(guest, RESYNC_TIMEOUT, done)?;
     print_status(&status, style)
 }
 

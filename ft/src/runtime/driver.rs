@@ -20,7 +20,7 @@ use tandem_vmm::snapshot::save::{PageSink, Session};
 
 use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::primary::{Core, Order, talk};
-use super::protector::{Guest, Protect, Shared};
+use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::{ProtectionError, lock};
 use crate::keeper::Keeper;
 use crate::link::Kind;
@@ -45,6 +45,9 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How often a thread that waits looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How often a guest that stands until its secondary has loaded a checkpoint is looked after.
+const LOADED_LOOK: Duration = Duration::from_micros(50);
+
 /// What of a guest's memory is copied before it is frozen.
 enum Copying {
     /// All of it.
@@ -58,6 +61,7 @@ enum Copying {
 pub(super) struct Driver<'a> {
     core: Arc<Core>,
     to: Address,
+    mode: ResyncMode,
     guest: &'a Guest,
     shared: Arc<Shared>,
 }
@@ -75,18 +79,25 @@ struct Connected<'a> {
 
 impl<'a> Driver<'a> {
     pub(super) fn new(guest: &'a Guest, protect: Protect, shared: &Arc<Shared>) -> Self {
-        let Protect { to, claims, term } = protect;
+        let Protect {
+            to,
+            claims,
+            term,
+            mode,
+        } = protect;
         let pair = Arc::clone(&guest.pair);
         let core = Core::alone(pair, guest.handle.clone(), claims, term);
         shared.dismiss.store(false, Ordering::SeqCst);
         *lock(&shared.core) = Some(Arc::clone(&core));
         let mut status = guest.pair.lock_status();
         status.term = term.0;
+        status.mode = mode.name().into();
         status.reason = "a secondary is looked for".into();
         drop(status);
         Self {
             core,
             to,
+            mode,
             guest,
             shared: Arc::clone(shared),
         }
@@ -217,6 +228,18 @@ impl<'a> Driver<'a> {
         drop(connected.thread.join());
     }
 
+    /// Waits until the secondary has loaded the checkpoint that was sent, or is lost.
+    fn wait_loaded(&self) {
+        let deadline = Instant::now() + LOAD_TIMEOUT;
+        let loads = || {
+            let state = self.core.state();
+            matches!(state, PrimaryState::Joining | PrimaryState::Resyncing(..))
+        };
+        while loads() && Instant::now() < deadline {
+            std::thread::sleep(LOADED_LOOK);
+        }
+    }
+
     /// Nothing is to be done for a while.
     fn look(&self, last: &mut Instant) {
         if self.dismissed() {
@@ -302,8 +325,10 @@ impl<'a> Driver<'a> {
         let FreezeTimes { stop, quiesce, .. } = stopped.frozen.times;
         cut.age = (stopped.frozen.since + stop + quiesce).elapsed();
         core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
-        let stand = session.thaw()?;
-        let pause = stand.until - stand.from;
+        let stand = match self.mode {
+            ResyncMode::Running => Some(session.thaw()?),
+            ResyncMode::Stopped => None,
+        };
         // The secondary takes the pages while the rest is put together.
         let pages = staged.sink();
         checkpoints.write_all(pages).map_err(frame::broken)?;
@@ -312,6 +337,14 @@ impl<'a> Driver<'a> {
         let bytes = pages.len() + rest.len();
         pages.clear();
         pages.shrink_to(STAGING_KEPT);
+        let stand = match stand {
+            Some(stand) => stand,
+            None => {
+                self.wait_loaded();
+                session.thaw()?
+            }
+        };
+        let pause = stand.until - stand.from;
         if cause != Cause::Join {
             let why = why.unwrap_or_else(|| match cause {
                 Cause::Mismatch => "the outputs before differed each time".into(),

@@ -32,7 +32,7 @@ pub use asking::Claims;
 pub use checkpoint::Offer;
 pub use error::ProtectionError;
 pub use pair::Pair;
-pub use protector::{Desk, Guest, Protect, Protector};
+pub use protector::{Desk, Guest, Protect, Protector, ResyncMode};
 pub use secondary::{Invitation, Joined, Standby};
 
 /// Locks what no panic leaves half done.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, StopMode};
 use tandem_vmm::error::causes;
@@ -27,6 +28,27 @@ const THREAD_STACK: usize = 512 << 10;
 /// How long the last outputs may take to be compared when the guest has ended.
 const LAST_OUTPUTS: Duration = Duration::from_millis(500);
 
+/// What of a resync the guest waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ResyncMode {
+    /// Only for its state and the pages that are left to be copied.
+    #[default]
+    Running,
+    /// For all of it, until the secondary runs too: to compare.
+    Stopped,
+}
+
+impl ResyncMode {
+    /// The mode in a word.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Stopped => "stopped",
+        }
+    }
+}
+
 /// How a guest is to be protected.
 pub struct Protect {
     /// Where a standby listens.
@@ -35,6 +57,8 @@ pub struct Protect {
     pub claims: Claims,
     /// Number of this owner.
     pub term: Term,
+    /// What of a resync it waits for.
+    pub mode: ResyncMode,
 }
 
 /// A guest that may be protected.
@@ -56,6 +80,7 @@ enum Request {
     Protect {
         to: Address,
         arbiter: PathBuf,
+        mode: ResyncMode,
         answer: SyncSender<Result<(), String>>,
     },
     /// The guest has ended.
@@ -150,7 +175,7 @@ impl Desk {
     ///
     /// # Errors
     /// Why not, in words.
-    pub fn protect(&self, to: Address, arbiter: PathBuf) -> Result<(), String> {
+    pub fn protect(&self, to: Address, arbiter: PathBuf, mode: ResyncMode) -> Result<(), String> {
         let (answer, answered) = sync_channel(1);
         let gone = "the guest has ended".to_owned();
         if lock(&self.shared.core).is_some() {
@@ -159,6 +184,7 @@ impl Desk {
         let request = Request::Protect {
             to,
             arbiter,
+            mode,
             answer,
         };
         self.requests.send(request).map_err(|_| gone.clone())?;
@@ -174,6 +200,18 @@ impl Desk {
             return Err("the guest is not protected".into());
         }
         self.shared.dismiss.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Makes the secondary the same as the guest once more.
+    ///
+    /// # Errors
+    /// When no secondary runs.
+    pub fn resync(&self) -> Result<(), String> {
+        self.may_fail_over()?;
+        if let Some(core) = &*lock(&self.shared.core) {
+            core.event(PrimaryEvent::ResyncDemanded);
+        }
         Ok(())
     }
 
@@ -236,22 +274,33 @@ fn supervise(
         let Ok(Request::Protect {
             to,
             arbiter,
+            mode,
             answer,
         }) = requests.recv()
         else {
             return;
         };
-        let opened = open(guest, to, &arbiter);
+        let opened = open(guest, to, &arbiter, mode);
         let told = opened.map(|opened| protect = Some(opened));
         // Whoever asked may have stopped waiting.
         drop(answer.send(told.map_err(|error| causes(&error))));
     }
 }
 
-fn open(guest: &Guest, to: Address, arbiter: &Path) -> Result<Protect, ProtectionError> {
+fn open(
+    guest: &Guest,
+    to: Address,
+    arbiter: &Path,
+    mode: ResyncMode,
+) -> Result<Protect, ProtectionError> {
     let name = guest.pair.status().name;
     let claims = Claims::open(arbiter, &name)?;
     let term = claims.claim_next()?;
     let term = term.ok_or_else(|| ProtectionError::Garbled("that another won the guest".into()))?;
-    Ok(Protect { to, claims, term })
+    Ok(Protect {
+        to,
+        claims,
+        term,
+        mode,
+    })
 }

@@ -72,7 +72,8 @@ pub struct Status {
     pub protected: bool,
     /// Why it is protected or not.
     pub reason: String,
-    /// How a resync holds the guest up: `running`.
+    /// What of a resync the guest waits for: `running` or `stopped` (see
+    /// [`ResyncMode`](super::ResyncMode)).
     pub mode: String,
     /// Number of the owner.
     pub term: u64,
