@@ -141,6 +141,9 @@ fn flags(settings: &Settings) -> Vec<String> {
     flag(&mut all, "arbiter", settings.arbiter.as_ref(), |path| {
         path.display().to_string()
     });
+    flag(&mut all, "resync", settings.resync.as_ref(), |mode| {
+        mode.name().into()
+    });
     flag(&mut all, "vsock", settings.vsock.as_ref(), |v| {
         format!("cid={},path={}", v.cid, v.path.display())
     });

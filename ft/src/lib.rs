@@ -14,6 +14,7 @@ pub mod lease;
 pub mod link;
 pub mod packet;
 pub mod pair;
+pub mod percentiles;
 pub mod runtime;
 pub mod sequence;
 #[cfg(any(test, feature = "simulator"))]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use tandem_ft::runtime::status::{Role, Status};
+use tandem_ft::runtime::status::{Percentiles, Role, Status};
 use tandem_vmm::control::{MachineState, MachineStats};
 
 /// Content type of the format.
@@ -38,7 +38,6 @@ fn protected(out: &mut Exposition, status: &Status) {
     let name = "tandem_protection_primary";
     out.family(name, "gauge", "1 for the guest itself, 0 for its copy.");
     out.sample(name, &[], yes(status.role == Role::Primary));
-    let pause = "tandem_protection_pause_microseconds";
     for (name, kind, help, value) in [
         (
             "tandem_protection_term",
@@ -68,17 +67,43 @@ fn protected(out: &mut Exposition, status: &Status) {
         out.family(name, kind, help);
         out.sample(name, &[], &value.to_string());
     }
-    out.family(
-        pause,
-        "gauge",
-        "How long the guest stood for the last checkpoints.",
-    );
-    for (quantile, value) in [
-        ("0.5", status.pause_us.p50),
-        ("0.99", status.pause_us.p99),
-        ("1", status.pause_us.max),
+    if let Some(left) = status.lease_ms {
+        let name = "tandem_protection_lease_milliseconds";
+        let help = "How long outputs may leave if the copy is not heard again.";
+        out.family(name, "gauge", help);
+        out.sample(name, &[], &left.to_string());
+    }
+    for (name, help, times) in [
+        (
+            "tandem_protection_pause_microseconds",
+            "How long the guest stood for the last checkpoints.",
+            &status.pause_us,
+        ),
+        (
+            "tandem_protection_resync_microseconds",
+            "From the last checkpoints' cuts until the copy ran on.",
+            &status.resync_us,
+        ),
+        (
+            "tandem_protection_added_latency_microseconds",
+            "How long the last outputs were held.",
+            &status.added_latency_us,
+        ),
+        (
+            "tandem_protection_secondary_lag_microseconds",
+            "How much later the copy said the same as the guest.",
+            &status.secondary_lag_us,
+        ),
     ] {
-        out.sample(pause, &[("quantile", quantile)], &value.to_string());
+        out.family(name, "gauge", help);
+        quantiles(out, name, times);
+    }
+}
+
+fn quantiles(out: &mut Exposition, name: &str, times: &Percentiles) {
+    let all = [("0.5", times.p50), ("0.99", times.p99), ("1", times.max)];
+    for (quantile, value) in all {
+        out.sample(name, &[("quantile", quantile)], &value.to_string());
     }
 }
 

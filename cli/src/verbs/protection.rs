@@ -187,6 +187,10 @@ fn status_table(status: &Status) -> String {
         0 => "none yet".to_owned(),
         _ => format!("p50 {} p99 {} max {} us", p.p50, p.p99, p.max),
     };
+    let lease = match status.lease_ms {
+        Some(left) => format!("{left} ms left"),
+        None => "no end".to_owned(),
+    };
     let role = match status.role {
         Role::Primary => "primary",
         Role::Secondary => "secondary",
@@ -203,6 +207,9 @@ fn status_table(status: &Status) -> String {
         ("term", status.term.to_string()),
         ("epoch", status.epoch.to_string()),
         ("peer", status.peer.clone().unwrap_or_default()),
+        ("lease", lease),
+        ("added latency", times(&status.added_latency_us)),
+        ("secondary's lag", times(&status.secondary_lag_us)),
         ("matched outputs", status.matched_outputs.to_string()),
         ("resyncs", status.resyncs.to_string()),
         (

@@ -7,5 +7,5 @@ pub(crate) mod net_backend;
 mod permit;
 
 pub use console::{CONSOLE, ConsoleGate};
-pub use net::{NetCut, NetFigures, NetGate};
+pub use net::{Delays, NetCut, NetFigures, NetGate};
 pub use permit::Permit;

@@ -24,6 +24,7 @@ use super::Permit;
 use crate::announce::Announcer;
 use crate::compare::{Comparator, Figures, Limits};
 use crate::link::{Kind, Outbox};
+use crate::percentiles::Samples;
 use crate::sequence::{self, Mapper, StateError};
 
 /// Frames that a secondary keeps until they are settled, at most; its guest waits beyond that.
@@ -49,6 +50,15 @@ pub struct NetFigures {
     pub released: u64,
 }
 
+/// How long outputs were held; they leave in the order in which they came, or nearly.
+#[derive(Clone, Debug, Default)]
+pub struct Delays {
+    /// All of them.
+    pub held: Samples,
+    /// Those that the secondary said too.
+    pub matched: Samples,
+}
+
 /// What the gate does.
 #[derive(Debug)]
 enum Side {
@@ -65,12 +75,28 @@ struct Primary {
     cut: bool,
     /// How many of the secondary's outputs it was told are out.
     told: u64,
+    /// When outputs came that are held, and how many of the first of them a checkpoint explains.
+    arrivals: VecDeque<Instant>,
+    covered: usize,
 }
 
 impl Primary {
     /// Whether outputs wait for the secondary's.
     fn waits(&self) -> bool {
         !self.cut && self.comparator.waits()
+    }
+
+    /// An output leaves.
+    fn count_delay(&mut self, now: Instant, delays: &mut Delays) {
+        let Some(since) = self.arrivals.pop_front() else {
+            return;
+        };
+        let delay = now.saturating_duration_since(since);
+        delays.held.add(delay);
+        match self.covered.checked_sub(1) {
+            Some(left) => self.covered = left,
+            None => delays.matched.add(delay),
+        }
     }
 
     /// Tells the secondary how many of its outputs are out, if those are more than it knows.
@@ -136,6 +162,7 @@ pub(super) struct State {
     pub(super) started: Option<Offloads>,
     pub(super) waits_for_room: bool,
     released: u64,
+    delays: Delays,
 }
 
 /// The gate of one network device.
@@ -167,6 +194,7 @@ impl NetGate {
                 started: None,
                 waits_for_room: false,
                 released: 0,
+                delays: Delays::default(),
             }),
             event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             outbox,
@@ -222,6 +250,8 @@ impl NetGate {
                 comparator,
                 cut: true,
                 told: 0,
+                arrivals: VecDeque::new(),
+                covered: 0,
             }));
         }
         let Side::Primary(primary) = &mut state.side else {
@@ -242,6 +272,7 @@ impl NetGate {
         self.with_primary(|primary| {
             primary.cut = false;
             primary.told = 0;
+            primary.covered += primary.comparator.covered().count();
             primary.comparator.commit(now);
             if primary.waits() {
                 self.permit.tell_waiting();
@@ -479,6 +510,11 @@ impl NetGate {
         count
     }
 
+    /// How long outputs were held lately.
+    pub fn delays(&self) -> Delays {
+        self.lock().delays.clone()
+    }
+
     /// Figures.
     pub fn figures(&self) -> NetFigures {
         let state = self.lock();
@@ -505,13 +541,15 @@ impl State {
             if !primary.comparator.has_ready() {
                 break;
             }
-            if !gate.permit.lets_out(Instant::now()) {
+            let now = Instant::now();
+            if !gate.permit.lets_out(now) {
                 gate.permit.call();
                 break;
             }
             let Some(frame) = primary.comparator.release() else {
                 break;
             };
+            primary.count_delay(now, &mut self.delays);
             any = true;
             self.released += 1;
             self.leave(frame);
@@ -583,7 +621,9 @@ impl State {
                 return Transmit::Sent;
             }
             Side::Primary(primary) if primary.comparator.has_room() && self.blocked.is_empty() => {
-                primary.comparator.primary(Instant::now(), frame);
+                let now = Instant::now();
+                primary.arrivals.push_back(now);
+                primary.comparator.primary(now, frame);
                 if primary.comparator.mismatch().is_some() {
                     gate.permit.call();
                 } else if primary.waits() {

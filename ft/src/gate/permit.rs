@@ -2,7 +2,7 @@
 //! looks at, with the time, right before an output leaves.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -46,6 +46,16 @@ impl Permit {
     /// Whether an output may leave now.
     pub fn lets_out(&self, now: Instant) -> bool {
         self.nanoseconds(now) < self.until.load(Ordering::SeqCst)
+    }
+
+    /// How long outputs may still leave as things are; none if for ever.
+    pub fn left(&self, now: Instant) -> Option<Duration> {
+        match self.until.load(Ordering::SeqCst) {
+            u64::MAX => None,
+            until => Some(Duration::from_nanos(
+                until.saturating_sub(self.nanoseconds(now)),
+            )),
+        }
     }
 
     fn nanoseconds(&self, moment: Instant) -> u64 {

@@ -16,7 +16,7 @@ use super::events::{Event, Events, describe};
 use super::status::Status;
 use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
-use crate::gate::{CONSOLE, ConsoleGate, NetCut, NetGate, Permit};
+use crate::gate::{CONSOLE, ConsoleGate, Delays, NetCut, NetGate, Permit};
 use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
 use crate::pair::Notice;
@@ -77,9 +77,17 @@ impl Pair {
     /// Its figures.
     pub fn status(&self) -> Status {
         let mut status = self.lock_status().clone();
+        let mut delays = Delays::default();
         for net in &self.nets {
             status.add(&net.figures());
+            let net = net.delays();
+            delays.held.join(&net.held);
+            delays.matched.join(&net.matched);
         }
+        status.added_latency_us = delays.held.percentiles();
+        status.secondary_lag_us = delays.matched.percentiles();
+        let lease = self.permit.left(Instant::now());
+        status.lease_ms = lease.map(|left| left.as_millis() as u64);
         status
     }
 

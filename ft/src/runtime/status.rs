@@ -1,14 +1,12 @@
 //! How the protection of a guest stands, for people and programs.
 
-use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use crate::gate::NetFigures;
-
-/// Samples of which percentiles are taken.
-const SAMPLES_MAX: usize = 4096;
+pub use crate::percentiles::Percentiles;
+use crate::percentiles::Samples;
 
 /// What a copy of the guest is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -18,47 +16,6 @@ pub enum Role {
     Primary,
     /// The copy.
     Secondary,
-}
-
-/// Percentiles of some samples, in microseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Percentiles {
-    /// Median.
-    pub p50: u64,
-    /// 99th percentile.
-    pub p99: u64,
-    /// Largest.
-    pub max: u64,
-    /// How many there are, of the last 4,096.
-    pub samples: u64,
-}
-
-/// Durations, the last ones.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Samples(VecDeque<u64>);
-
-impl Samples {
-    pub(super) fn add(&mut self, sample: Duration) {
-        if self.0.len() >= SAMPLES_MAX {
-            self.0.pop_front();
-        }
-        self.0.push_back(sample.as_micros() as u64);
-    }
-
-    fn percentiles(&self) -> Percentiles {
-        let mut sorted: Vec<u64> = self.0.iter().copied().collect();
-        sorted.sort_unstable();
-        let at = |percent: usize| {
-            let index = sorted.len().saturating_sub(1) * percent / 100;
-            sorted.get(index).copied().unwrap_or(0)
-        };
-        Percentiles {
-            p50: at(50),
-            p99: at(99),
-            max: at(100),
-            samples: sorted.len() as u64,
-        }
-    }
 }
 
 /// How the protection of a guest stands.
@@ -87,6 +44,13 @@ pub struct Status {
     pub resyncs: u64,
     /// Why the last of them was made.
     pub last_resync: Option<String>,
+    /// How long outputs of the last ones that left had been held.
+    pub added_latency_us: Percentiles,
+    /// How much later than the guest the secondary said the same, of those that it said.
+    pub secondary_lag_us: Percentiles,
+    /// How long outputs may leave from now on if the secondary is not heard again, in milliseconds; none for
+    /// a guest that nobody else may own.
+    pub lease_ms: Option<u64>,
     /// How long the guest stood for them.
     pub pause_us: Percentiles,
     /// From the cut until the secondary ran on.
@@ -128,6 +92,9 @@ impl Status {
             matched_outputs: 0,
             resyncs: 0,
             last_resync: None,
+            added_latency_us: Percentiles::default(),
+            secondary_lag_us: Percentiles::default(),
+            lease_ms: None,
             pause_us: Percentiles::default(),
             resync_us: Percentiles::default(),
             resync_pages: 0,
