@@ -1,0 +1,228 @@
+//! Guests under protection: what of their speed is kept, and how long they are silent when their primary is
+//! lost. Ours beside QEMU's COLO.
+//!
+//! The primary has the monitor's CPU, the secondary that of the clients; the unprotected guest, which is
+//! measured in the same turn, has the monitor's. Disks are read-only, and the two copies talk by unix sockets.
+
+mod asking;
+mod load;
+mod network;
+mod ours;
+mod takeover;
+
+use std::iter;
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use super::engine::{Bench, Engine, Machine};
+use super::figures::{Better, Sample};
+use super::loads;
+use crate::guest::Guest;
+use crate::{interrupt, netns};
+use load::{HTTP, KV, Load, Measured, NGINX, REDIS};
+use network::Network;
+pub(super) use takeover::{takeover_kv, takeover_linux};
+
+/// Longest wait for a guest to be ready, or to be protected.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a guest is left alone once it is protected: the first checkpoints are over then.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Pause before something is looked at again.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// A guest that serves something.
+struct Server {
+    machine: Machine,
+    /// What its console says once it serves.
+    ready: &'static str,
+    /// Where it serves.
+    port: u16,
+}
+
+/// A guest and its copy.
+trait Pair {
+    /// How often the copy was made the same as the guest again, since protection began.
+    fn resyncs(&mut self) -> Result<u64>;
+
+    /// Kills the primary, and does whatever else has to be done by hand; when it was killed.
+    fn lose_primary(&mut self) -> Result<Instant>;
+}
+
+/// redis in Linux.
+pub(super) fn protect_redis(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
+    measure(bench, engine, &redis(bench), REDIS)
+}
+
+/// nginx in Linux.
+pub(super) fn protect_nginx(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
+    let words = format!("{} linux.services=nginx", netns::GUEST_WORDS);
+    let server = Server {
+        machine: loads::linux(bench, &words),
+        ready: "READY",
+        port: 80,
+    };
+    measure(bench, engine, &server, NGINX)
+}
+
+/// The `kv` guest.
+pub(super) fn protect_kv(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
+    measure(bench, engine, &kv(bench), KV)
+}
+
+/// The `http` guest.
+pub(super) fn protect_http(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
+    let server = Server {
+        machine: loads::web_server(bench),
+        ready: "http: ready",
+        port: 80,
+    };
+    measure(bench, engine, &server, HTTP)
+}
+
+fn redis(bench: &Bench) -> Server {
+    let words = format!("{} linux.services=redis", netns::GUEST_WORDS);
+    Server {
+        machine: loads::linux(bench, &words),
+        ready: "READY",
+        port: 6379,
+    }
+}
+
+fn kv(bench: &Bench) -> Server {
+    Server {
+        machine: loads::key_value_store(bench),
+        ready: "kv: ready",
+        port: 6379,
+    }
+}
+
+/// Measures the loads without protection, then with it.
+fn measure(bench: &Bench, engine: Engine, server: &Server, loads: &[Load]) -> Result<Vec<Sample>> {
+    let network = Network::make()?;
+    let alone = alone(bench, engine, server, loads)?;
+    let protected = protected(bench, engine, &network, server, loads);
+    let protected = protected.unwrap_or_else(|error| {
+        bench.remark(format!("{engine} protected: failed: {error:#}"));
+        Vec::new()
+    });
+    interrupt::check()?;
+    let protected = protected.into_iter().chain(iter::repeat(None));
+    let measured = loads.iter().zip(alone).zip(protected);
+    let samples = measured.flat_map(|((load, alone), protected)| {
+        let unprotected = alone.map(|alone| alone.unprotected(load));
+        let protected =
+            protected.map(|(measured, resyncs)| measured.protected(load, alone, resyncs));
+        unprotected
+            .into_iter()
+            .chain(protected.into_iter().flatten())
+    });
+    Ok(samples.collect())
+}
+
+/// What each load gives under protection, and how many resyncs there were meanwhile; fewer than there are
+/// loads if protection does not last.
+fn protected(
+    bench: &Bench,
+    engine: Engine,
+    network: &Network,
+    server: &Server,
+    loads: &[Load],
+) -> Result<Vec<Option<(Measured, u64)>>> {
+    let mut measured = Vec::new();
+    let Some(mut pair) = start_pair(bench, engine, network, server)? else {
+        return Ok(measured);
+    };
+    thread::sleep(SETTLE);
+    for load in loads {
+        match protected_load(bench, engine, pair.as_mut(), load) {
+            Ok(one) => measured.push(one),
+            Err(error) => {
+                interrupt::check()?;
+                bench.remark(format!(
+                    "{engine} protected, {}: ended: {error:#}",
+                    load.name
+                ));
+                break;
+            }
+        }
+    }
+    Ok(measured)
+}
+
+fn protected_load(
+    bench: &Bench,
+    engine: Engine,
+    pair: &mut dyn Pair,
+    load: &Load,
+) -> Result<Option<(Measured, u64)>> {
+    let before = pair.resyncs()?;
+    let measured = attempt(bench, engine, "protected", load)?;
+    let resyncs = pair.resyncs()? - before;
+    Ok(measured.map(|measured| (measured, resyncs)))
+}
+
+/// What each load gives without protection.
+fn alone(
+    bench: &Bench,
+    engine: Engine,
+    server: &Server,
+    loads: &[Load],
+) -> Result<Vec<Option<Measured>>> {
+    let machine = server.machine.clone().on_tap(network::PRIMARY);
+    let mut guest = Guest::start(&mut bench.command(engine, &machine))?;
+    guest.wait_for(server.ready, PATIENCE)?;
+    server.meet()?;
+    let measured = loads
+        .iter()
+        .map(|load| attempt(bench, engine, "unprotected", load))
+        .collect();
+    guest.kill();
+    measured
+}
+
+/// Measures one load; one that fails is remarked, and the others go on.
+fn attempt(bench: &Bench, engine: Engine, how: &str, load: &Load) -> Result<Option<Measured>> {
+    match load.measure() {
+        Ok(measured) => Ok(Some(measured)),
+        Err(error) => {
+            interrupt::check()?;
+            bench.remark(format!("{engine} {how}, {}: failed: {error:#}", load.name));
+            Ok(None)
+        }
+    }
+}
+
+/// A guest that is protected; nothing, and a remark, if the engine cannot do that here.
+fn start_pair(
+    bench: &Bench,
+    engine: Engine,
+    _network: &Network,
+    server: &Server,
+) -> Result<Option<Box<dyn Pair>>> {
+    match engine {
+        Engine::Tandem => Ok(Some(Box::new(ours::Pair::start(bench, server)?))),
+        Engine::Qemu => {
+            bench.remark("QEMU COLO: not measured".to_owned());
+            Ok(None)
+        }
+    }
+}
+
+impl Server {
+    /// Opens a connection and closes it, so that the guest has seen its clients before it is protected.
+    fn meet(&self) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        let address = asking::guest(self.port)?;
+        while TcpStream::connect_timeout(&address, PATIENCE).is_err() {
+            if Instant::now() > deadline {
+                bail!("the guest does not serve port {}", self.port);
+            }
+            interrupt::check()?;
+            thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+}
