@@ -58,6 +58,11 @@ impl Guest {
         self.monitor.pid()
     }
 
+    /// Whether the monitor has ended.
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.monitor.poll()?.is_some())
+    }
+
     /// Ends the monitor at once, as its host's end would.
     pub(crate) fn kill(&mut self) {
         self.monitor.kill();

@@ -80,6 +80,12 @@ impl Machine {
         self.on_tap(TAP)
     }
 
+    /// Without a network card.
+    pub(super) fn off_network(mut self) -> Self {
+        self.tap = None;
+        self
+    }
+
     /// With a network card on a tap.
     pub(super) fn on_tap(mut self, tap: &'static str) -> Self {
         self.tap = Some(tap);

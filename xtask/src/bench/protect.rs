@@ -5,6 +5,7 @@
 //! measured in the same turn, has the monitor's. Disks are read-only, and the two copies talk by unix sockets.
 
 mod asking;
+mod colo;
 mod load;
 mod network;
 mod ours;
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::engine::{Bench, Engine, Machine};
+use super::engine::{Bench, Engine, MONITOR_CPU, Machine};
 use super::figures::{Better, Sample};
 use super::loads;
 use crate::guest::Guest;
@@ -122,8 +123,8 @@ fn measure(bench: &Bench, engine: Engine, server: &Server, loads: &[Load]) -> Re
     Ok(samples.collect())
 }
 
-/// What each load gives under protection, and how many resyncs there were meanwhile; fewer than there are
-/// loads if protection does not last.
+/// What each load gives under protection, and how many resyncs there were meanwhile. A pair that does not
+/// bear a load is replaced for the next one.
 fn protected(
     bench: &Bench,
     engine: Engine,
@@ -131,23 +132,30 @@ fn protected(
     server: &Server,
     loads: &[Load],
 ) -> Result<Vec<Option<(Measured, u64)>>> {
+    if engine == Engine::Qemu {
+        // A copy that does not take over gets all that it hears from its primary.
+        network.part_secondary()?;
+    }
     let mut measured = Vec::new();
-    let Some(mut pair) = start_pair(bench, engine, network, server)? else {
-        return Ok(measured);
-    };
-    thread::sleep(SETTLE);
+    let mut pair = None;
     for load in loads {
-        match protected_load(bench, engine, pair.as_mut(), load) {
-            Ok(one) => measured.push(one),
-            Err(error) => {
-                interrupt::check()?;
-                bench.remark(format!(
-                    "{engine} protected, {}: ended: {error:#}",
-                    load.name
-                ));
-                break;
-            }
+        if pair.is_none() {
+            pair = start_pair(bench, engine, server)?;
+            thread::sleep(SETTLE);
         }
+        let Some(protected) = &mut pair else {
+            return Ok(measured);
+        };
+        let one = protected_load(bench, engine, protected.as_mut(), load);
+        interrupt::check()?;
+        measured.push(one.unwrap_or_else(|error| {
+            bench.remark(format!(
+                "{engine} protected, {}: ended: {error:#}",
+                load.name
+            ));
+            pair = None;
+            None
+        }));
     }
     Ok(measured)
 }
@@ -171,8 +179,13 @@ fn alone(
     server: &Server,
     loads: &[Load],
 ) -> Result<Vec<Option<Measured>>> {
-    let machine = server.machine.clone().on_tap(network::PRIMARY);
-    let mut guest = Guest::start(&mut bench.command(engine, &machine))?;
+    let mut guest = Guest::start(&mut match engine {
+        Engine::Tandem => {
+            let machine = server.machine.clone().on_tap(network::PRIMARY);
+            bench.command(engine, &machine)
+        }
+        Engine::Qemu => colo::command(bench, MONITOR_CPU, &server.machine, network::PRIMARY),
+    })?;
     guest.wait_for(server.ready, PATIENCE)?;
     server.meet()?;
     let measured = loads
@@ -196,16 +209,16 @@ fn attempt(bench: &Bench, engine: Engine, how: &str, load: &Load) -> Result<Opti
 }
 
 /// A guest that is protected; nothing, and a remark, if the engine cannot do that here.
-fn start_pair(
-    bench: &Bench,
-    engine: Engine,
-    _network: &Network,
-    server: &Server,
-) -> Result<Option<Box<dyn Pair>>> {
-    match engine {
-        Engine::Tandem => Ok(Some(Box::new(ours::Pair::start(bench, server)?))),
-        Engine::Qemu => {
-            bench.remark("QEMU COLO: not measured".to_owned());
+fn start_pair(bench: &Bench, engine: Engine, server: &Server) -> Result<Option<Box<dyn Pair>>> {
+    let pair = match engine {
+        Engine::Tandem => return Ok(Some(Box::new(ours::Pair::start(bench, server)?))),
+        Engine::Qemu => colo::Pair::start(bench, server),
+    };
+    match pair {
+        Ok(pair) => Ok(Some(Box::new(pair))),
+        Err(why) => {
+            interrupt::check()?;
+            bench.remark(format!("QEMU COLO: skipped: {why:#}"));
             Ok(None)
         }
     }
@@ -214,9 +227,13 @@ fn start_pair(
 impl Server {
     /// Opens a connection and closes it, so that the guest has seen its clients before it is protected.
     fn meet(&self) -> Result<()> {
-        let deadline = Instant::now() + PATIENCE;
+        self.meet_within(PATIENCE)
+    }
+
+    fn meet_within(&self, patience: Duration) -> Result<()> {
+        let deadline = Instant::now() + patience;
         let address = asking::guest(self.port)?;
-        while TcpStream::connect_timeout(&address, PATIENCE).is_err() {
+        while TcpStream::connect_timeout(&address, patience).is_err() {
             if Instant::now() > deadline {
                 bail!("the guest does not serve port {}", self.port);
             }

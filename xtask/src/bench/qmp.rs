@@ -1,5 +1,6 @@
 //! QEMU's machine protocol: a line of JSON for each request, answer and event.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -26,6 +27,7 @@ pub(super) fn socket(path: &Path) -> String {
 pub(super) struct Monitor {
     to: UnixStream,
     from: BufReader<UnixStream>,
+    events: BTreeMap<String, u64>,
 }
 
 impl Monitor {
@@ -34,7 +36,11 @@ impl Monitor {
         let to = connect(socket)?;
         to.set_read_timeout(Some(PATIENCE))?;
         let from = BufReader::new(to.try_clone()?);
-        let mut monitor = Self { to, from };
+        let mut monitor = Self {
+            to,
+            from,
+            events: BTreeMap::new(),
+        };
         monitor.from.read_line(&mut String::new())?;
         monitor.run("qmp_capabilities", &json!({}))?;
         Ok(monitor)
@@ -57,7 +63,20 @@ impl Monitor {
             if let Some(result) = answer.get_mut("return") {
                 return Ok(result.take());
             }
-            // Events come in between.
+            self.note(&answer);
+        }
+    }
+
+    /// How many events of a name QEMU has told by now.
+    pub(super) fn events(&mut self, name: &str) -> Result<u64> {
+        // Events come before the answer to what is asked after them.
+        self.run("query-status", &json!({}))?;
+        Ok(self.events.get(name).copied().unwrap_or(0))
+    }
+
+    fn note(&mut self, message: &Value) {
+        if let Some(name) = message.get("event").and_then(Value::as_str) {
+            *self.events.entry(name.to_owned()).or_default() += 1;
         }
     }
 }
@@ -97,12 +116,13 @@ mod tests {
     }
 
     #[test]
-    fn events_come_in_between() {
+    fn events_are_counted_in_between() {
         let (_place, mut qemu) = qemu(
             "{\"event\": \"STOP\"}\n{\"return\": 7}\n{\"event\": \"STOP\"}\n{\"return\": {}}\n",
         );
         let answer = qemu.run("query-seven", &json!({})).expect("an answer");
         assert_eq!(answer, json!(7));
+        assert_eq!(qemu.events("STOP").expect("an answer"), 2);
     }
 
     #[test]

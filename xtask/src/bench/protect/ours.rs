@@ -1,7 +1,7 @@
 //! Our pair: `tandem run --protect` and `tandem standby`.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use super::{LOOK, PATIENCE, Server};
 use crate::bench::engine::{Bench, CLIENT_CPU, Engine, NAME};
 use crate::guest::Guest;
 use crate::interrupt;
-use crate::process::{self, Background};
+use crate::process;
 
 /// Runtime directory of copies.
 const RUNTIME: &str = "runtime-copy";
@@ -22,7 +22,7 @@ const RUNTIME: &str = "runtime-copy";
 /// A guest and its copy.
 pub(super) struct Pair {
     primary: Guest,
-    secondary: Background,
+    secondary: Guest,
     /// Asks the primary how protection stands.
     ask: Command,
     /// The link and the arbiter.
@@ -46,7 +46,7 @@ impl Pair {
         server.meet()?;
         let mut pair = Self {
             primary,
-            secondary: Background::start(&mut standby(bench, &link, &arbiter))?,
+            secondary: Guest::start(&mut standby(bench, &link, &arbiter))?,
             ask: bench.tandem(&["status", NAME, "--format", "json"]),
             _place: place,
         };
@@ -61,11 +61,12 @@ impl Pair {
             if status["protected"] == true {
                 return Ok(());
             }
-            if let Some(ended) = self.secondary.poll()? {
-                bail!("the standby ended with {ended}");
-            }
-            if Instant::now() > deadline {
-                bail!("the guest is not protected: {}", status["reason"]);
+            if self.secondary.has_ended()? || Instant::now() > deadline {
+                let why = &status["reason"];
+                bail!(
+                    "the guest is not protected: {why}{}",
+                    self.secondary.account()
+                );
             }
             interrupt::check()?;
             thread::sleep(LOOK);
@@ -85,7 +86,6 @@ fn standby(bench: &Bench, link: &Path, arbiter: &Path) -> Command {
     command.arg("--arbiter").arg(arbiter);
     command.args(["--net", &format!("tap={}", network::SECONDARY)]);
     command.args(["--console", "off"]);
-    command.stdin(Stdio::null()).stderr(Stdio::null());
     command
 }
 
@@ -93,7 +93,11 @@ impl super::Pair for Pair {
     fn resyncs(&mut self) -> Result<u64> {
         let status = self.status()?;
         if status["protected"] != true {
-            bail!("the guest is not protected any more: {}", status["reason"]);
+            let why = &status["reason"];
+            bail!(
+                "the guest is not protected any more: {why}{}",
+                self.secondary.account()
+            );
         }
         let resyncs = status["resyncs"].as_u64();
         resyncs.context("the status does not say how many resyncs there were")

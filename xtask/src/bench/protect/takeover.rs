@@ -62,8 +62,8 @@ fn kill(
     server: &Server,
     shift: Duration,
 ) -> Result<Option<Vec<Option<Blackout>>>> {
-    let network = Network::make()?;
-    let Some(mut pair) = start_pair(bench, engine, &network, server)? else {
+    let _network = Network::make()?;
+    let Some(mut pair) = start_pair(bench, engine, server)? else {
         return Ok(None);
     };
     let clients = Clients::start(CONNECTIONS)?;
