@@ -31,6 +31,8 @@ pub(super) use takeover::{takeover_kv, takeover_linux};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a guest is left alone once it is protected: the first checkpoints are over then.
 const SETTLE: Duration = Duration::from_secs(2);
+/// How often a pair is started before it is given up.
+const STARTS_MAX: u32 = 3;
 /// Pause before something is looked at again.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -104,12 +106,7 @@ fn kv(bench: &Bench) -> Server {
 fn measure(bench: &Bench, engine: Engine, server: &Server, loads: &[Load]) -> Result<Vec<Sample>> {
     let network = Network::make()?;
     let alone = alone(bench, engine, server, loads)?;
-    let protected = protected(bench, engine, &network, server, loads);
-    let protected = protected.unwrap_or_else(|error| {
-        bench.remark(format!("{engine} protected: failed: {error:#}"));
-        Vec::new()
-    });
-    interrupt::check()?;
+    let protected = protected(bench, engine, &network, server, loads)?;
     let protected = protected.into_iter().chain(iter::repeat(None));
     let measured = loads.iter().zip(alone).zip(protected);
     let samples = measured.flat_map(|((load, alone), protected)| {
@@ -167,7 +164,7 @@ fn protected_load(
     load: &Load,
 ) -> Result<Option<(Measured, u64)>> {
     let before = pair.resyncs()?;
-    let measured = attempt(bench, engine, "protected", load)?;
+    let measured = attempt(bench, protection(engine), load)?;
     let resyncs = pair.resyncs()? - before;
     Ok(measured.map(|measured| (measured, resyncs)))
 }
@@ -188,21 +185,22 @@ fn alone(
     })?;
     guest.wait_for(server.ready, PATIENCE)?;
     server.meet()?;
+    let how = format!("{engine} unprotected");
     let measured = loads
         .iter()
-        .map(|load| attempt(bench, engine, "unprotected", load))
+        .map(|load| attempt(bench, &how, load))
         .collect();
     guest.kill();
     measured
 }
 
 /// Measures one load; one that fails is remarked, and the others go on.
-fn attempt(bench: &Bench, engine: Engine, how: &str, load: &Load) -> Result<Option<Measured>> {
+fn attempt(bench: &Bench, how: &str, load: &Load) -> Result<Option<Measured>> {
     match load.measure() {
         Ok(measured) => Ok(Some(measured)),
         Err(error) => {
             interrupt::check()?;
-            bench.remark(format!("{engine} {how}, {}: failed: {error:#}", load.name));
+            bench.remark(format!("{how}, {}: failed: {error:#}", load.name));
             Ok(None)
         }
     }
@@ -210,18 +208,37 @@ fn attempt(bench: &Bench, engine: Engine, how: &str, load: &Load) -> Result<Opti
 
 /// A guest that is protected; nothing, and a remark, if the engine cannot do that here.
 fn start_pair(bench: &Bench, engine: Engine, server: &Server) -> Result<Option<Box<dyn Pair>>> {
-    let pair = match engine {
-        Engine::Tandem => return Ok(Some(Box::new(ours::Pair::start(bench, server)?))),
-        Engine::Qemu => colo::Pair::start(bench, server),
-    };
-    match pair {
-        Ok(pair) => Ok(Some(Box::new(pair))),
-        Err(why) => {
-            interrupt::check()?;
-            bench.remark(format!("QEMU COLO: skipped: {why:#}"));
-            Ok(None)
+    for start in 1..=STARTS_MAX {
+        match try_pair(bench, engine, server) {
+            Ok(pair) => return Ok(Some(pair)),
+            Err(why) => {
+                interrupt::check()?;
+                let name = protection(engine);
+                let outcome = if start < STARTS_MAX {
+                    "is tried again"
+                } else {
+                    "skipped"
+                };
+                bench.remark(format!("{name}: {outcome}: {why:#}"));
+            }
         }
     }
+    Ok(None)
+}
+
+/// What of an engine protects.
+fn protection(engine: Engine) -> &'static str {
+    match engine {
+        Engine::Tandem => "tandem protected",
+        Engine::Qemu => "QEMU COLO",
+    }
+}
+
+fn try_pair(bench: &Bench, engine: Engine, server: &Server) -> Result<Box<dyn Pair>> {
+    Ok(match engine {
+        Engine::Tandem => Box::new(ours::Pair::start(bench, server)?),
+        Engine::Qemu => Box::new(colo::Pair::start(bench, server)?),
+    })
 }
 
 impl Server {

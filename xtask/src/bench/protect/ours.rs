@@ -19,12 +19,17 @@ use crate::process;
 /// Runtime directory of copies.
 const RUNTIME: &str = "runtime-copy";
 
+/// How many of the last events a failure tells.
+const EVENTS_TOLD: usize = 3;
+
 /// A guest and its copy.
 pub(super) struct Pair {
     primary: Guest,
     secondary: Guest,
     /// Asks the primary how protection stands.
     ask: Command,
+    /// Asks the primary what happened.
+    ask_events: Command,
     /// The link and the arbiter.
     _place: TempDir,
 }
@@ -48,6 +53,7 @@ impl Pair {
             primary,
             secondary: Guest::start(&mut standby(bench, &link, &arbiter))?,
             ask: bench.tandem(&["status", NAME, "--format", "json"]),
+            ask_events: bench.tandem(&["events", NAME]),
             _place: place,
         };
         pair.wait_protected()?;
@@ -62,15 +68,19 @@ impl Pair {
                 return Ok(());
             }
             if self.secondary.has_ended()? || Instant::now() > deadline {
-                let why = &status["reason"];
-                bail!(
-                    "the guest is not protected: {why}{}",
-                    self.secondary.account()
-                );
+                bail!("the guest is not protected: {}", self.account(&status));
             }
             interrupt::check()?;
             thread::sleep(LOOK);
         }
+    }
+
+    /// What the guest's status gives as the reason, what happened last, and what the copy said.
+    fn account(&mut self, status: &Value) -> String {
+        let events = process::capture_within(&mut self.ask_events, PATIENCE).unwrap_or_default();
+        let events: Vec<&str> = events.lines().rev().take(EVENTS_TOLD).collect();
+        let copy = self.secondary.account();
+        format!("{}; lately {events:?}; of the copy{copy}", status["reason"])
     }
 
     fn status(&mut self) -> Result<Value> {
@@ -93,10 +103,9 @@ impl super::Pair for Pair {
     fn resyncs(&mut self) -> Result<u64> {
         let status = self.status()?;
         if status["protected"] != true {
-            let why = &status["reason"];
             bail!(
-                "the guest is not protected any more: {why}{}",
-                self.secondary.account()
+                "the guest is not protected any more: {}",
+                self.account(&status)
             );
         }
         let resyncs = status["resyncs"].as_u64();
