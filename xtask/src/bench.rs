@@ -1,5 +1,5 @@
 //! `cargo xtask bench`: figures of ours beside QEMU's microvm, of the same guest image in the same
-//! run, one after the other in turn.
+//! run, one after the other in turn; under protection, beside QEMU's COLO.
 //!
 //! The monitor has host CPU 0 with all its threads, clients have CPU 1, and both are in a network
 //! namespace of their own.
@@ -10,6 +10,8 @@ mod figures;
 mod loads;
 mod memory;
 mod moves;
+mod protect;
+mod qmp;
 mod rows;
 mod state;
 
@@ -121,6 +123,9 @@ fn measure_row(
             match (row.measure)(bench, engine) {
                 Ok(samples) => table.add(row.name, engine, samples),
                 Err(error) => table.fail(row.name, engine, &error),
+            }
+            for remark in bench.take_remarks() {
+                table.note(row.name, &remark);
             }
         }
     }

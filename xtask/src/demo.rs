@@ -1,7 +1,6 @@
 //! `cargo xtask demo`: a protected guest serves clients, its primary is killed, and the service carries
 //! on.
 
-mod clients;
 mod hosts;
 
 use std::process::{Command, ExitCode, Stdio};
@@ -11,11 +10,11 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::checking::{Clients, Seen};
 use crate::process::Background;
 use crate::setup::{self, Purpose};
 use crate::workspace::Workspace;
 use crate::{images, netns, process, tandem};
-use clients::{Clients, Seen};
 use hosts::{Host, TAP};
 
 /// Longest wait for the guest to be protected, or to be taken over.
@@ -102,7 +101,7 @@ impl Stage<'_> {
         self.wait_until("b", &mut standby, |status| status["role"] == "primary")?;
         let said = finish_load(load)?;
         std::thread::sleep(WATCH);
-        let seen = clients.finish()?;
+        let seen: Vec<Seen> = clients.finish().into_iter().collect::<Result<_>>()?;
         println!("\nThe copy has taken over:\n{}", self.status("b")?);
         println!("  redis-benchmark {said}");
         self.ask("GET greeting", "hello")?;

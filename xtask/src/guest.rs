@@ -58,6 +58,16 @@ impl Guest {
         self.monitor.pid()
     }
 
+    /// Whether the monitor has ended.
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.monitor.poll()?.is_some())
+    }
+
+    /// Ends the monitor at once, as its host's end would.
+    pub(crate) fn kill(&mut self) {
+        self.monitor.kill();
+    }
+
     /// Waits for `text` on the console.
     pub(crate) fn wait_for(&mut self, text: &str, at_most: Duration) -> Result<()> {
         let deadline = Instant::now() + at_most;
@@ -97,7 +107,7 @@ impl Guest {
     }
 
     /// What is known of a guest that disappoints, to follow a sentence.
-    fn account(&mut self) -> String {
+    pub(crate) fn account(&mut self) -> String {
         let mut said = String::new();
         let read = self
             .complaints

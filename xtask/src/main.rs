@@ -1,6 +1,7 @@
 //! Tasks of the workspace, run as `cargo xtask TASK`: what is not a test and not the program.
 
 mod bench;
+mod checking;
 mod demo;
 mod dist;
 mod guest;

@@ -2,6 +2,8 @@
 //! background under a guard that ends them.
 
 use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -66,6 +68,23 @@ pub(crate) fn capture(command: &mut Command) -> Result<String> {
         &String::from_utf8_lossy(&output.stderr),
     )?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// Runs a command to its end, which must come within `at_most`, and returns its standard output.
+pub(crate) fn capture_within(command: &mut Command, at_most: Duration) -> Result<String> {
+    let [mut output, mut complaints] = [tempfile::tempfile()?, tempfile::tempfile()?];
+    command.stdin(Stdio::null()).stdout(output.try_clone()?);
+    command.stderr(complaints.try_clone()?);
+    let status = Background::start(command)?.wait(at_most)?;
+    check(command, status, &written(&mut complaints)?)?;
+    written(&mut output)
+}
+
+fn written(file: &mut File) -> Result<String> {
+    let mut bytes = Vec::new();
+    file.seek(SeekFrom::Start(0))?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn check(command: &Command, status: ExitStatus, complaint: &str) -> Result<()> {
@@ -166,12 +185,21 @@ impl Background {
         self.signal_and_wait(Signal::KILL, GRACE);
     }
 
-    fn signal_and_wait(&mut self, signal: Signal, at_most: Duration) -> bool {
+    /// Ends the program and its group at once, as its host's end would; does not wait for that.
+    pub(crate) fn kill(&mut self) {
+        self.signal(Signal::KILL);
+    }
+
+    fn signal(&mut self, signal: Signal) {
         let group = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if let (Some(group), Ok(None)) = (group, self.child.try_wait()) {
             // An error means that the group is gone already.
             let _ = kill_process_group(group, signal);
         }
+    }
+
+    fn signal_and_wait(&mut self, signal: Signal, at_most: Duration) -> bool {
+        self.signal(signal);
         let deadline = Instant::now() + at_most;
         while Instant::now() < deadline {
             if !matches!(self.child.try_wait(), Ok(None)) {
@@ -208,6 +236,15 @@ mod tests {
     fn a_missing_program_is_named() {
         let error = capture(&mut command("tandem-no-such-program", ["x"])).expect_err("missing");
         assert!(format!("{error:#}").contains("`tandem-no-such-program x`"));
+    }
+
+    #[test]
+    fn what_takes_too_long_is_ended() {
+        let soon = Duration::from_millis(50);
+        let error = capture_within(&mut command("sleep", ["600"]), soon).expect_err("too long");
+        assert!(format!("{error:#}").contains("did not end"), "{error:#}");
+        let said = capture_within(&mut command("echo", ["done"]), GRACE).expect("it ends");
+        assert_eq!(said, "done\n");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The monitors that are compared, and how each is told to start the same guest.
 
+use std::cell::RefCell;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -20,7 +21,8 @@ pub(super) const CLIENT_CPU: &str = "1";
 pub(super) const NAME: &str = "bench";
 
 const QEMU: &str = "qemu-system-x86_64";
-const MAC: &str = "52:54:00:99:00:02";
+/// The guest's address on its network.
+pub(super) const MAC: &str = "52:54:00:99:00:02";
 
 /// A monitor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,8 +53,8 @@ pub(super) struct Machine {
     pub(super) words: String,
     /// Memory in MiB.
     pub(super) memory_mib: u32,
-    /// Whether it is plugged into the tap.
-    pub(super) net: bool,
+    /// The tap that it is plugged into.
+    pub(super) tap: Option<&'static str>,
     /// Disks: image, and whether it is read-only.
     pub(super) disks: Vec<(PathBuf, bool)>,
     /// Whether the machine is described by ACPI.
@@ -67,15 +69,26 @@ impl Machine {
             initrd: None,
             words: words.to_owned(),
             memory_mib: 128,
-            net: false,
+            tap: None,
             disks: Vec::new(),
             acpi: false,
         }
     }
 
-    /// With a network card.
-    pub(super) fn on_network(mut self) -> Self {
-        self.net = true;
+    /// With a network card on [`TAP`].
+    pub(super) fn on_network(self) -> Self {
+        self.on_tap(TAP)
+    }
+
+    /// Without a network card.
+    pub(super) fn off_network(mut self) -> Self {
+        self.tap = None;
+        self
+    }
+
+    /// With a network card on a tap.
+    pub(super) fn on_tap(mut self, tap: &'static str) -> Self {
+        self.tap = Some(tap);
         self
     }
 
@@ -99,6 +112,7 @@ pub(super) struct Bench {
     images: PathBuf,
     scratch: TempDir,
     has_qemu: bool,
+    remarks: RefCell<Vec<String>>,
 }
 
 impl Bench {
@@ -113,6 +127,7 @@ impl Bench {
             images: workspace.images(),
             scratch,
             has_qemu: process::find(QEMU).is_some(),
+            remarks: RefCell::default(),
         })
     }
 
@@ -132,6 +147,21 @@ impl Bench {
     /// A file for this run only.
     pub(super) fn scratch(&self, name: &str) -> PathBuf {
         self.scratch.path().join(name)
+    }
+
+    /// A directory for a part of this run.
+    pub(super) fn scratch_directory(&self) -> Result<TempDir> {
+        tempfile::tempdir_in(self.scratch.path()).context("cannot make a directory")
+    }
+
+    /// Keeps a remark on what could not be measured, for the table.
+    pub(super) fn remark(&self, what: String) {
+        self.remarks.borrow_mut().push(what);
+    }
+
+    /// The remarks since this was last asked.
+    pub(super) fn take_remarks(&self) -> Vec<String> {
+        self.remarks.take()
     }
 
     /// Another command to the running `tandem`.
@@ -194,8 +224,8 @@ impl Bench {
                 .arg("--disk")
                 .arg(format!("path={}{readonly}", image.display()));
         }
-        if machine.net {
-            command.arg("--net").arg(format!("tap={TAP},mac={MAC}"));
+        if let Some(tap) = machine.tap {
+            command.arg("--net").arg(format!("tap={tap},mac={MAC}"));
         }
     }
 }
@@ -243,10 +273,10 @@ fn qemu_arguments(command: &mut Command, machine: &Machine) {
             .arg("-device")
             .arg(format!("virtio-blk-device,drive=d{number}"));
     }
-    if machine.net {
+    if let Some(tap) = machine.tap {
         command
             .arg("-netdev")
-            .arg(format!("tap,id=n0,ifname={TAP},script=no,downscript=no"));
+            .arg(format!("tap,id=n0,ifname={tap},script=no,downscript=no"));
         command
             .arg("-device")
             .arg(format!("virtio-net-device,netdev=n0,mac={MAC}"));

@@ -8,6 +8,9 @@ use serde::Serialize;
 
 use super::engine::Engine;
 
+/// Least width of the column of names.
+const NAME_MIN: usize = 30;
+
 /// Which way is ahead.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Better {
@@ -15,6 +18,15 @@ pub(super) enum Better {
     Higher,
     /// Less is better.
     Lower,
+}
+
+/// What a figure is made of its values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Statistic {
+    /// The one in the middle.
+    Median,
+    /// The one that so many percent do not exceed.
+    Percentile(u8),
 }
 
 /// One measured value.
@@ -30,6 +42,27 @@ pub(super) struct Sample {
     pub(super) value: f64,
     /// Over how many events the client took it.
     pub(super) events: u64,
+    /// How it and the others of its figure make one.
+    pub(super) statistic: Statistic,
+}
+
+impl Sample {
+    /// A value of one event, of which the median counts.
+    pub(super) fn new(what: &str, unit: &'static str, better: Better, value: f64) -> Self {
+        Self {
+            what: what.to_owned(),
+            unit,
+            better,
+            value,
+            events: 1,
+            statistic: Statistic::Median,
+        }
+    }
+
+    /// The value was taken over so many events.
+    pub(super) fn over(self, events: u64) -> Self {
+        Self { events, ..self }
+    }
 }
 
 /// All samples of one figure.
@@ -39,6 +72,7 @@ struct Figure {
     what: String,
     unit: &'static str,
     better: Better,
+    statistic: Statistic,
     values: BTreeMap<Engine, Vec<f64>>,
     events: u64,
 }
@@ -116,6 +150,7 @@ impl Table {
                 what: sample.what.clone(),
                 unit: sample.unit,
                 better: sample.better,
+                statistic: sample.statistic,
                 values: BTreeMap::new(),
                 events: 0,
             });
@@ -126,20 +161,42 @@ impl Table {
 }
 
 impl Figure {
+    fn name(&self) -> String {
+        format!("{}: {}", self.row, self.what)
+    }
+
     fn of(&self, engine: Engine) -> &[f64] {
         self.values.get(&engine).map_or(&[], Vec::as_slice)
     }
 
     /// How far ahead ours is: 1.00 and more is ahead.
     fn ratio(&self) -> Option<f64> {
-        let ours = median(self.of(Engine::Tandem))?;
-        let theirs = median(self.of(Engine::Qemu))?;
-        let ratio = match self.better {
-            Better::Higher => ours / theirs,
-            Better::Lower => theirs / ours,
-        };
-        ratio.is_finite().then_some(ratio)
+        let ours = self.statistic.of(self.of(Engine::Tandem))?;
+        let theirs = self.statistic.of(self.of(Engine::Qemu))?;
+        match self.better {
+            _ if ours == theirs => Some(1.0),
+            Better::Higher => Some(ours / theirs),
+            Better::Lower => Some(theirs / ours),
+        }
     }
+}
+
+impl Statistic {
+    /// The figure that `values` make.
+    fn of(self, values: &[f64]) -> Option<f64> {
+        match self {
+            Self::Median => median(values),
+            Self::Percentile(percent) => percentile(values, percent),
+        }
+    }
+}
+
+/// The value that `percent` of the values do not exceed.
+pub(super) fn percentile(values: &[f64], percent: u8) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let rank = (sorted.len() * usize::from(percent)).div_ceil(100);
+    sorted.get(rank.saturating_sub(1)).copied()
 }
 
 /// The middle of the values.
@@ -154,9 +211,9 @@ pub(super) fn median(values: &[f64]) -> Option<f64> {
     }
 }
 
-/// Median, and the least and the greatest value behind it.
-fn spread(values: &[f64]) -> String {
-    let Some(middle) = median(values) else {
+/// The figure, and the least and the greatest value behind it.
+fn spread(values: &[f64], statistic: Statistic) -> String {
+    let Some(middle) = statistic.of(values) else {
         return "-".to_owned();
     };
     let least = values.iter().copied().fold(f64::INFINITY, f64::min);
@@ -175,9 +232,15 @@ fn plain(value: f64) -> String {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = self.figures.iter().map(Figure::name);
+        let width = names
+            .map(|name| name.len())
+            .max()
+            .unwrap_or(0)
+            .max(NAME_MIN);
         writeln!(
             f,
-            "{:<46} {:<6} {:>28} {:>28} {:>6} {:>8} {:>9}",
+            "{:<width$} {:<6} {:>28} {:>28} {:>6} {:>8} {:>9}",
             "figure",
             "unit",
             "tandem median [min max]",
@@ -194,11 +257,11 @@ impl fmt::Display for Table {
                 .map_or("-".to_owned(), |ratio| format!("{ratio:.2}"));
             writeln!(
                 f,
-                "{:<46} {:<6} {:>28} {:>28} {ratio:>6} {:>8} {:>9}",
-                format!("{}: {}", figure.row, figure.what),
+                "{:<width$} {:<6} {:>28} {:>28} {ratio:>6} {:>8} {:>9}",
+                figure.name(),
                 figure.unit,
-                spread(ours),
-                spread(theirs),
+                spread(ours, figure.statistic),
+                spread(theirs, figure.statistic),
                 format!("{}+{}", ours.len(), theirs.len()),
                 figure.events,
             )?;
@@ -209,7 +272,7 @@ impl fmt::Display for Table {
         write!(
             f,
             "ahead >= 1.00: ours is as good or better; samples: ours + theirs; events: what \
-             they were taken over, requests or starts"
+             they were taken over, requests, starts or kills"
         )
     }
 }
@@ -219,13 +282,7 @@ mod tests {
     use super::*;
 
     fn sample(value: f64, better: Better) -> Vec<Sample> {
-        vec![Sample {
-            what: "x".to_owned(),
-            unit: "ms",
-            better,
-            value,
-            events: 1,
-        }]
+        vec![Sample::new("x", "ms", better, value)]
     }
 
     #[test]
@@ -233,6 +290,25 @@ mod tests {
         assert_eq!(median(&[]), None);
         assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
         assert_eq!(median(&[4.0, 1.0]), Some(2.5));
+    }
+
+    #[test]
+    fn a_percentile_is_one_of_the_values() {
+        let values: Vec<f64> = (1..=200).rev().map(f64::from).collect();
+        assert_eq!(percentile(&values, 50), Some(100.0));
+        assert_eq!(percentile(&values, 99), Some(198.0));
+        assert_eq!(percentile(&values, 100), Some(200.0));
+        assert_eq!(percentile(&[], 99), None);
+    }
+
+    #[test]
+    fn nothing_is_ahead_of_something_where_less_is_better() {
+        for (theirs, ahead) in [(5.0, f64::INFINITY), (0.0, 1.0)] {
+            let mut table = Table::default();
+            table.add("row", Engine::Tandem, sample(0.0, Better::Lower));
+            table.add("row", Engine::Qemu, sample(theirs, Better::Lower));
+            assert_eq!(table.figures[0].ratio(), Some(ahead));
+        }
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub(super) fn start(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
         samples.extend(first_byte(&guest));
         if engine == Engine::Tandem {
             let start_us = start_us(bench)?;
-            samples.push(sample(
+            samples.push(Sample::new(
                 "process start to first instruction",
                 "ms",
                 Better::Lower,
@@ -57,7 +57,7 @@ pub(super) fn start(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
 
 fn first_byte(guest: &Guest) -> Option<Sample> {
     let after = guest.first_byte()?.as_secs_f64() * 1e3;
-    Some(sample(
+    Some(Sample::new(
         "process start to first byte",
         "ms",
         Better::Lower,
@@ -91,13 +91,13 @@ fn memory_of(guest: &Guest, machine: &Machine, when: &str) -> Result<Vec<Sample>
     let resident = memory::of_monitor(guest.pid(), machine.memory_mib)?;
     let mib = |kib: u64| kib as f64 / 1024.0;
     Ok(vec![
-        sample(
+        Sample::new(
             &format!("{when}, resident"),
             "MiB",
             Better::Lower,
             mib(resident.beyond_guest_kib),
         ),
-        sample(
+        Sample::new(
             &format!("{when}, private"),
             "MiB",
             Better::Lower,
@@ -114,8 +114,7 @@ pub(super) fn kv(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
 
 /// wrk on the `http` guest.
 pub(super) fn http(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
-    let machine = Machine::new(bench.image("http"), netns::GUEST_WORDS).on_network();
-    let _guest = serve(bench, engine, &machine, "http: ready")?;
+    let _guest = serve(bench, engine, &web_server(bench), "http: ready")?;
     wrk_figures(&[
         ("/size/1024", "1 KiB", 50),
         ("/size/65536", "64 KiB", 50),
@@ -136,10 +135,7 @@ pub(super) fn disk(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
         let rate = number_before(console, " iops/s")
             .with_context(|| format!("the disk guest printed no figure: {console}"))?;
         let what = format!("4 KiB half reads, depth {depth}");
-        samples.push(Sample {
-            events: operations,
-            ..sample(&what, "IO/s", Better::Higher, rate)
-        });
+        samples.push(Sample::new(&what, "IO/s", Better::Higher, rate).over(operations));
     }
     Ok(samples)
 }
@@ -154,8 +150,8 @@ pub(super) fn linux_start(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> 
     guest.wait_for("READY", PATIENCE)?;
     let ready = started.elapsed().as_secs_f64() * 1e3;
     Ok(vec![
-        sample("process start to init", "ms", Better::Lower, init),
-        sample(
+        Sample::new("process start to init", "ms", Better::Lower, init),
+        Sample::new(
             "process start to redis and nginx",
             "ms",
             Better::Lower,
@@ -210,7 +206,7 @@ pub(super) fn linux_fio(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
             let rate = fio_rate(console, &format!("{kind}-{depth}"))
                 .with_context(|| format!("fio printed no figure for {kind}: {console}"))?;
             let what = format!("{kind} 4 KiB, depth {depth}");
-            Ok(sample(&what, "IO/s", Better::Higher, rate))
+            Ok(Sample::new(&what, "IO/s", Better::Higher, rate))
         })
         .collect()
 }
@@ -224,14 +220,20 @@ fn fio_rate(console: &str, job: &str) -> Option<f64> {
     Some(number(7)? + number(48)?)
 }
 
-fn key_value_store(bench: &Bench) -> Machine {
+/// The `http` guest.
+pub(super) fn web_server(bench: &Bench) -> Machine {
+    Machine::new(bench.image("http"), netns::GUEST_WORDS).on_network()
+}
+
+/// The `kv` guest.
+pub(super) fn key_value_store(bench: &Bench) -> Machine {
     Machine::new(bench.image("kv"), netns::GUEST_WORDS)
         .on_network()
         .memory_mib(256)
 }
 
 /// Linux on the kernel that has everything built in, with its root image.
-fn linux(bench: &Bench, words: &str) -> Machine {
+pub(super) fn linux(bench: &Bench, words: &str) -> Machine {
     const KERNEL_WORDS: &str = "console=ttyS0 quiet acpi=off reboot=k panic=-1 tsc=reliable \
                                 no-kvmapf root=/dev/vda";
     Machine::new(
@@ -254,22 +256,12 @@ fn redis_figures() -> Result<Vec<Sample>> {
     for &(connections, depth, requests) in REDIS_RUNS {
         for result in clients::redis(connections, depth, requests)? {
             let what = format!("{} -c {connections} -P {depth}", result.test);
-            let rate = sample(&what, "1/s", Better::Higher, result.rate);
-            samples.push(Sample {
-                events: requests,
-                ..rate
-            });
-            let p99 = sample(&format!("{what}, p99"), "ms", Better::Lower, result.p99_ms);
-            samples.push(Sample {
-                events: requests,
-                ..p99
-            });
+            samples.push(Sample::new(&what, "1/s", Better::Higher, result.rate).over(requests));
+            let p99 = Sample::new(&format!("{what}, p99"), "ms", Better::Lower, result.p99_ms);
+            samples.push(p99.over(requests));
             if connections == 1 {
-                let p50 = sample(&format!("{what}, p50"), "ms", Better::Lower, result.p50_ms);
-                samples.push(Sample {
-                    events: requests,
-                    ..p50
-                });
+                let p50 = Sample::new(&format!("{what}, p50"), "ms", Better::Lower, result.p50_ms);
+                samples.push(p50.over(requests));
             }
         }
     }
@@ -281,28 +273,11 @@ fn wrk_figures(runs: &[(&str, &str, u32)]) -> Result<Vec<Sample>> {
     for &(path, size, connections) in runs {
         let result = clients::wrk(path, connections, WRK_SECONDS)?;
         let what = format!("{size} -c {connections}");
-        let rate = sample(&what, "1/s", Better::Higher, result.rate);
-        samples.push(Sample {
-            events: result.requests,
-            ..rate
-        });
-        let p99 = sample(&format!("{what}, p99"), "ms", Better::Lower, result.p99_ms);
-        samples.push(Sample {
-            events: result.requests,
-            ..p99
-        });
+        samples.push(Sample::new(&what, "1/s", Better::Higher, result.rate).over(result.requests));
+        let p99 = Sample::new(&format!("{what}, p99"), "ms", Better::Lower, result.p99_ms);
+        samples.push(p99.over(result.requests));
     }
     Ok(samples)
-}
-
-fn sample(what: &str, unit: &'static str, better: Better, value: f64) -> Sample {
-    Sample {
-        what: what.to_owned(),
-        unit,
-        better,
-        value,
-        events: 1,
-    }
 }
 
 /// Makes an empty disk image whose blocks are all allocated.

@@ -1,7 +1,5 @@
 //! Saving, restoring and migrating guests: how long they stand.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -12,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::engine::{Bench, CLIENT_CPU, Engine, Machine, NAME};
 use super::figures::{Better, Sample};
+use super::qmp::{self, Monitor};
 use crate::guest::Guest;
 use crate::process;
 
@@ -27,13 +26,7 @@ const QEMU_LIMITS: (u64, u64) = (5, 100 << 30);
 const LOOK: Duration = Duration::from_millis(10);
 
 fn sample(what: &str, unit: &'static str, value: f64) -> Sample {
-    Sample {
-        what: what.to_owned(),
-        unit,
-        better: Better::Lower,
-        value,
-        events: 1,
-    }
+    Sample::new(what, unit, Better::Lower, value)
 }
 
 /// A guest that has used memory and does next to nothing.
@@ -133,24 +126,24 @@ fn migrate_qemu(bench: &Bench, machine: &Machine) -> Result<f64> {
         drop(std::fs::remove_file(socket));
     }
     let mut source = bench.command(Engine::Qemu, machine);
-    source.arg("-qmp").arg(monitor_socket(&from));
+    source.arg("-qmp").arg(qmp::socket(&from));
     let _source = start(&mut source)?;
     let incoming = format!("unix:{}", wire.display());
     let mut target = bench.command_on(CLIENT_CPU, Engine::Qemu, machine);
-    target.arg("-qmp").arg(monitor_socket(&to));
+    target.arg("-qmp").arg(qmp::socket(&to));
     target.args(["-incoming", &incoming]);
     let _target = Guest::start(&mut target)?;
     wait_for(&wire)?;
     let mut monitor = Monitor::connect(&from)?;
     let (downtime, bandwidth) = QEMU_LIMITS;
-    monitor.ask(&json!({
-        "execute": "migrate-set-parameters",
-        "arguments": { "downtime-limit": downtime, "max-bandwidth": bandwidth },
-    }))?;
-    monitor.ask(&json!({ "execute": "migrate", "arguments": { "uri": incoming } }))?;
+    monitor.run(
+        "migrate-set-parameters",
+        &json!({ "downtime-limit": downtime, "max-bandwidth": bandwidth }),
+    )?;
+    monitor.run("migrate", &json!({ "uri": incoming }))?;
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let state = monitor.ask(&json!({ "execute": "query-migrate" }))?;
+        let state = monitor.run("query-migrate", &json!({}))?;
         match state.pointer("/status").and_then(Value::as_str) {
             Some("completed") => return number(&state, "/downtime"),
             Some("failed") => bail!("QEMU's migration failed: {state}"),
@@ -158,10 +151,6 @@ fn migrate_qemu(bench: &Bench, machine: &Machine) -> Result<f64> {
             _ => thread::sleep(LOOK),
         }
     }
-}
-
-fn monitor_socket(path: &Path) -> String {
-    format!("unix:{},server=on,wait=off", path.display())
 }
 
 fn wait_for(socket: &Path) -> Result<()> {
@@ -173,42 +162,6 @@ fn wait_for(socket: &Path) -> Result<()> {
         thread::sleep(LOOK);
     }
     Ok(())
-}
-
-/// QEMU's machine protocol: a line of JSON for each request and answer.
-struct Monitor {
-    to: UnixStream,
-    from: BufReader<UnixStream>,
-}
-
-impl Monitor {
-    fn connect(socket: &Path) -> Result<Self> {
-        let to = UnixStream::connect(socket).context("QEMU's monitor does not answer")?;
-        to.set_read_timeout(Some(PATIENCE))?;
-        let from = BufReader::new(to.try_clone()?);
-        let mut monitor = Self { to, from };
-        monitor.from.read_line(&mut String::new())?;
-        monitor.ask(&json!({ "execute": "qmp_capabilities" }))?;
-        Ok(monitor)
-    }
-
-    fn ask(&mut self, request: &Value) -> Result<Value> {
-        writeln!(self.to, "{request}")?;
-        loop {
-            let mut line = String::new();
-            if self.from.read_line(&mut line)? == 0 {
-                bail!("QEMU's monitor is gone");
-            }
-            let mut answer: Value = serde_json::from_str(&line)?;
-            if let Some(error) = answer.get("error") {
-                bail!("QEMU refuses {request}: {error}");
-            }
-            // Events come in between.
-            if let Some(result) = answer.get_mut("return") {
-                return Ok(result.take());
-            }
-        }
-    }
 }
 
 /// How long a guest of 256 MiB stands while all of its state is captured into memory, by the number
@@ -245,10 +198,8 @@ pub(super) fn pause(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
         ];
         for (what, unit, path, scale) in figures {
             let value = number(&result, path)? * scale;
-            samples.push(Sample {
-                events: CAPTURES.into(),
-                ..sample(&format!("{wanted} pages per ms, {what}"), unit, value)
-            });
+            let sample = sample(&format!("{wanted} pages per ms, {what}"), unit, value);
+            samples.push(sample.over(CAPTURES.into()));
         }
     }
     Ok(samples)

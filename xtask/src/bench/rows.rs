@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::engine::{Bench, Engine};
 use super::figures::Sample;
-use super::{loads, moves};
+use super::{loads, moves, protect};
 use crate::process;
 
 /// A row: one guest under one load, which may give several figures.
@@ -110,6 +110,42 @@ pub(super) const ROWS: &[Row] = &[
         programs: &[],
         images: LINUX,
         measure: loads::linux_fio,
+    },
+    Row {
+        name: "protect-kv",
+        programs: REDIS,
+        images: &[],
+        measure: protect::protect_kv,
+    },
+    Row {
+        name: "protect-http",
+        programs: WRK,
+        images: &[],
+        measure: protect::protect_http,
+    },
+    Row {
+        name: "protect-redis",
+        programs: REDIS,
+        images: LINUX,
+        measure: protect::protect_redis,
+    },
+    Row {
+        name: "protect-nginx",
+        programs: WRK,
+        images: LINUX,
+        measure: protect::protect_nginx,
+    },
+    Row {
+        name: "takeover-kv",
+        programs: &[],
+        images: &[],
+        measure: protect::takeover_kv,
+    },
+    Row {
+        name: "takeover-linux",
+        programs: &[],
+        images: LINUX,
+        measure: protect::takeover_linux,
     },
 ];
 

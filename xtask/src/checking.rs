@@ -19,30 +19,37 @@ const REPLY_MAX: Duration = Duration::from_secs(20);
 
 /// What one connection saw.
 #[derive(Debug)]
-pub(super) struct Seen {
+pub(crate) struct Seen {
     /// Replies, all of which were right.
-    pub(super) replies: u64,
+    pub(crate) replies: u64,
     /// When each gap between two replies that was long began and ended.
     gaps: Vec<(Instant, Instant)>,
 }
 
 impl Seen {
+    /// The longest time without a reply that ended after `moment`: replies that were under way then do
+    /// not end it.
+    pub(crate) fn silence(&self, moment: Instant) -> Option<Duration> {
+        let after = self.gaps.iter().filter(|(_, end)| *end > moment);
+        after.map(|(begin, end)| *end - *begin).max()
+    }
+
     /// From `moment` to the next reply, as far as the connection waited for one then or soon after.
-    pub(super) fn blackout(&self, moment: Instant) -> Option<Duration> {
+    pub(crate) fn blackout(&self, moment: Instant) -> Option<Duration> {
         let gap = self.gaps.iter().find(|(_, end)| *end > moment)?;
         Some(gap.1 - moment)
     }
 }
 
 /// Connections at work.
-pub(super) struct Clients {
+pub(crate) struct Clients {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<Result<Seen>>>,
 }
 
 impl Clients {
     /// Starts `count` connections.
-    pub(super) fn start(count: usize) -> Result<Self> {
+    pub(crate) fn start(count: usize) -> Result<Self> {
         let stop = Arc::new(AtomicBool::new(false));
         let threads = (0..count).map(|number| {
             let connection = Connection::new(number)?;
@@ -53,8 +60,8 @@ impl Clients {
         Ok(Self { stop, threads })
     }
 
-    /// Ends them; what they saw. An error is a reply that was wrong, or a connection that was lost.
-    pub(super) fn finish(self) -> Result<Vec<Seen>> {
+    /// Ends them; what each saw. An error is a reply that was wrong, or a connection that was lost.
+    pub(crate) fn finish(self) -> Vec<Result<Seen>> {
         self.stop.store(true, Ordering::SeqCst);
         let ended = self.threads.into_iter().map(|thread| {
             let ended = thread.join();
@@ -133,5 +140,24 @@ impl Connection {
             "a connection was closed"
         );
         Ok(line.trim_end().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reply_under_way_does_not_end_a_silence() {
+        let at = |ms| Instant::now() + Duration::from_millis(ms);
+        let moments = [at(0), at(5), at(11), at(61), at(62)];
+        let seen = Seen {
+            replies: 5,
+            gaps: moments.windows(2).map(|pair| (pair[0], pair[1])).collect(),
+        };
+        let killed = moments[1] + Duration::from_millis(1);
+        assert_eq!(seen.silence(killed), Some(moments[3] - moments[2]));
+        assert_eq!(seen.blackout(killed), Some(moments[2] - killed));
+        assert_eq!(seen.silence(moments[4]), None);
     }
 }
