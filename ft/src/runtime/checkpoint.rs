@@ -73,6 +73,7 @@ pub(super) fn encode_rest(state: &GuestState, cut: &PairCut) -> Result<Vec<u8>, 
 /// A part of a checkpoint.
 pub(super) enum Part<'a> {
     Pages(&'a [u8]),
+    Deltas(&'a [u8]),
     Whole(Box<GuestState>, PairCut),
 }
 
@@ -108,6 +109,7 @@ impl Receiver {
             };
             match kind {
                 Kind::Pages => return Ok(Part::Pages(&self.payload)),
+                Kind::Deltas => return Ok(Part::Deltas(&self.payload)),
                 Kind::State => {
                     self.state = Some(Box::new(GuestState::from_bytes(&self.payload)?));
                 }
