@@ -22,7 +22,18 @@
 //!
 //! # What it costs
 //!
-//! The guest runs while pages are encoded.
+//! The guest runs while pages are encoded. Thousands of pages per second on one core of a busy host, and bytes
+//! of a page on the wire (`cargo bench -p tandem-ft --bench delta`):
+//!
+//! | what the guest changed | encoded | taken | bytes |
+//! |---|---|---|---|
+//! | nothing | 3,200 | | 0 |
+//! | one word | 340 | 415 | 13 |
+//! | 16 words | 450 | 380 | 178 |
+//! | 1 KiB at one place | 127 | 257 | 1,031 |
+//! | all of it, without order | 68 | 256 | 4,097 |
+//! | not remembered, half of it zeros | 145 | 151 | 2,091 |
+//! | not remembered, without order | 142 | 338 | 4,097 |
 //!
 //! Memory: at most [`SENT_PAGES_MAX`] pages at the primary, as many as the guest wrote, while there is a
 //! secondary; nothing at the secondary.
