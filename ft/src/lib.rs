@@ -7,6 +7,7 @@
 pub mod announce;
 pub mod arbiter;
 pub mod compare;
+pub mod delta;
 pub mod detector;
 pub mod gate;
 pub mod keeper;

@@ -15,11 +15,15 @@ mod api;
 mod block;
 mod config;
 mod console;
+mod deltas;
+mod frames;
 mod hostile_driver;
 mod input;
 mod kernel;
+mod link;
 mod net;
 mod net_stream;
+mod outputs;
 mod queue;
 mod rng;
 pub mod seeds;
@@ -43,7 +47,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 16] = [
     target("queue", queue::run),
     target("block", block::run),
     target("net", net::run),
@@ -56,6 +60,10 @@ pub const TARGETS: [Target; 12] = [
     target("config", config::run),
     target("api", api::run),
     target("kernel", kernel::run),
+    target("frames", frames::run),
+    target("deltas", deltas::run),
+    target("link", link::run),
+    target("outputs", outputs::run),
 ];
 
 const fn target(name: &'static str, body: fn(&[u8])) -> Target {

@@ -3,6 +3,7 @@
 
 mod devices;
 mod files;
+mod peers;
 
 use crate::Target;
 
@@ -23,6 +24,10 @@ pub fn of(target: &Target) -> Vec<Seed> {
         "snapshot" => files::snapshot(),
         "config" => files::config(),
         "api" => files::api(),
+        "frames" => peers::frames(),
+        "deltas" => peers::deltas(),
+        "link" => peers::link(),
+        "outputs" => peers::outputs(),
         _ => files::kernel(),
     }
 }

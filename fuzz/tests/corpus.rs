@@ -44,7 +44,8 @@ macro_rules! targets {
 }
 
 targets!(
-    queue, block, net, console, rng, vsock, net_stream, vsock_host, snapshot, config, api, kernel
+    queue, block, net, console, rng, vsock, net_stream, vsock_host, snapshot, config, api, kernel,
+    frames, deltas, link, outputs
 );
 
 fn bears_everything(target: &Target) {

@@ -63,6 +63,24 @@ fn protected(out: &mut Exposition, status: &Status) {
             "Checkpoints after the first of a protection.",
             status.resyncs,
         ),
+        (
+            "tandem_protection_resync_pages_total",
+            "counter",
+            "Pages that the guest wrote before checkpoints.",
+            status.resync_pages,
+        ),
+        (
+            "tandem_protection_resync_bytes_total",
+            "counter",
+            "Bytes sent for checkpoints.",
+            status.resync_bytes,
+        ),
+        (
+            "tandem_protection_bytes_per_dirty_page",
+            "gauge",
+            "Bytes sent for a page that the guest wrote, on average.",
+            status.bytes_per_dirty_page,
+        ),
     ] {
         out.family(name, kind, help);
         out.sample(name, &[], &value.to_string());

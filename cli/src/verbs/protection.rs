@@ -195,6 +195,10 @@ fn status_table(status: &Status) -> String {
         Role::Primary => "primary",
         Role::Secondary => "secondary",
     };
+    let sent = match status.resync_pages {
+        0 => "none yet".to_owned(),
+        _ => status.bytes_per_dirty_page.to_string(),
+    };
     let rows = [
         ("name", status.name.clone()),
         ("role", role.to_owned()),
@@ -218,6 +222,7 @@ fn status_table(status: &Status) -> String {
         ),
         ("pause", times(&status.pause_us)),
         ("resync", times(&status.resync_us)),
+        ("bytes per dirty page", sent),
     ];
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     rows.iter()

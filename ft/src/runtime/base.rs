@@ -13,6 +13,7 @@ use tandem_vmm::snapshot::SnapshotError;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::ProtectionError;
+use crate::delta;
 
 /// Bytes that are copied at a time.
 const CHUNK: u64 = 64 << 10;
@@ -33,11 +34,13 @@ impl Base {
 
     /// Takes a batch of pages.
     pub(super) fn apply(&mut self, batch: &[u8]) -> Result<(), ProtectionError> {
-        let fresh = &mut self.fresh;
-        Ok(pages::apply(batch, &self.memory, |frame| {
-            let known = fresh.insert(frame);
-            debug_assert!(known, "pages are guest memory");
-        })?)
+        Ok(pages::apply(batch, &self.memory, note(&mut self.fresh))?)
+    }
+
+    /// Takes pages by what differs from those that are here.
+    pub(super) fn change(&mut self, deltas: &[u8]) -> Result<(), ProtectionError> {
+        let seen = note(&mut self.fresh);
+        Ok(delta::apply(deltas, &self.memory, seen)?)
     }
 
     /// What makes guest memory that of the checkpoint; it is called with the pages that the guest wrote.
@@ -67,6 +70,14 @@ impl Base {
     }
 }
 
+/// Adds pages that came to `fresh`.
+fn note(fresh: &mut PageSet) -> impl FnMut(u64) {
+    |frame| {
+        let known = fresh.insert(frame);
+        debug_assert!(known, "pages are guest memory");
+    }
+}
+
 fn copy(
     from: &GuestMemory,
     to: &GuestMemory,
@@ -86,4 +97,123 @@ fn copy(
 
 fn copy_error(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> SnapshotError {
     SnapshotError::Copy(error.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use tandem_vmm::memory;
+    use tandem_vmm::migration::frame::{self, Kind};
+    use tandem_vmm::snapshot::save::PageSink;
+
+    use super::*;
+    use crate::delta::{Ahead, Encoder, SENT_PAGES_MAX, Staging};
+
+    /// Frames that share a place in what the primary remembers, and some that do not.
+    const FRAMES: [u64; 4] = [1, 2, 1 + SENT_PAGES_MAX as u64, 2 + SENT_PAGES_MAX as u64];
+
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Primary {
+            page: usize,
+            at: u64,
+            value: u8,
+        },
+        Secondary {
+            page: usize,
+            at: u64,
+            value: u8,
+        },
+        /// What the primary wrote is sent while it runs.
+        Ahead,
+        Checkpoint,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let write = || (0..FRAMES.len(), 0..3u64, 0..3u8);
+        prop_oneof![
+            4 => write().prop_map(|(page, at, value)| Step::Primary { page, at, value }),
+            3 => write().prop_map(|(page, at, value)| Step::Secondary { page, at, value }),
+            1 => Just(Step::Ahead),
+            2 => Just(Step::Checkpoint),
+        ]
+    }
+
+    struct Side {
+        memory: Arc<GuestMemory>,
+        wrote: PageSet,
+    }
+
+    impl Side {
+        fn new() -> Self {
+            let memory = memory::allocate((SENT_PAGES_MAX as u64 + 8) * PAGE_SIZE, false).unwrap();
+            let wrote = PageSet::covering(&memory);
+            Self { memory, wrote }
+        }
+
+        fn write(&mut self, page: usize, at: u64, value: u8) {
+            let address = GuestAddress(FRAMES[page] * PAGE_SIZE + at);
+            self.memory.write_slice(&[value], address).unwrap();
+            assert!(self.wrote.insert(FRAMES[page]));
+        }
+
+        fn content(&self) -> Vec<u8> {
+            let page = |frame: u64| {
+                let mut page = vec![0; PAGE_SIZE as usize];
+                let address = GuestAddress(frame * PAGE_SIZE);
+                self.memory.read_slice(&mut page, address).unwrap();
+                page
+            };
+            FRAMES.into_iter().flat_map(page).collect()
+        }
+    }
+
+    fn receive(base: &mut Base, mut bytes: &[u8]) {
+        let mut payload = Vec::new();
+        while !bytes.is_empty() {
+            assert_eq!(
+                frame::receive(&mut bytes, &mut payload).unwrap(),
+                Kind::Deltas
+            );
+            base.change(&payload).unwrap();
+        }
+    }
+
+    proptest! {
+        /// A page is not sent that is what was sent last: the copy has it all the same.
+        #[test]
+        fn the_copy_is_the_guest_after_each_checkpoint(
+            steps in prop::collection::vec(step(), 1..80),
+        ) {
+            let (mut primary, mut secondary) = (Side::new(), Side::new());
+            let mut base = Base::new(Side::new().memory);
+            let mut encoder = Encoder::default();
+            let mut staging = Staging::new(Arc::clone(&primary.memory));
+            for step in steps.into_iter().chain([Step::Checkpoint]) {
+                let mut sent = Vec::new();
+                match step {
+                    Step::Primary { page, at, value } => primary.write(page, at, value),
+                    Step::Secondary { page, at, value } => secondary.write(page, at, value),
+                    Step::Ahead => {
+                        let memory = Arc::clone(&primary.memory);
+                        Ahead::new(&mut encoder, memory, &mut sent).pages(&primary.wrote).unwrap();
+                        primary.wrote.clear();
+                    }
+                    Step::Checkpoint => {
+                        encoder.begin();
+                        staging.clear(0);
+                        staging.pages(&primary.wrote).unwrap();
+                        primary.wrote.clear();
+                        encoder.send(staging.batch().pages(), &mut sent).unwrap();
+                    }
+                }
+                receive(&mut base, &sent);
+                if matches!(step, Step::Checkpoint) {
+                    base.loader()(&secondary.memory, &secondary.wrote).unwrap();
+                    secondary.wrote.clear();
+                    prop_assert!(primary.content() == secondary.content());
+                }
+            }
+        }
+    }
 }

@@ -1,12 +1,14 @@
 //! Checkpoints on their connection: what is said first, and how each is sent and received.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 use tandem_vmm::migration::frame::{self, Kind, Purpose};
 use tandem_vmm::migration::{Hello, Link, MigrationError};
 use tandem_vmm::snapshot::GuestState;
 
-use super::ProtectionError;
 use super::pair::PairCut;
+use super::{Pair, ProtectionError};
 
 /// What a primary says of its guest first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -70,9 +72,30 @@ pub(super) fn encode_rest(state: &GuestState, cut: &PairCut) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
+/// Takes what a checkpoint says of outputs, as [`encode_outputs`] wrote it, into a copy's gates.
+///
+/// # Errors
+/// When it is not that.
+pub fn load_outputs(pair: &Pair, bytes: &[u8]) -> Result<(), ProtectionError> {
+    pair.loaded(decode_outputs(bytes)?)
+}
+
+/// What a checkpoint of a primary's gates says of outputs. They hold what comes from then on.
+///
+/// # Errors
+/// When it cannot be encoded.
+pub fn encode_outputs(pair: &Pair, epoch: u64) -> Result<Vec<u8>, ProtectionError> {
+    encode(&pair.cut(epoch, Duration::ZERO))
+}
+
+fn decode_outputs(bytes: &[u8]) -> Result<PairCut, ProtectionError> {
+    decode(bytes, "outputs")
+}
+
 /// A part of a checkpoint.
 pub(super) enum Part<'a> {
     Pages(&'a [u8]),
+    Deltas(&'a [u8]),
     Whole(Box<GuestState>, PairCut),
 }
 
@@ -108,10 +131,11 @@ impl Receiver {
             };
             match kind {
                 Kind::Pages => return Ok(Part::Pages(&self.payload)),
+                Kind::Deltas => return Ok(Part::Deltas(&self.payload)),
                 Kind::State => {
                     self.state = Some(Box::new(GuestState::from_bytes(&self.payload)?));
                 }
-                Kind::Outputs => self.cut = Some(decode(&self.payload, "outputs")?),
+                Kind::Outputs => self.cut = Some(decode_outputs(&self.payload)?),
                 Kind::Complete => match (self.state.take(), self.cut.take()) {
                     (Some(state), Some(cut)) => return Ok(Part::Whole(state, cut)),
                     _ => return Err(wrong(kind)),

@@ -22,6 +22,7 @@ use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::{ProtectionError, lock};
+use crate::delta::{Ahead, Encoder, Staging};
 use crate::keeper::Keeper;
 use crate::link::Kind;
 use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
@@ -70,9 +71,10 @@ pub(super) struct Driver<'a> {
 struct Connected<'a> {
     session: Session<'a>,
     checkpoints: Link,
-    /// Where the pages of a checkpoint are put together while the guest stands. It is used again: new memory
-    /// costs more than the copy.
-    staged: PageSender<Vec<u8>>,
+    /// Where the pages of a checkpoint are kept while the guest stands. It is used again: new memory costs
+    /// more than the copy.
+    staged: Staging,
+    encoder: Encoder,
     orders: Receiver<Order>,
     thread: JoinHandle<()>,
 }
@@ -179,7 +181,8 @@ impl<'a> Driver<'a> {
             .spawn(move || talk(&talking, &link))
             .map_err(ProtectionError::host("start the thread of a link"))?;
         Ok(Connected {
-            staged: PageSender::new(Vec::new(), session.saving().clone()),
+            staged: Staging::new(Arc::clone(&session.saving().memory)),
+            encoder: Encoder::default(),
             session,
             checkpoints,
             orders,
@@ -276,12 +279,17 @@ impl<'a> Driver<'a> {
         };
         match self.try_checkpoint(connected, epoch, cause, copying) {
             Err(ProtectionError::Snapshot(SnapshotError::Reset)) => {}
-            made => return made,
+            made => {
+                if made.is_err() {
+                    connected.encoder.forget();
+                }
+                return made;
+            }
         }
         tracing::info!(%epoch, "the guest was reset: all of it is copied");
         let frozen = Box::new(connected.session.begin_again()?);
-        let saving = connected.session.saving().clone();
-        connected.staged = PageSender::new(Vec::new(), saving);
+        connected.encoder.forget();
+        connected.staged = Staging::new(Arc::clone(&connected.session.saving().memory));
         self.try_checkpoint(connected, epoch, cause, Copying::Standing(frozen))
     }
 
@@ -298,26 +306,34 @@ impl<'a> Driver<'a> {
             session,
             checkpoints,
             staged,
+            encoder,
             ..
         } = connected;
-        let saving = session.saving().clone();
-        let mut ahead = PageSender::new(&mut *checkpoints, saving);
         // A checkpoint that came to nothing may have left some.
-        staged.sink().clear();
+        staged.clear(STAGING_KEPT);
+        encoder.begin();
+        let memory = Arc::clone(&session.saving().memory);
+        let (mut pages, mut bytes) = (0, 0);
         let stopped = match copying {
             Copying::Standing(frozen) => session.copy_rest(*frozen, staged)?,
             Copying::All => {
+                // Nothing is remembered of so many pages, and they are not looked at.
+                encoder.forget();
+                let mut ahead = PageSender::new(&mut *checkpoints, session.saving().clone());
                 session.precopy(&mut ahead, FIRST_STAND_BUDGET)?;
                 copy_while_much(session, &mut ahead)?;
                 session.freeze(staged)?
             }
             Copying::WhileMuch => {
+                let mut ahead = Ahead::new(encoder, memory, &mut *checkpoints);
                 copy_while_much(session, &mut ahead)?;
+                (pages, bytes) = (ahead.pages, ahead.bytes);
                 session.freeze(staged)?
             }
         };
         if !core.event(PrimaryEvent::CutDone(epoch)) {
             // The secondary is gone meanwhile.
+            encoder.forget();
             session.thaw()?;
             return Ok(());
         }
@@ -329,14 +345,12 @@ impl<'a> Driver<'a> {
             ResyncMode::Running => Some(session.thaw()?),
             ResyncMode::Stopped => None,
         };
-        // The secondary takes the pages while the rest is put together.
-        let pages = staged.sink();
-        checkpoints.write_all(pages).map_err(frame::broken)?;
+        // The secondary takes the first pages while the others are encoded.
+        pages += stopped.pages;
+        bytes += encoder.send(staged.batch().pages(), checkpoints)?;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
         checkpoints.write_all(&rest).map_err(frame::broken)?;
-        let bytes = pages.len() + rest.len();
-        pages.clear();
-        pages.shrink_to(STAGING_KEPT);
+        staged.clear(STAGING_KEPT);
         let stand = match stand {
             Some(stand) => stand,
             None => {
@@ -350,13 +364,12 @@ impl<'a> Driver<'a> {
                 Cause::Mismatch => "the outputs before differed each time".into(),
                 cause => format!("{cause:?}").to_lowercase(),
             });
-            tracing::debug!(%epoch, %why, ?pause, pages = stopped.pages, "checkpoint");
+            tracing::debug!(%epoch, %why, ?pause, pages, bytes, "checkpoint");
             let mut status = core.pair.lock_status();
             status.resyncs += 1;
             status.last_resync = Some(why);
             status.pauses.add(pause);
-            status.resync_pages += stopped.pages;
-            status.resync_bytes += bytes as u64;
+            status.count_sent(pages, bytes, rest.len() as u64);
         }
         Ok(())
     }

@@ -20,6 +20,7 @@ pub(super) fn follow(core: &Core, mut receiver: Receiver, mut base: Base, first:
         Ok(()) => loop {
             let step = match receiver.next() {
                 Ok(Part::Pages(batch)) => base.apply(batch),
+                Ok(Part::Deltas(deltas)) => base.change(deltas),
                 Ok(Part::Whole(state, cut)) => load(core, &mut base, *state, cut),
                 Err(error) => Err(error),
             };

@@ -29,7 +29,7 @@ mod secondary;
 pub mod status;
 
 pub use asking::Claims;
-pub use checkpoint::Offer;
+pub use checkpoint::{Offer, encode_outputs, load_outputs};
 pub use error::ProtectionError;
 pub use pair::Pair;
 pub use protector::{Desk, Guest, Protect, Protector, ResyncMode};

@@ -91,6 +91,7 @@ impl Invitation {
         loop {
             match receiver.next()? {
                 Part::Pages(batch) => base.apply(batch)?,
+                Part::Deltas(deltas) => base.change(deltas)?,
                 Part::Whole(state, cut) => {
                     state.hardware.expect(&self.offer.hello.hardware)?;
                     base.loader()(memory, &PageSet::covering(memory))?;

@@ -55,10 +55,15 @@ pub struct Status {
     pub pause_us: Percentiles,
     /// From the cut until the secondary ran on.
     pub resync_us: Percentiles,
-    /// Pages that they copied while the guest stood.
+    /// Pages that the guest wrote before them, and were looked at.
     pub resync_pages: u64,
-    /// Bytes sent for them.
+    /// Bytes sent for them: pages, and the guest's state.
     pub resync_bytes: u64,
+    /// Bytes sent for a page that the guest wrote, on average.
+    pub bytes_per_dirty_page: u64,
+    /// Bytes sent for pages.
+    #[serde(skip)]
+    pub(super) page_bytes: u64,
     #[serde(skip)]
     pub(super) pauses: Samples,
     #[serde(skip)]
@@ -99,10 +104,20 @@ impl Status {
             resync_us: Percentiles::default(),
             resync_pages: 0,
             resync_bytes: 0,
+            bytes_per_dirty_page: 0,
+            page_bytes: 0,
             pauses: Samples::default(),
             resync_times: Samples::default(),
             resync_began: None,
         }
+    }
+
+    /// A resync was sent: so many pages in so many bytes, and the rest.
+    pub(super) fn count_sent(&mut self, pages: u64, page_bytes: u64, rest_bytes: u64) {
+        self.resync_pages += pages;
+        self.resync_bytes += page_bytes + rest_bytes;
+        self.page_bytes += page_bytes;
+        self.bytes_per_dirty_page = self.page_bytes.div_ceil(self.resync_pages.max(1));
     }
 
     /// The resync under way is done.

@@ -62,7 +62,8 @@ pub const PAYLOAD_MAX: usize = 20 << 20;
 const HELLO_MAX: usize = 256 << 10;
 /// Longest reason that is told, in bytes.
 const REASON_MAX: usize = 4096;
-const HEADER_SIZE: usize = 16;
+/// Bytes in front of a payload.
+pub const HEADER_SIZE: usize = 16;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,10 +85,12 @@ pub enum Kind {
     Refuse = 7,
     /// What a checkpoint says of outputs.
     Outputs = 8,
+    /// Pages of a checkpoint, by what differs from those that were sent before.
+    Deltas = 9,
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Hello,
         Self::Accept,
         Self::Pages,
@@ -96,6 +99,7 @@ impl Kind {
         Self::Running,
         Self::Refuse,
         Self::Outputs,
+        Self::Deltas,
     ];
 
     fn length_max(self) -> usize {
@@ -103,7 +107,7 @@ impl Kind {
             Self::Accept | Self::Complete | Self::Running => 0,
             Self::Refuse => REASON_MAX,
             Self::Hello => HELLO_MAX,
-            Self::Pages | Self::State | Self::Outputs => PAYLOAD_MAX,
+            Self::Pages | Self::State | Self::Outputs | Self::Deltas => PAYLOAD_MAX,
         }
     }
 }

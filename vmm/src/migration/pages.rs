@@ -17,29 +17,63 @@ use crate::memory_image::touched_frames;
 use crate::snapshot::SnapshotError;
 use crate::snapshot::save::PageSink;
 
-/// Pages in a batch at most.
-pub(super) const BATCH_PAGES: usize = 256;
-const PAGE: usize = PAGE_SIZE as usize;
+/// Pages in a batch that is sent, at most.
+pub const BATCH_PAGES: usize = 256;
+/// Bytes of a page.
+pub const PAGE: usize = PAGE_SIZE as usize;
+/// What is in a page.
+pub type Page = [u8; PAGE];
 const ZERO: u64 = 1 << 63;
 
-/// Puts batches together.
+/// Pages copied out of guest memory.
 #[derive(Default)]
-pub(super) struct Batch {
+pub struct Batch {
     numbers: Vec<u64>,
     contents: Vec<u8>,
 }
 
 impl Batch {
-    pub(super) fn is_full(&self) -> bool {
+    /// Whether it is as large as what is sent at once.
+    pub fn is_full(&self) -> bool {
         self.numbers.len() >= BATCH_PAGES
     }
 
-    pub(super) fn is_empty(&self) -> bool {
+    /// Whether it has no pages.
+    pub fn is_empty(&self) -> bool {
         self.numbers.is_empty()
     }
 
+    /// Its pages by frame, in the order in which they were added; without content if they are zero.
+    pub fn pages(&self) -> impl Iterator<Item = (u64, Option<&Page>)> {
+        let (mut contents, _) = self.contents.as_chunks::<PAGE>();
+        self.numbers.iter().map(move |number| {
+            if number & ZERO != 0 {
+                return (number & !ZERO, None);
+            }
+            let page = contents.split_off_first();
+            debug_assert!(page.is_some(), "every other page has its content");
+            (*number, page)
+        })
+    }
+
+    /// Bytes of its pages that are not zero.
+    pub fn bytes(&self) -> u64 {
+        self.contents.len() as u64
+    }
+
+    /// Forgets its pages, and keeps room for `bytes` bytes of pages.
+    pub fn clear(&mut self, bytes: usize) {
+        self.numbers.clear();
+        self.contents.clear();
+        self.numbers.shrink_to(bytes / PAGE);
+        self.contents.shrink_to(bytes);
+    }
+
     /// Adds page `frame`; a zero page only if `zeros`.
-    pub(super) fn add(
+    ///
+    /// # Errors
+    /// When the guest has no such page.
+    pub fn add(
         &mut self,
         memory: &GuestMemory,
         frame: u64,
