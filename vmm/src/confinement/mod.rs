@@ -147,6 +147,7 @@ impl Confinement {
     pub fn begin(plan: Plan) -> Result<Self, ConfinementError> {
         if plan.enforcement != Enforcement::Off {
             filter::check_architecture()?;
+            find_clock();
             rustix::thread::set_no_new_privs(true)
                 .map_err(ConfinementError::refused("set no_new_privs"))?;
             credentials::bound()?;
@@ -191,6 +192,12 @@ impl Confinement {
         let program = filter::compile(kind, self.0.plan.enforcement)?;
         Ok(place.get_or_init(|| program))
     }
+}
+
+/// Finds out where the kernel's clock is in this process. `rustix` does that when a clock is first read, on
+/// kernels before 6.4 by opening a file, which a confined thread may not.
+fn find_clock() {
+    let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
 }
 
 /// A thread's confinement, made by whoever starts the thread: that decides what it inherits.

@@ -43,12 +43,6 @@ pub(super) const ARBITER: &[Rule] = &[
     allow(Sysno::linkat, "a term is won by a link"),
     allow(Sysno::read, "who owns a guest"),
     allow_if(
-        Sysno::prctl,
-        &[Is(0, AUXILIARY_VECTOR)],
-        "what the kernel told the process at its start, looked up at the first use of a directory",
-    )
-    .rare(ASKED_LATE),
-    allow_if(
         Sysno::fcntl,
         &[Is(1, libc::F_GETFL as u32)],
         "reading a directory",
@@ -62,6 +56,3 @@ pub(super) const ARBITER: &[Rule] = &[
 ];
 
 const ASKED_LATE: &str = "only if protection is asked for while the guest runs";
-
-/// PR_GET_AUXV of prctl(2).
-const AUXILIARY_VECTOR: u32 = 0x4155_5856;
