@@ -8,6 +8,7 @@
 //! second one has the guests' consoles.
 
 mod clock;
+mod storage;
 mod tools;
 
 use std::fs;
@@ -20,9 +21,13 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use crate::guest::lines_of;
+use crate::network::Network;
 use crate::skip::{Need, must_skip};
 use crate::{images, skip};
+use storage::{Server, Share};
 use tools::Tools;
+
+pub use storage::{PLACE as SHARED, SharedStorage};
 
 /// Longest wait for one step of the host or of a guest on it: they boot in about 10 s, and in
 /// several times that on a machine that is busy with other things.
@@ -31,6 +36,10 @@ pub const PATIENCE: Duration = Duration::from_secs(100);
 const LOOK: Duration = Duration::from_millis(50);
 /// Longest command in bytes: a terminal takes lines of 4,095.
 const COMMAND_MAX: usize = 4000;
+/// The emulator.
+const QEMU: &str = "qemu-system-x86_64";
+/// Memory of a host, as QEMU takes it.
+const MEMORY: &str = "1024M";
 /// Words on the host's kernel command line. Calibrating the time-stamp counter against emulated
 /// timers fails now and then, so its rate is given.
 const CMDLINE: &str =
@@ -42,7 +51,7 @@ const READY: &str = "emulated host: ready";
 
 /// Programs without which there is no emulated host.
 const NEEDS: &[Need] = &[
-    Need::Program("qemu-system-x86_64"),
+    Need::Program(QEMU),
     Need::Program("mke2fs"),
     Need::Program("ldd"),
 ];
@@ -54,6 +63,14 @@ pub struct HostBuilder {
     tools: Tools,
     disks: Vec<PathBuf>,
     wire: Option<(PathBuf, PathBuf)>,
+    outside: Option<Outside>,
+    share: Option<Share>,
+}
+
+/// A tap of this machine that a host is plugged into.
+struct Outside {
+    namespace: String,
+    tap: String,
 }
 
 impl HostBuilder {
@@ -74,6 +91,8 @@ impl HostBuilder {
             tools,
             disks: Vec::new(),
             wire: None,
+            outside: None,
+            share: None,
         })
     }
 
@@ -81,6 +100,21 @@ impl HostBuilder {
     /// of the other.
     pub fn wire(mut self, here: &Path, there: &Path) -> Self {
         self.wire = Some((here.to_owned(), there.to_owned()));
+        self
+    }
+
+    /// Gives the host a network card, after that of the wire, that is plugged into `tap` of `network`.
+    pub fn plug(mut self, network: &Network, tap: &str) -> Self {
+        self.outside = Some(Outside {
+            namespace: network.namespace().to_owned(),
+            tap: tap.to_owned(),
+        });
+        self
+    }
+
+    /// Gives the host a directory that it shares with others, mounted at [`SHARED`].
+    pub fn storage(mut self, storage: &SharedStorage) -> Self {
+        self.share = Some(storage.share());
         self
     }
 
@@ -116,6 +150,12 @@ impl HostBuilder {
         self.tools.write(&tools);
         let consoles = directory.path().join("consoles");
         let mut qemu = self.command(&tools, &consoles);
+        let server = self.share.as_ref().map(|share| {
+            let socket = directory.path().join("shared.sock");
+            let server = share.serve(&socket);
+            offer_share(&mut qemu, &socket);
+            server
+        });
         let mut child = qemu.spawn().expect("QEMU starts");
         let mut host = EmulatedHost {
             input: child.stdin.take().unwrap(),
@@ -124,17 +164,35 @@ impl HostBuilder {
             child,
             consoles,
             commands: 0,
+            _server: server,
             _directory: directory,
         };
         host.collect(|line| line.contains(READY).then_some(()));
+        if self.share.is_some() {
+            host.succeed(&format!(
+                "mkdir -p {SHARED} && mount -t virtiofs {} {SHARED}",
+                storage::TAG
+            ));
+        }
         host
+    }
+
+    /// The emulator, in the namespace of the network outside. It takes the place of the program that leads
+    /// it there, and so is what is killed.
+    fn emulator(&self) -> Command {
+        let Some(outside) = &self.outside else {
+            return Command::new(QEMU);
+        };
+        let mut ip = Command::new("ip");
+        ip.args(["netns", "exec", &outside.namespace, QEMU]);
+        ip
     }
 
     fn command(&self, tools: &Path, consoles: &Path) -> Command {
         let tsc_khz = clock::tsc_khz();
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = self.emulator();
         qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,-la57"])
-            .args(["-machine", "pc", "-smp", "2", "-m", "1024"])
+            .args(["-machine", "pc", "-smp", "2", "-m", MEMORY])
             .args(["-nographic", "-nodefaults", "-no-reboot"])
             .args(["-monitor", "none", "-serial", "stdio", "-serial"])
             .arg(prefixed("file:", consoles))
@@ -157,11 +215,27 @@ impl HostBuilder {
             ));
             qemu.args(["-device", "virtio-net-pci,netdev=wire,romfile="]);
         }
+        if let Some(Outside { tap, .. }) = &self.outside {
+            qemu.arg("-netdev").arg(format!(
+                "tap,id=outside,ifname={tap},script=no,downscript=no"
+            ));
+            qemu.args(["-device", "virtio-net-pci,netdev=outside,romfile="]);
+        }
         qemu.stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         qemu
     }
+}
+
+/// Lets QEMU offer what is served at `socket`; the server reads and writes the host's memory.
+fn offer_share(qemu: &mut Command, socket: &Path) {
+    let memory = format!("memory-backend-memfd,id=memory,size={MEMORY},share=on");
+    let device = format!("vhost-user-fs-pci,chardev=share,tag={}", storage::TAG);
+    qemu.args(["-machine", "memory-backend=memory", "-object", &memory])
+        .arg("-chardev")
+        .arg(prefixed("socket,id=share,path=", socket))
+        .args(["-device", &device]);
 }
 
 fn prefixed(prefix: &str, path: &Path) -> std::ffi::OsString {
@@ -185,6 +259,7 @@ pub struct EmulatedHost {
     errors: Receiver<String>,
     consoles: PathBuf,
     commands: u32,
+    _server: Option<Server>,
     _directory: TempDir,
 }
 
@@ -247,6 +322,11 @@ impl EmulatedHost {
     pub fn crash(&mut self) {
         self.child.kill().expect("QEMU can be killed");
         self.child.wait().expect("QEMU ends");
+    }
+
+    /// Whether it did not crash.
+    pub fn runs(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     fn send(&mut self, command: &str) {

@@ -19,8 +19,8 @@ pub(super) const GUEST: &[&str] = &[
     "button",
     "evdev",
 ];
-/// What makes the guest a host of guests.
-pub(super) const HOST: &[&str] = &["kvm-amd", "tun", "bridge"];
+/// What makes the guest a host of guests, with storage that it shares with other hosts.
+pub(super) const HOST: &[&str] = &["kvm-amd", "tun", "bridge", "virtiofs"];
 
 /// The modules of one kernel by name, with `-` and `_` alike.
 #[derive(Debug)]
