@@ -317,7 +317,9 @@ impl Primary {
         if session.is_linked() {
             session.beat_if_due(now, actions);
             let silent = session.detector.look(now) == Verdict::Silent;
-            if silent && session.lost.is_none() {
+            // Nothing waits for one without a state to take over from. The checkpoint that it is sent fails if
+            // it is gone.
+            if silent && session.lost.is_none() && session.may_take_over() {
                 self.lose(Loss::Silent, actions);
             }
         }

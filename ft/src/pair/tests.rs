@@ -218,6 +218,18 @@ fn a_secondary_without_a_checkpoint_is_lost_without_a_question() {
 }
 
 #[test]
+fn a_secondary_without_a_checkpoint_may_be_silent() {
+    let mut side = Owning::joining();
+    assert_eq!(side.pass(ms(5000)), []);
+    assert_eq!(side.machine.state(), PrimaryState::Joining);
+    assert_eq!(side.machine.gate(), Gate::Open, "nothing waits for it");
+    assert_eq!(side.tell(PrimaryEvent::Answered(side.beat)), []);
+    side.tell(PrimaryEvent::CutDone(FIRST));
+    // From now on it has what it could take over with.
+    assert!(side.pass(ms(5000)).contains(&Action::Ask(NEXT)));
+}
+
+#[test]
 fn a_secondary_that_may_have_a_checkpoint_is_decided_about() {
     for mut side in [Owning::sent(), Owning::protected()] {
         assert_eq!(side.tell(PrimaryEvent::LinkBroken), [Action::Ask(NEXT)]);
