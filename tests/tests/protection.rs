@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use protection::clients::{Chance, ECHO, HTTP, KV, Load, Service};
+use protection::clients::{Chance, ECHO, HTTP, KV, Load, NATIVE, Service};
 use protection::history;
 use tandem_tests::guest::GuestBuilder;
 use tandem_tests::link::Direction;
@@ -75,7 +75,7 @@ impl Stage {
         let mut pair = start(guest);
         pair.wait_ready(&format!("{}: ready", service.image));
         Self {
-            load: Load::start(&network, service),
+            load: Load::start(&network, service, NATIVE),
             pair,
             network,
         }

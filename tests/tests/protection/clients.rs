@@ -10,10 +10,24 @@ use std::time::{Duration, Instant};
 use tandem_tests::guest::PATIENCE;
 use tandem_tests::network::Network;
 
-/// Connections at a time.
-const CONNECTIONS: usize = 4;
-/// Replies to each connection after which the service is said to carry on.
-const PROGRESS: u64 = 20;
+/// How much clients ask for.
+#[derive(Clone, Copy)]
+pub(crate) struct Pace {
+    /// Connections at a time.
+    pub(crate) connections: usize,
+    /// Replies to each connection after which the service is said to carry on.
+    pub(crate) progress: u64,
+    /// Longest wait for them, and for each.
+    pub(crate) patience: Duration,
+}
+
+/// Of a guest that runs at native speed.
+pub(crate) const NATIVE: Pace = Pace {
+    connections: 4,
+    progress: 20,
+    patience: PATIENCE,
+};
+
 /// Longest page that is asked for, in bytes.
 const PAGE_MAX: usize = 200_000;
 /// Bytes that are sent to be echoed at a time, at most.
@@ -77,13 +91,19 @@ struct Client {
 }
 
 /// Clients at work.
-pub(crate) struct Load(Vec<Client>);
+pub(crate) struct Load {
+    clients: Vec<Client>,
+    pace: Pace,
+}
 
 impl Load {
     /// Starts clients of the guest in `network`, and waits until each has had replies.
-    pub(crate) fn start(network: &Network, service: Service) -> Self {
-        let clients = (0..CONNECTIONS).map(|number| {
+    pub(crate) fn start(network: &Network, service: Service, pace: Pace) -> Self {
+        let clients = (0..pace.connections).map(|number| {
             let connection = network.connect(service.port);
+            connection
+                .set_read_timeout(Some(pace.patience))
+                .expect("it is not 0");
             let orders = Arc::<Orders>::default();
             let told = Arc::clone(&orders);
             let thread = std::thread::spawn(move || {
@@ -94,13 +114,14 @@ impl Load {
             let thread = Some(thread);
             Client { orders, thread }
         });
-        let load = Self(clients.collect());
+        let clients = clients.collect();
+        let load = Self { clients, pace };
         load.expect_progress();
         load
     }
 
     fn replies(&self) -> Vec<u64> {
-        let clients = self.0.iter();
+        let clients = self.clients.iter();
         clients
             .map(|client| client.orders.replies.load(Ordering::SeqCst))
             .collect()
@@ -108,30 +129,38 @@ impl Load {
 
     /// Waits until every client has had more replies.
     pub(crate) fn expect_progress(&self) {
+        self.progress().unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    /// Waits until every client has had more replies, or says why they will not.
+    pub(crate) fn progress(&self) -> Result<(), String> {
         let before = self.replies();
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.pace.patience;
         loop {
             let now = self.replies();
             if now
                 .iter()
                 .zip(&before)
-                .all(|(now, before)| now - before >= PROGRESS)
+                .all(|(now, before)| now - before >= self.pace.progress)
             {
-                return;
+                return Ok(());
             }
-            self.expect_nothing_found();
-            assert!(
-                Instant::now() < deadline,
-                "no service: {before:?}, {now:?} replies"
-            );
+            self.check()?;
+            if Instant::now() > deadline {
+                return Err(format!("no service: {before:?}, {now:?} replies"));
+            }
             std::thread::sleep(Duration::from_millis(2));
         }
     }
 
-    fn expect_nothing_found(&self) {
-        let found = self.0.iter().filter_map(|client| client.orders.found.get());
+    /// An error is what clients found.
+    fn check(&self) -> Result<(), String> {
+        let found = self
+            .clients
+            .iter()
+            .filter_map(|client| client.orders.found.get());
         let found: Vec<_> = found.collect();
-        assert!(found.is_empty(), "{found:#?}");
+        expect("the clients' work", &found, &Vec::new())
     }
 
     /// How many replies came during `time`.
@@ -143,14 +172,14 @@ impl Load {
 
     /// Ends the clients.
     pub(crate) fn finish(mut self) {
-        for client in &self.0 {
+        for client in &self.clients {
             client.orders.stop.store(true, Ordering::SeqCst);
         }
-        for client in &mut self.0 {
+        for client in &mut self.clients {
             let ended = client.thread.take().map(JoinHandle::join);
             assert!(matches!(ended, Some(Ok(()))), "a client panicked");
         }
-        self.expect_nothing_found();
+        self.check().unwrap_or_else(|why| panic!("{why}"));
     }
 }
 
