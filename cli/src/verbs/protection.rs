@@ -114,9 +114,9 @@ pub(super) fn resync(guest: &Guest, change: &ChangeArgs, style: Style) -> Result
     if change.dry_run {
         return tell_plan(guest, "resync", style);
     }
-    let before = ask_status(guest)?.resyncs;
+    let before = ask_status(guest)?.epoch;
     Client::new(guest)?.post("/api/v1/resync", &json!({}))?;
-    let done = |status: &Status| status.protected && status.resyncs > before;
+    let done = |status: &Status| status.protected && status.epoch > before;
     let status = wait_until(guest, RESYNC_TIMEOUT, done)?;
     print_status(&status, style)
 }

@@ -1,5 +1,5 @@
 //! Pages of a checkpoint on the wire. The secondary has each page as it was sent last; the primary remembers
-//! some of what it sent ([`sent`]), and of a page that the guest wrote sends the bytes that are others now.
+//! some of what it sent, and of a page that the guest wrote sends the bytes that are others now.
 //!
 //! ```text
 //!   payload: version, 1 | checksum, 8 | pages

@@ -208,11 +208,17 @@ impl Desk {
     /// # Errors
     /// When no secondary runs.
     pub fn resync(&self) -> Result<(), String> {
-        self.may_fail_over()?;
-        if let Some(core) = &*lock(&self.shared.core) {
-            core.event(PrimaryEvent::ResyncDemanded);
+        let core = lock(&self.shared.core);
+        let Some(core) = core.as_ref() else {
+            return Err("the guest is not protected".into());
+        };
+        match core.state() {
+            PrimaryState::Protected(_) | PrimaryState::Resyncing(..) => {
+                core.event(PrimaryEvent::ResyncDemanded);
+                Ok(())
+            }
+            _ => Err(self.pair.status().reason),
         }
-        Ok(())
     }
 
     /// Whether the secondary could take over now, and where it is.

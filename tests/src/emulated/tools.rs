@@ -55,7 +55,8 @@ impl Tools {
         for file in &self.files {
             bytes += copy_into(tree.path(), file);
         }
-        let size_mib = (bytes >> 20) + SLACK_MIB;
+        // The file system's own tables grow with it.
+        let size_mib = (bytes >> 20) + (bytes >> 24) + SLACK_MIB;
         make_file_system(tree.path(), image, size_mib);
     }
 }
