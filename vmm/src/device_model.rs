@@ -186,6 +186,8 @@ pub struct DeviceModel {
     epoll: Arc<Epoll>,
     again: Vec<(usize, u32)>,
     timers: Timers,
+    /// The guest does not run: devices are left as they are.
+    stands: bool,
 }
 
 impl DeviceModel {
@@ -207,6 +209,7 @@ impl DeviceModel {
             epoll,
             again: Vec::new(),
             timers,
+            stands: true,
         })
     }
 
@@ -324,6 +327,23 @@ impl DeviceModel {
         self.virtio
             .iter_mut()
             .fold(false, |open, d| d.transport.take_acks() | open)
+    }
+
+    /// Whether the guest stands, so that nobody but the device loop may call devices.
+    pub fn stands(&self) -> bool {
+        self.stands
+    }
+
+    /// From now on the guest stands, or runs.
+    pub fn set_stands(&mut self, stands: bool) {
+        self.stands = stands;
+    }
+
+    /// The slot of network device `index`.
+    pub fn net_slot(&self, index: usize) -> Option<usize> {
+        let kinds = self.shape().map(|(_, kind)| kind).enumerate();
+        let mut nets = kinds.filter(|(_, kind)| *kind == DeviceKind::Net);
+        nets.nth(index).map(|(slot, _)| slot)
     }
 
     /// Finishes all I/O in flight. vCPUs have to be stopped.

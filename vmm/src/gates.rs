@@ -7,10 +7,20 @@ use tandem_devices::virtio::net::NetBackend;
 
 use crate::confinement::Confinement;
 use crate::console::ConsoleHub;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
+
+/// Lets a guest's devices work on the calling thread, as the device loop does on its own.
+pub trait Caller: Send + Sync {
+    /// Network device `index` looks at what its backend has, which watches under `token`. False if the guest
+    /// stands or there is no such device: nothing was done.
+    fn call_net(&self, index: usize, token: u32) -> bool;
+}
 
 /// Stands between devices and the outside.
 pub trait Gates: Send + Sync {
+    /// By `caller` devices can be called, for as long as there is a machine.
+    fn connect(&self, caller: Weak<dyn Caller>);
+
     /// What network device `index` gets as its backend in place of `outside`. Called again for the same
     /// device when its backend was let go and opened anew.
     fn net(&self, index: usize, outside: Box<dyn NetBackend>) -> Box<dyn NetBackend>;
@@ -24,6 +34,8 @@ pub trait Gates: Send + Sync {
 pub struct NoGates;
 
 impl Gates for NoGates {
+    fn connect(&self, _caller: Weak<dyn Caller>) {}
+
     fn net(&self, _index: usize, outside: Box<dyn NetBackend>) -> Box<dyn NetBackend> {
         outside
     }

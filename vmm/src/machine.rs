@@ -35,7 +35,7 @@ use crate::control::{Handle, MachineState, Outcome, Reply, Request};
 use crate::device_model::{DeviceModel, Source, watch};
 use crate::dirty::DirtyTracker;
 use crate::error::Error;
-use crate::gates::{Gates, Surroundings};
+use crate::gates::{Caller, Gates, Surroundings};
 use crate::kvm::acks::AckRing;
 use crate::kvm::exits::ExitCounters;
 use crate::kvm::standing::Begin;
@@ -170,6 +170,8 @@ impl Machine {
             first_run: OnceLock::new(),
             confinement,
         });
+        let caller: Arc<dyn Caller> = shared.clone();
+        gates.connect(Arc::downgrade(&caller));
         let (handle, requests) = Handle::new(wake);
         let counters = (0..config.cpus).map(|_| Arc::default()).collect();
         Ok(Self {
@@ -264,7 +266,10 @@ impl Machine {
         self.state = MachineState::Stopping;
         self.end_vcpus();
         self.stop_loading();
-        self.shared.model().quiesce();
+        let mut model = self.shared.model();
+        model.set_stands(true);
+        model.quiesce();
+        drop(model);
         self.console.drain(LAST_OUTPUT_PATIENCE);
     }
 }
@@ -282,6 +287,23 @@ impl Shared {
         if let Err(error) = self.wake.write(1) {
             tracing::error!(%error, "cannot wake the device loop");
         }
+    }
+}
+
+impl Caller for Shared {
+    fn call_net(&self, index: usize, token: u32) -> bool {
+        let mut model = self.model();
+        let slot = model.net_slot(index).filter(|_| !model.stands());
+        let Some(slot) = slot else {
+            return false;
+        };
+        model.handle(Source::Device(slot, token));
+        let again = model.has_again();
+        drop(model);
+        if again {
+            self.wake();
+        }
+        true
     }
 }
 

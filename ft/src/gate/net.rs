@@ -158,8 +158,10 @@ pub(super) struct State {
     blocked: VecDeque<Vec<u8>>,
     /// Room for a frame from the outside.
     room: Vec<u8>,
-    /// What the driver takes, while it is ready.
-    pub(super) started: Option<Offloads>,
+    /// What the driver takes, while it is ready, and the token under which the device is called.
+    pub(super) started: Option<(Offloads, u32)>,
+    /// Inputs came that the device was not told of.
+    to_call: bool,
     pub(super) waits_for_room: bool,
     released: u64,
     delays: Delays,
@@ -192,6 +194,7 @@ impl NetGate {
                 blocked: VecDeque::new(),
                 room: vec![0; HEADER_SIZE + FRAME_MAX],
                 started: None,
+                to_call: false,
                 waits_for_room: false,
                 released: 0,
                 delays: Delays::default(),
@@ -394,22 +397,33 @@ impl NetGate {
         self.lock().side = Side::Secondary(Secondary::default());
     }
 
-    /// A frame for the guest. False if too many wait.
+    /// A frame for the guest, which finds it at [`NetGate::call_device`]. False if too many wait.
     pub fn input(&self, frame: &[u8]) -> bool {
         let mut state = self.lock();
         let Side::Secondary(secondary) = &mut state.side else {
             return false;
         };
         // The device goes on until there is none.
-        let wake = secondary.inbox.is_empty();
+        let call = secondary.inbox.is_empty();
         secondary.inbox_bytes += frame.len();
         secondary.inbox.push_back(frame.to_vec());
         let room = secondary.inbox_bytes <= INBOX_MAX;
+        state.to_call |= call;
+        room
+    }
+
+    /// Lets the device look at the inputs that came since the last time: by `call`, which gets the token of
+    /// the device's backend, or else by its event.
+    pub fn call_device(&self, call: impl FnOnce(u32) -> bool) {
+        let mut state = self.lock();
+        if !std::mem::take(&mut state.to_call) {
+            return;
+        }
+        let token = state.started.map(|(_, token)| token);
         drop(state);
-        if wake {
+        if !token.is_some_and(call) {
             self.wake_device();
         }
-        room
     }
 
     /// A frame that was on its way to the primary when that was lost. False if too many wait.
@@ -417,7 +431,9 @@ impl NetGate {
         let mut state = self.lock();
         if matches!(state.side, Side::Secondary(_)) {
             drop(state);
-            return self.input(frame);
+            let room = self.input(frame);
+            self.call_device(|_| false);
+            return room;
         }
         if matches!(state.side, Side::Primary(_)) || state.left.len() >= LATE_MAX {
             return false;

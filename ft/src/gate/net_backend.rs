@@ -43,7 +43,7 @@ impl NetBackend for GatedBackend {
         poller.unwatch(self.gate.event());
         poller.watch_input(self.gate.event(), token)?;
         let mut state = self.gate.lock();
-        state.started = Some(receive);
+        state.started = Some((receive, token));
         match &mut state.outside {
             Some(outside) => outside.start(receive, poller, token),
             None => Ok(()),

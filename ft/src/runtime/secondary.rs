@@ -460,6 +460,7 @@ impl Talk for SecondaryTalk {
 
     fn tick(&mut self, now: Instant) -> Option<Instant> {
         let core = &self.core;
+        core.pair.call_devices();
         let due = lock(&core.machine).deadline();
         if due.is_some_and(|due| now >= due) {
             core.event(SecondaryEvent::Timer);

@@ -214,7 +214,10 @@ impl Machine {
             running.stop_vcpus();
         }
         times.stop = start.elapsed();
-        self.shared.model().quiesce();
+        let mut model = self.shared.model();
+        model.set_stands(true);
+        model.quiesce();
+        drop(model);
         times.quiesce = start.elapsed() - times.stop;
         self.state = MachineState::Paused;
     }

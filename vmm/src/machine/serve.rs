@@ -309,6 +309,7 @@ impl Machine {
     pub(super) fn go_on_after<T>(&mut self, last: impl FnOnce() -> T) -> T {
         self.state = MachineState::Running;
         let mut model = self.shared.model();
+        model.set_stands(false);
         for source in self.deferred.drain(..) {
             model.handle(source);
         }

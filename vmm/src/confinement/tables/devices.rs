@@ -103,14 +103,16 @@ pub(super) const STOP_LOADING: &[Rule] = &[
     .rare("only if memory is not loaded to its end"),
 ];
 
+const LIVES_ON: &str = "only for a guest that is not reset before its memory is loaded";
+
 /// The threads that load the memory of a restored guest.
 pub(super) const LOADER: &[Rule] = &[
     allow(Sysno::ppoll, "waits for first touches of memory"),
     allow(Sysno::read, "which memory was touched")
         .rare("only memory that is touched before it is loaded ahead"),
     allow(Sysno::preadv, "saved memory").rare("as `pread64`"),
-    allow(Sysno::lseek, "holes in saved memory"),
-    allow(Sysno::fadvise64, "saved memory is read before it is needed"),
+    allow(Sysno::lseek, "holes in saved memory").rare(LIVES_ON),
+    allow(Sysno::fadvise64, "saved memory is read before it is needed").rare(LIVES_ON),
     allow(Sysno::clock_nanosleep, "waits for the machine to end").rare("lost memory only"),
     allow_if(
         Sysno::ioctl,

@@ -50,13 +50,15 @@ const fn ioctl(when: &'static [Condition], reason: &'static str) -> Rule {
     allow_if(Sysno::ioctl, when, reason)
 }
 
+/// Whoever lets devices work.
+pub(super) const INTERRUPTS: &[Rule] = &[ioctl(
+    &takes::<kvm_irq_level>(0x61),
+    "KVM_IRQ_LINE: interrupts of devices",
+)];
+
 /// A vCPU that runs.
 pub(super) const VCPU: &[Rule] = &[
     ioctl(&plain(0x80), "KVM_RUN: the guest runs"),
-    ioctl(
-        &takes::<kvm_irq_level>(0x61),
-        "KVM_IRQ_LINE: interrupts of devices",
-    ),
     ioctl(
         &gives::<kvm_regs>(0x81),
         "KVM_GET_REGS: where a guest is that is paused, or cannot run any further",
