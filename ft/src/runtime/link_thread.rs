@@ -47,9 +47,12 @@ pub(super) fn listen(link: &Link, outbox: &Outbox, event: &EventFd, talk: &mut i
 
 /// Reads what there is, all of it.
 fn read(link: &Link, reader: &mut Reader, talk: &mut impl Talk) -> Result<(), MessageError> {
-    loop {
+    let mut all = false;
+    while !all {
         let more = reader.fill(|room| {
+            let wanted = room.len();
             let (_, length) = recv(link.as_fd(), room, RecvFlags::DONTWAIT)?;
+            all = length < wanted;
             Ok(length)
         })?;
         if !more {
@@ -60,6 +63,7 @@ fn read(link: &Link, reader: &mut Reader, talk: &mut impl Talk) -> Result<(), Me
             talk.hear(now, message).map_err(MessageError::Refused)?;
         }
     }
+    Ok(())
 }
 
 /// Waits until there is something to read or to look at, or until `due`. True if there may be something
