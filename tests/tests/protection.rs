@@ -34,6 +34,9 @@ const RESYNC_DUE: Duration = Duration::from_millis(45);
 const RESYNC_WATCHED: Duration = Duration::from_millis(60);
 /// Takeovers after which it is looked whether clients waited.
 const TAKEOVERS: u32 = 6;
+/// Waits of all clients in all of them: a frame that the primary has read and not yet passed on dies with it,
+/// and on a busy machine that may be more than a moment. Without the keeper there are 6 to 20.
+const WAITS_MAX: u64 = 2;
 /// Shorter than TCP's shortest timer, with room for replies.
 const TIMER: Duration = Duration::from_millis(150);
 /// Attempts to begin with a guest that is protected: on a busy machine a side may take the other for dead
@@ -131,7 +134,7 @@ fn no_client_waits_for_its_retransmission_timer_when_a_primary_dies() {
     if cannot_run() {
         return;
     }
-    let mut quick = 0;
+    let (mut quick, mut waits) = (0, 0);
     for _ in 0..TAKEOVERS {
         let mut stage = Stage::new(KV);
         let before = stage.network.retransmission_timeouts();
@@ -142,12 +145,13 @@ fn no_client_waits_for_its_retransmission_timer_when_a_primary_dies() {
         let in_time = killed.elapsed() < TIMER;
         stage.load.expect_progress();
         if in_time {
-            assert_eq!(stage.network.retransmission_timeouts(), before);
+            waits += stage.network.retransmission_timeouts() - before;
             quick += 1;
         }
         stage.finish();
     }
     assert!(quick > 0, "each takeover took as long as a timer");
+    assert!(waits <= WAITS_MAX, "{waits} waits in {quick} takeovers");
 }
 
 fn kill(service: Service, side: Side) {

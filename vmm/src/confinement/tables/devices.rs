@@ -71,7 +71,7 @@ pub(super) const DEVICES: &[Rule] = &[
     ),
     allow(
         Sysno::read,
-        "resets notifications and timers; drops what waits in a tap at its stop",
+        "resets notifications and timers; drops what waits in a tap at its stop; who owns a guest",
     ),
 ];
 

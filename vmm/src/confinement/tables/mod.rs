@@ -79,7 +79,6 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             runtime::EVERY_THREAD,
             runtime::STARTS_THREADS,
             devices::NETWORKS,
-            devices::SOCKETS,
             devices::DEVICES,
             kvm::INTERRUPTS,
             saving::SAVING,

@@ -9,7 +9,20 @@ use super::super::rules::{Rule, allow, allow_if};
 pub(super) const PAIR: &[Rule] = &[
     allow(Sysno::ppoll, "waits for what the other side says"),
     allow(Sysno::recvfrom, "what the other side says"),
-    allow(Sysno::sendmsg, "gives the guest's taps to its keeper"),
+    allow(
+        Sysno::sendmsg,
+        "gives the guest's taps to its keeper; as `recvmsg`",
+    ),
+    allow(
+        Sysno::recvmsg,
+        "frames of a copy whose network is a stream socket",
+    )
+    .rare("only for a copy behind a stream socket that talks by itself"),
+    allow(
+        Sysno::timerfd_settime,
+        "when a stream socket is tried again",
+    )
+    .rare("only for a copy behind a stream socket that is gone"),
     allow(
         Sysno::shutdown,
         "connections of a pair that is none any more",
@@ -41,7 +54,6 @@ pub(super) const KEEPER: &[Rule] = &[
 /// The arbiter's directory.
 pub(super) const ARBITER: &[Rule] = &[
     allow(Sysno::linkat, "a term is won by a link"),
-    allow(Sysno::read, "who owns a guest"),
     allow_if(
         Sysno::fcntl,
         &[Is(1, libc::F_GETFL as u32)],
