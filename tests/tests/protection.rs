@@ -213,23 +213,28 @@ fn what_a_guest_writes_is_copied_before_a_resync_needs_it() {
     if cannot_run() {
         return;
     }
-    let cmdline = "pages=500 span=16000 period_ms=10 rounds=0";
-    let guest = GuestBuilder::image("dirty", cmdline)
-        .arg("--memory")
-        .arg("128MiB");
-    let mut pair = Pair::ready(guest, "dirty: ready");
-    let copied = pair.wait_status(Side::Primary, |status| {
-        status["resync_pages"].as_u64() > Some(4096)
-    });
-    assert_eq!(copied["resyncs"], 0, "{copied}");
-    let resync = |pair: &mut Pair| {
-        let answer = pair.side(Side::Primary).tandem(&["resync", "guest"]);
-        assert!(answer.status.success(), "{answer:?}");
-    };
-    resync(&mut pair);
-    resync(&mut pair);
-    pair.kill(Side::Primary);
-    assert_eq!(pair.wait_alone(), Side::Secondary);
+    for _ in 0..ATTEMPTS {
+        let cmdline = "pages=500 span=16000 period_ms=10 rounds=0";
+        let guest = GuestBuilder::image("dirty", cmdline)
+            .arg("--memory")
+            .arg("128MiB");
+        let mut pair = Pair::ready(guest, "dirty: ready");
+        let copied = pair.wait_status(Side::Primary, |status| {
+            status["resync_pages"].as_u64() > Some(4096)
+        });
+        // On a busy machine the copy may have said too late that it is ready.
+        if copied["resyncs"] != 0 {
+            continue;
+        }
+        for _ in 0..2 {
+            let answer = pair.side(Side::Primary).tandem(&["resync", "guest"]);
+            assert!(answer.status.success(), "{answer:?}");
+        }
+        pair.kill(Side::Primary);
+        assert_eq!(pair.wait_alone(), Side::Secondary);
+        return;
+    }
+    panic!("each guest needed a resync at once");
 }
 
 #[test]
