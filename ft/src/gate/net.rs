@@ -129,6 +129,19 @@ struct Secondary {
 }
 
 impl Secondary {
+    /// Takes a frame for the guest. True if the device, which goes on until there is none, is to be told.
+    fn take_in(&mut self, frame: &[u8]) -> bool {
+        let first = self.inbox.is_empty();
+        self.inbox_bytes += frame.len();
+        self.inbox.push_back(frame.to_vec());
+        first
+    }
+
+    /// Whether not too many frames for the guest wait.
+    fn has_room(&self) -> bool {
+        self.inbox_bytes <= INBOX_MAX
+    }
+
     fn overhear(&mut self, frame: &[u8]) {
         if self.overheard.len() >= OVERHEARD_MAX {
             self.overheard.pop_front();
@@ -403,11 +416,8 @@ impl NetGate {
         let Side::Secondary(secondary) = &mut state.side else {
             return false;
         };
-        // The device goes on until there is none.
-        let call = secondary.inbox.is_empty();
-        secondary.inbox_bytes += frame.len();
-        secondary.inbox.push_back(frame.to_vec());
-        let room = secondary.inbox_bytes <= INBOX_MAX;
+        let call = secondary.take_in(frame);
+        let room = secondary.has_room();
         state.to_call |= call;
         room
     }
@@ -428,20 +438,22 @@ impl NetGate {
 
     /// A frame that was on its way to the primary when that was lost. False if too many wait.
     pub fn late_input(&self, frame: &[u8]) -> bool {
+        // It may take over at any moment: which of both it is has to be known until the frame is in place.
         let mut state = self.lock();
-        if matches!(state.side, Side::Secondary(_)) {
-            drop(state);
-            let room = self.input(frame);
-            self.call_device(|_| false);
-            return room;
-        }
-        if matches!(state.side, Side::Primary(_)) || state.left.len() >= LATE_MAX {
-            return false;
-        }
-        state.left.push_back(frame.to_vec());
-        drop(state);
+        let state = &mut *state;
+        let room = match &mut state.side {
+            Side::Secondary(secondary) => {
+                secondary.take_in(frame);
+                secondary.has_room()
+            }
+            Side::Alone if state.left.len() < LATE_MAX => {
+                state.left.push_back(frame.to_vec());
+                true
+            }
+            Side::Alone | Side::Primary(_) => return false,
+        };
         self.wake_device();
-        true
+        room
     }
 
     /// The first `count` outputs since the checkpoint are out.
@@ -766,6 +778,19 @@ mod tests {
         gate.go_live(heard);
         outside.wire().incoming.push_back(frame(GUEST, CLIENT, 7));
         assert_eq!(marks(&gate), [6, 2, 5, 7]);
+    }
+
+    #[test]
+    fn late_frames_reach_the_guest_before_and_after_it_takes_over() {
+        let (gate, _outside) = copy();
+        assert!(gate.late_input(&frame(GUEST, CLIENT, 1)));
+        gate.go_live(Instant::now());
+        assert!(gate.late_input(&frame(GUEST, CLIENT, 2)));
+        assert_eq!(marks(&gate), [1, 2]);
+        // Its own copy would not hear of them.
+        gate.cut(Duration::ZERO);
+        assert!(!gate.late_input(&frame(GUEST, CLIENT, 3)));
+        assert!(marks(&gate).is_empty());
     }
 
     #[test]
