@@ -13,8 +13,8 @@ use super::replace::Shadow;
 use super::saving::SavePhase;
 use crate::console::ConsoleHub;
 use crate::control::{
-    Answer, Command, ControlError, FreezeTimes, MachineState, MachineStats, Outcome, StopMode,
-    VcpuStats,
+    Answer, Command, ControlError, FreezeTimes, MachineState, MachineStats, Outcome, Request,
+    StopMode, VcpuStats,
 };
 use crate::device_model::{self, Source};
 use crate::error::Error;
@@ -194,13 +194,7 @@ impl Machine {
             return Ok(Some(end));
         }
         while let Ok(request) = self.requests.try_recv() {
-            if matches!(request.command, Command::BeginFrozen) {
-                self.begin_frozen(request.reply);
-                continue;
-            }
-            let (answer, end) = self.carry_out(request.command);
-            // Whoever asked may have stopped waiting.
-            drop(request.reply.send(answer));
+            let end = self.carry_out(request);
             if end.is_some() {
                 return Ok(end);
             }
@@ -228,7 +222,10 @@ impl Machine {
         Ok(None)
     }
 
-    fn carry_out(&mut self, command: Command) -> (Result<Answer, ControlError>, Option<End>) {
+    /// Carries out a command and answers it, now or, if it has to wait for a reset, after that.
+    fn carry_out(&mut self, request: Request) -> Option<End> {
+        let Request { command, reply } = request;
+        let mut end = None;
         let answer = match command {
             Command::Pause => self.pause(),
             Command::Resume => self.resume(),
@@ -236,21 +233,30 @@ impl Machine {
             Command::AttachConsole(client) => self.attach_console(client),
             Command::Stop(StopMode::PowerButton) => self.press_power_button(),
             Command::BeginSave => self.begin_save().map(Answer::Saving),
-            Command::BeginFrozen => unreachable!("it may have to wait for a reset"),
+            Command::BeginFrozen => {
+                self.begin_frozen(reply);
+                return None;
+            }
             Command::Freeze => self.freeze().map(Box::new).map(Answer::Frozen),
             Command::Thaw => self.thaw(),
             Command::EndSave => self.end_save(),
             Command::Release(state) => self.release(*state),
             Command::Reacquire => self.reacquire(),
             Command::Doubt => self.doubt(),
-            Command::Leave => return self.leave(),
+            Command::Leave => self.leave().map(|outcome| {
+                end = Some(End::Outcome(outcome));
+                Answer::Done
+            }),
             Command::Replace(replacement) => self.replace(*replacement),
             Command::GoLive => self.go_live(),
             Command::Stop(StopMode::Force) => {
-                return (Ok(Answer::Done), Some(End::Outcome(Outcome::Stopped)));
+                end = Some(End::Outcome(Outcome::Stopped));
+                Ok(Answer::Done)
             }
         };
-        (answer, None)
+        // Whoever asked may have stopped waiting.
+        drop(reply.send(answer));
+        end
     }
 
     fn expect_state(
@@ -327,14 +333,12 @@ impl Machine {
         self.go_on_after(|| ());
     }
 
-    fn leave(&mut self) -> (Result<Answer, ControlError>, Option<End>) {
+    fn leave(&self) -> Result<Outcome, ControlError> {
         match self.saving {
-            SavePhase::Frozen { .. } | SavePhase::Released { .. } => {
-                (Ok(Answer::Done), Some(End::Outcome(Outcome::Left)))
-            }
+            SavePhase::Frozen { .. } | SavePhase::Released { .. } => Ok(Outcome::Left),
             _ => {
                 let reason = "the guest is not frozen: it cannot go on elsewhere".to_owned();
-                (Err(ControlError::Failed(reason)), None)
+                Err(ControlError::Failed(reason))
             }
         }
     }
