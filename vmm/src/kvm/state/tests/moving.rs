@@ -111,6 +111,22 @@ fn undisturbed(counting: Counting) -> Option<Outcome> {
     Some(run(machine, Random(1), u64::MAX).0)
 }
 
+/// A guest that was moved or went back came to the same end as one that was left alone.
+fn expect_same(outcome: &Outcome, expected: &Outcome, counting: Counting, seed: u64) {
+    assert!(
+        outcome.registers == expected.registers,
+        "registers, seed {seed}"
+    );
+    assert!(outcome.data == expected.data, "memory, seed {seed}");
+    assert_eq!(outcome.starts, ROUNDS, "seed {seed}");
+    if counting == Counting::Once {
+        assert_eq!(
+            outcome.ticks, ROUNDS,
+            "interrupts lost or repeated, seed {seed}"
+        );
+    }
+}
+
 /// Moves a guest at random moments until it has moved often enough, and compares each end.
 fn moves_exactly(counting: Counting, wanted: u64) {
     let Some(expected) = undisturbed(counting) else {
@@ -124,18 +140,7 @@ fn moves_exactly(counting: Counting, wanted: u64) {
         let _kicker = Kicker::new(seed, 1200);
         let machine = Machine::started(ROUNDS, counting).unwrap();
         let (outcome, moves) = run(machine, Random(seed << 8), 4);
-        assert!(
-            outcome.registers == expected.registers,
-            "registers, seed {seed}"
-        );
-        assert!(outcome.data == expected.data, "memory, seed {seed}");
-        assert_eq!(outcome.starts, ROUNDS, "seed {seed}");
-        if counting == Counting::Once {
-            assert_eq!(
-                outcome.ticks, ROUNDS,
-                "interrupts lost or repeated, seed {seed}"
-            );
-        }
+        expect_same(&outcome, &expected, counting, seed);
         total.moves += moves.moves;
         total.halted += moves.halted;
         total.at_traps += moves.at_traps;
@@ -232,18 +237,7 @@ fn goes_back_exactly(counting: Counting, wanted: u64) {
         let mut machine = Machine::started(ROUNDS, counting).unwrap();
         total += run_and_go_back(&mut machine, Random(seed << 8), 4);
         let outcome = machine.outcome();
-        assert!(
-            outcome.registers == expected.registers,
-            "registers, seed {seed}"
-        );
-        assert!(outcome.data == expected.data, "memory, seed {seed}");
-        assert_eq!(outcome.starts, ROUNDS, "seed {seed}");
-        if counting == Counting::Once {
-            assert_eq!(
-                outcome.ticks, ROUNDS,
-                "interrupts lost or repeated, seed {seed}"
-            );
-        }
+        expect_same(&outcome, &expected, counting, seed);
     }
     println!("went back {total} times");
 }
