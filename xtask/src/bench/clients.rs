@@ -63,9 +63,9 @@ fn redis_line(line: &str) -> Option<RedisResult> {
     })
 }
 
-/// What wrk says.
+/// What a client saw.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct WrkResult {
+pub(super) struct Measured {
     /// Requests per second.
     pub(super) rate: f64,
     /// Median latency in milliseconds.
@@ -79,7 +79,7 @@ pub(super) struct WrkResult {
 }
 
 /// Measures an HTTP page for some seconds.
-pub(super) fn wrk(path: &str, connections: u32, seconds: u32) -> Result<WrkResult> {
+pub(super) fn wrk(path: &str, connections: u32, seconds: u32) -> Result<Measured> {
     let text = process::capture_within(&mut wrk_command(path, connections, seconds), RUN_MAX)?;
     read_wrk(&text).with_context(|| format!("wrk reported nothing that can be read: {text}"))
 }
@@ -93,7 +93,7 @@ fn wrk_command(path: &str, connections: u32, seconds: u32) -> Command {
     command
 }
 
-fn read_wrk(text: &str) -> Option<WrkResult> {
+fn read_wrk(text: &str) -> Option<Measured> {
     let after = |mark: &str| {
         let line = text
             .lines()
@@ -108,7 +108,7 @@ fn read_wrk(text: &str) -> Option<WrkResult> {
     let of_thread = text
         .lines()
         .find(|line| line.trim_start().starts_with("Latency  "))?;
-    Some(WrkResult {
+    Some(Measured {
         rate: after("Requests/sec:")?.parse().ok()?,
         p50_ms: milliseconds(after("50%")?)?,
         p99_ms: milliseconds(after("99%")?)?,
@@ -154,7 +154,7 @@ mod tests {
         let result = read_wrk(text).expect("a result");
         assert_eq!(
             result,
-            WrkResult {
+            Measured {
                 rate: 5519.0,
                 p50_ms: 0.87,
                 p99_ms: 1.2,

@@ -18,12 +18,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use super::clients::Measured;
 use super::engine::{Bench, Engine, MONITOR_CPU, Machine};
 use super::figures::{Better, Sample};
 use super::loads;
 use crate::guest::Guest;
 use crate::{interrupt, netns};
-use load::{HTTP, KV, Load, Measured, NGINX, REDIS};
+use load::{HTTP, KV, Load, NGINX, REDIS};
 use network::Network;
 pub(super) use takeover::{takeover_kv, takeover_linux};
 

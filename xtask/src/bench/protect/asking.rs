@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::load::Measured;
+use crate::bench::clients::Measured;
 use crate::bench::figures::percentile;
 use crate::{interrupt, netns};
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 
 use super::asking::{self, Question};
 use super::{Better, Sample};
-use crate::bench::clients::{self, RedisResult};
+use crate::bench::clients::{self, Measured, RedisResult};
 
 /// How long a load lasts, about.
 const SECONDS: u32 = 3;
@@ -120,21 +120,6 @@ pub(super) const HTTP: &[Load] = &[
     wrk("1 KiB, 50 clients", "/size/1024", 50),
 ];
 
-/// What a client saw.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Measured {
-    /// Requests per second.
-    pub(super) rate: f64,
-    /// Median latency in milliseconds.
-    pub(super) p50_ms: f64,
-    /// 99th percentile of the latency in milliseconds.
-    pub(super) p99_ms: f64,
-    /// Longest latency in milliseconds.
-    pub(super) max_ms: f64,
-    /// Requests in all.
-    pub(super) requests: u64,
-}
-
 impl Load {
     /// Lets the client ask for [`SECONDS`] or so.
     pub(super) fn measure(&self) -> Result<Measured> {
@@ -149,7 +134,7 @@ impl Load {
                 }
                 measure_redis(arguments, *in_flight)
             }
-            Client::Wrk { path, connections } => measure_wrk(path, *connections),
+            Client::Wrk { path, connections } => clients::wrk(path, *connections, SECONDS),
             Client::Asking(question) => asking::ask(question, Duration::from_secs(SECONDS.into())),
         }
     }
@@ -175,17 +160,6 @@ fn measure_redis(arguments: &[&str], in_flight: u64) -> Result<Measured> {
 fn only(results: Vec<RedisResult>) -> Result<RedisResult> {
     let first = results.into_iter().next();
     first.context("redis-benchmark reported nothing")
-}
-
-fn measure_wrk(path: &str, connections: u32) -> Result<Measured> {
-    let result = clients::wrk(path, connections, SECONDS)?;
-    Ok(Measured {
-        rate: result.rate,
-        p50_ms: result.p50_ms,
-        p99_ms: result.p99_ms,
-        max_ms: result.max_ms,
-        requests: result.requests,
-    })
 }
 
 impl Measured {
