@@ -10,9 +10,10 @@
 //!
 //! `ahead` loads chunk by chunk and hands each [`GROUP`] back to the host, so that zeros cost no
 //! memory before someone writes to them, and nothing is left of all this at the end. `faults` serves
-//! those who wait. `ahead` begins when the guest runs: where it shares a CPU with those who make the guest,
-//! or their locks on the address space, it would keep them waiting. Neither waits for the other: when both load the same chunk, the second finds it
-//! there, which costs less than waiting for a thread of low priority.
+//! those who wait. `ahead` begins when the guest runs: where it shares a CPU with those who make the
+//! guest, or their locks on the address space, it would keep them waiting. Neither waits for the other:
+//! when both load the same chunk, the second finds it there, which costs less than waiting for a thread
+//! of low priority.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
