@@ -10,6 +10,7 @@
 //! anew when the guest resets, so that no host resource is ever let go in between.
 
 mod boot;
+mod moderation;
 mod replace;
 mod restore;
 mod saving;
@@ -46,6 +47,7 @@ use crate::memory;
 use crate::memory_image::Loader;
 use crate::resources::{Images, Resources};
 use crate::snapshot::{GuestState, SnapshotError};
+use moderation::Moderation;
 use replace::Shadow;
 pub use replace::{LoadMemory, Replacement};
 pub use restore::{SavedMemory, StartLoader};
@@ -90,6 +92,8 @@ pub struct Machine {
     /// Events that came while the machine was paused.
     deferred: Vec<Source>,
     unpollable_input: bool,
+    /// Rests between rounds of the loop, where it has no CPU to itself.
+    moderation: Option<Moderation>,
 }
 
 /// KVM's side of a guest. Dropped in this order: no thread outlives its virtual machine.
@@ -202,6 +206,7 @@ impl Machine {
             resets: 0,
             deferred: Vec::new(),
             unpollable_input: false,
+            moderation: None,
         })
     }
 
@@ -220,6 +225,7 @@ impl Machine {
             realtime: self.config.realtime,
         });
         self.watch_console();
+        self.moderation = self.is_crowded().then(Moderation::default);
         // The vCPUs confine themselves before they run, and nothing is done for them before this thread
         // has, too. That it takes a moment does not delay the guest's start.
         if self.state == MachineState::Running {

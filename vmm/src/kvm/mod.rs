@@ -3,6 +3,7 @@
 pub mod acks;
 mod alarm;
 pub mod exits;
+pub mod halted;
 pub mod line;
 pub mod standing;
 pub mod state;

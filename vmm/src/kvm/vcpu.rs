@@ -34,6 +34,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::alarm::Alarm;
 use super::exits::{ExitCounters, ExitKind};
+use super::halted::HaltedProbe;
 use super::standing::{Begin, Standing};
 use super::state::trap_may_be_on_its_way;
 use crate::config::CPUS_MAX;
@@ -195,6 +196,7 @@ pub struct VcpuThread {
     immediate_exit: ImmediateExit,
     counters: Arc<ExitCounters>,
     standing: Arc<Standing>,
+    halted: Option<HaltedProbe>,
     thread: Option<JoinHandle<VcpuFd>>,
 }
 
@@ -233,6 +235,7 @@ impl VcpuThread {
             ended: AtomicBool::new(false),
         });
         let immediate_exit = ImmediateExit::of(&mut fd);
+        let halted = HaltedProbe::new(&fd).ok();
         let standing = Arc::<Standing>::default();
         let mut runner = Runner {
             index,
@@ -264,6 +267,7 @@ impl VcpuThread {
             immediate_exit,
             counters,
             standing,
+            halted,
             thread: Some(thread),
         })
     }
@@ -328,6 +332,11 @@ impl VcpuThread {
     /// How long it stood the last time.
     pub fn standing(&self) -> &Arc<Standing> {
         &self.standing
+    }
+
+    /// Whether it is halted, and waits for an interrupt; none if this KVM does not tell.
+    pub fn is_halted(&self) -> Option<bool> {
+        self.halted.as_ref().map(HaltedProbe::is_halted)
     }
 
     fn set_wish(&self, wish: Wish) {

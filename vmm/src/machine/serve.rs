@@ -5,6 +5,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use rustix::thread::sched_getaffinity;
 use tandem_devices::legacy::MachineRequest;
 use vmm_sys_util::epoll::EpollEvent;
 
@@ -18,7 +19,7 @@ use crate::control::{
 };
 use crate::device_model::{self, Source};
 use crate::error::Error;
-use crate::kvm::vcpu::VcpuEnd;
+use crate::kvm::vcpu::{VcpuEnd, VcpuThread};
 
 /// Events taken from the kernel at a time.
 const EVENTS_MAX: usize = 64;
@@ -99,6 +100,7 @@ impl Machine {
         };
         loop {
             let running = self.state == MachineState::Running;
+            self.rest();
             let count = match self.epoll.wait(pending.timeout_ms(running), &mut events) {
                 Ok(count) => count,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -109,6 +111,7 @@ impl Machine {
                     });
                 }
             };
+            self.begin_round(count);
             let sources = events[..count].iter().map(|e| Source::decode(e.data()));
             let woken = self.handle_sources(sources, &mut pending);
             pending.input |= woken && self.console.has_injected();
@@ -127,6 +130,29 @@ impl Machine {
                 });
             }
         }
+    }
+
+    /// Lets events gather while the guest is at work.
+    fn rest(&self) {
+        let moderation = self.moderation.as_ref();
+        if let Some(rest) = moderation.and_then(|m| m.rest(Instant::now())) {
+            std::thread::sleep(rest);
+        }
+    }
+
+    /// A round of the loop begins with `events` to look at.
+    fn begin_round(&mut self, events: usize) {
+        let Some(moderation) = self.moderation.as_mut().filter(|_| events > 0) else {
+            return;
+        };
+        let vcpus = self.running.iter().flat_map(|running| &running.vcpus);
+        let mut halted = vcpus.map(VcpuThread::is_halted);
+        moderation.begin(Instant::now(), halted.any(|halted| halted.unwrap_or(true)));
+    }
+
+    /// Whether vCPUs and this thread share their CPUs: no more than vCPUs are allowed.
+    pub(super) fn is_crowded(&self) -> bool {
+        sched_getaffinity(None).is_ok_and(|cpus| cpus.count() <= u32::from(self.config.cpus))
     }
 
     /// Hands events to devices; true if there is more than devices to look after.

@@ -87,7 +87,7 @@ pub(super) const VCPU: &[Rule] = &[
     allow(Sysno::timer_delete, "as `timer_create`").rare("as `timer_create`"),
     allow(
         Sysno::clock_nanosleep,
-        "waits for room for the guest's output, and at the end for its reader",
+        "waits for room for the guest's output, and at the end for its reader; the device loop's rests",
     )
     .rare("only while nobody takes the guest's output"),
 ];
@@ -171,6 +171,7 @@ pub(super) const BUILD: &[Rule] = &[
     ioctl(&plain(0x04), "KVM_GET_VCPU_MMAP_SIZE"),
     ioctl(&changes::<kvm_cpuid2>(0x05), "KVM_GET_SUPPORTED_CPUID"),
     ioctl(&plain(0x41), "KVM_CREATE_VCPU"),
+    ioctl(&plain(0xce), "KVM_GET_STATS_FD: whether a vCPU is halted"),
     ioctl(
         &takes::<kvm_userspace_memory_region>(0x46),
         "KVM_SET_USER_MEMORY_REGION",
