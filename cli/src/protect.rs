@@ -31,7 +31,7 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
         Some(protection) => Some(claim(protection, &name)?),
         None => None,
     };
-    let pair = Pair::new(&name, launch.machine.nets.len())
+    let pair = Pair::new(&name, launch.machine.nets.len(), launch.machine.disks.len())
         .map_err(Failure::host("make gates for the guest"))?;
     let pair = Arc::new(pair);
     let started = context.started;
@@ -105,7 +105,7 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
     let ran = run_machine(launch, context, |config, confinement| {
         let memory = memory::allocate(config.memory, config.hugepages)?;
         let base = memory::allocate(config.memory, config.hugepages)?;
-        let pair = Pair::new(&config.name, config.nets.len())
+        let pair = Pair::new(&config.name, config.nets.len(), config.disks.len())
             .map_err(Failure::host("make gates for the guest"))?;
         let pair = Arc::new(pair);
         let Some(invitation) = invitation.take() else {
@@ -115,6 +115,7 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
         };
         let standby = Standby {
             claims,
+            disks: config.disks.iter().map(|disk| disk.path.clone()).collect(),
             confinement: confinement.entry(ThreadKind::Protection),
         };
         let joined = invitation.accept(&listener, &memory, base, standby, &pair)?;

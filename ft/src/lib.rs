@@ -13,6 +13,7 @@ pub mod gate;
 pub mod keeper;
 pub mod lease;
 pub mod link;
+pub mod mirror;
 pub mod packet;
 pub mod pair;
 pub mod percentiles;

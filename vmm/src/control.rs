@@ -107,6 +107,10 @@ pub enum StopMode {
 pub enum Command {
     /// Stop all vCPUs and devices.
     Pause,
+    /// Stop all vCPUs alone.
+    Halt,
+    /// Wait for requests that were begun before.
+    Settle,
     /// Run on.
     Resume,
     /// End the guest.
@@ -284,6 +288,22 @@ impl Handle {
     /// As [`Handle::request`].
     pub fn pause(&self) -> Result<(), ControlError> {
         self.request(Command::Pause).map(drop)
+    }
+
+    /// Stops all vCPUs, and waits for nothing else: requests to disks go on. [`Handle::resume`] ends it.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn halt(&self) -> Result<(), ControlError> {
+        self.request(Command::Halt).map(drop)
+    }
+
+    /// Waits until the requests are done that a machine had begun when it was halted.
+    ///
+    /// # Errors
+    /// As [`Handle::request`], and when it runs.
+    pub fn settle(&self) -> Result<(), ControlError> {
+        self.request(Command::Settle).map(drop)
     }
 
     /// Lets a paused machine run on.

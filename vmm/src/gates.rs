@@ -3,6 +3,9 @@
 //! A device cannot tell. It hands outputs to its backend and gets inputs from there; gates put
 //! backends of their own in between when the devices are built.
 
+use std::fs::File;
+
+use tandem_devices::virtio::block::BlockBackend;
 use tandem_devices::virtio::net::NetBackend;
 
 use crate::confinement::Confinement;
@@ -25,6 +28,15 @@ pub trait Gates: Send + Sync {
     /// device when its backend was let go and opened anew.
     fn net(&self, index: usize, outside: Box<dyn NetBackend>) -> Box<dyn NetBackend>;
 
+    /// What disk `index`, which the guest may write to, gets as its backend in place of `outside`; `image` is
+    /// the same image once more. Called again as [`Gates::net`] is.
+    fn disk(
+        &self,
+        index: usize,
+        outside: Box<dyn BlockBackend>,
+        image: File,
+    ) -> Box<dyn BlockBackend>;
+
     /// The guest's console, before the guest runs.
     fn console(&self, console: &ConsoleHub);
 }
@@ -37,6 +49,15 @@ impl Gates for NoGates {
     fn connect(&self, _caller: Weak<dyn Caller>) {}
 
     fn net(&self, _index: usize, outside: Box<dyn NetBackend>) -> Box<dyn NetBackend> {
+        outside
+    }
+
+    fn disk(
+        &self,
+        _index: usize,
+        outside: Box<dyn BlockBackend>,
+        _image: File,
+    ) -> Box<dyn BlockBackend> {
         outside
     }
 

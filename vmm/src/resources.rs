@@ -39,7 +39,7 @@ pub struct Images {
 
 /// Everything that a guest needs from the host.
 pub struct Resources {
-    disks: Vec<Box<dyn BlockBackend>>,
+    disks: Vec<Disk>,
     nets: Vec<Box<dyn NetBackend>>,
     vsock: Option<(GuestCid, VsockListener)>,
     random: SeededStream,
@@ -127,8 +127,12 @@ impl Resources {
     /// When a device cannot be set up.
     pub fn into_devices(self, config: &MachineConfig, host: &Host<'_>) -> Result<Devices, Error> {
         let mut virtio: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
-        for (index, backend) in self.disks.into_iter().enumerate() {
+        for (index, Disk { backend, image }) in self.disks.into_iter().enumerate() {
             let name = format!("disk{index}");
+            let backend = match image {
+                Some(image) => host.gates.disk(index, backend, image),
+                None => backend,
+            };
             let id = config.disks[index].id.as_ref().unwrap_or(&name);
             virtio.push((name.clone(), Box::new(Block::new(backend, id))));
         }
@@ -179,11 +183,36 @@ fn expand_seed(seed: u64) -> [u8; SEED_SIZE] {
     bytes
 }
 
-fn open_disk(
+/// A disk that was opened.
+struct Disk {
+    backend: Box<dyn BlockBackend>,
+    /// Its image once more, by the page cache, if the guest may write to it.
+    image: Option<File>,
+}
+
+fn open_disk(config: &DiskConfig, confinement: &Confinement) -> Result<Disk, Error> {
+    let disk = DiskFile::open(&config.path, config.readonly, config.direct)?;
+    let image = (!config.readonly).then(|| open_image(&config.path));
+    Ok(Disk {
+        image: image.transpose()?,
+        backend: serve_disk(disk, config, confinement)?,
+    })
+}
+
+fn open_image(path: &Path) -> Result<File, Error> {
+    let file = File::options().read(true).write(true).open(path);
+    file.map_err(|source| Error::Open {
+        what: "disk",
+        path: path.to_owned(),
+        source,
+    })
+}
+
+fn serve_disk(
+    disk: DiskFile,
     config: &DiskConfig,
     confinement: &Confinement,
 ) -> Result<Box<dyn BlockBackend>, Error> {
-    let disk = DiskFile::open(&config.path, config.readonly, config.direct)?;
     let failed = |engine| {
         let path = config.path.clone();
         move |source| {

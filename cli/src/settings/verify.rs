@@ -308,10 +308,6 @@ fn protection(settings: &Settings, problems: &mut Problems) {
 }
 
 fn protected_devices(settings: &Settings, problems: &mut Problems) {
-    for disk in settings.disks.iter().filter(|disk| !disk.config.readonly) {
-        let message = "both copies of a protected guest would write to it; allowed are disks that are readonly";
-        problems.add(disk.path_at, "disk.path", message);
-    }
     if let Some(vsock) = &settings.vsock {
         let message = "a protected guest cannot have it: programs of one host are at its other end";
         problems.add(vsock.at, "vsock", message);

@@ -2,10 +2,13 @@
 //! their way to both copies.
 
 mod console;
+mod disk;
 mod net;
 pub(crate) mod net_backend;
 mod permit;
 
 pub use console::{CONSOLE, ConsoleGate};
+pub use disk::DiskGate;
+pub(crate) use disk::GatedDisk;
 pub use net::{Delays, NetCut, NetFigures, NetGate};
 pub use permit::Permit;

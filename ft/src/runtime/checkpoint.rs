@@ -18,6 +18,8 @@ pub struct Offer {
     pub token: u128,
     /// Whether there is a third one, from a keeper (see [`crate::keeper`]).
     pub keeper: bool,
+    /// Disks that the guest may write to, of which a replica is needed: number and bytes of each.
+    pub disks: Vec<(u8, u64)>,
     /// Number of the guest's owner.
     pub term: u64,
     /// The guest.
@@ -96,6 +98,8 @@ fn decode_outputs(bytes: &[u8]) -> Result<PairCut, ProtectionError> {
 pub(super) enum Part<'a> {
     Pages(&'a [u8]),
     Deltas(&'a [u8]),
+    /// The first of the digests of parts of disks.
+    Digests(Vec<u8>),
     Whole(Box<GuestState>, PairCut),
 }
 
@@ -131,6 +135,7 @@ impl Receiver {
             };
             match kind {
                 Kind::Pages => return Ok(Part::Pages(&self.payload)),
+                Kind::Digests => return Ok(Part::Digests(std::mem::take(&mut self.payload))),
                 Kind::Deltas => return Ok(Part::Deltas(&self.payload)),
                 Kind::State => {
                     self.state = Some(Box::new(GuestState::from_bytes(&self.payload)?));

@@ -10,7 +10,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use tandem_vmm::control::{FreezeTimes, Frozen};
+use roaring::RoaringBitmap;
+use tandem_vmm::control::{ControlError, FreezeTimes, Frozen};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::PageSender;
@@ -21,10 +22,11 @@ use tandem_vmm::snapshot::save::{PageSink, Session};
 use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
-use super::{ProtectionError, lock};
+use super::{Pair, ProtectionError, lock};
 use crate::delta::{Ahead, Encoder, Staging};
 use crate::keeper::Keeper;
 use crate::link::Kind;
+use crate::mirror::{self, DISK_MAX, Image};
 use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
 
 /// How long the copy of one side may stay behind the other with an output.
@@ -39,6 +41,8 @@ const STAGING_KEPT: usize = 4 << 20;
 const ROUNDS_MAX: u32 = 8;
 /// Longest time between checkpoints: what a secondary must undo stays little.
 const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
+/// Blocks of disks that may be written between checkpoints, 1 GiB: each is read and compared then.
+const WRITTEN_BLOCKS_MAX: u64 = 256 << 10;
 /// How long the secondary may take to load a checkpoint.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause before a secondary that could not be reached is tried again.
@@ -80,6 +84,10 @@ struct Connected<'a> {
     /// more than the copy.
     staged: Staging,
     encoder: Encoder,
+    /// Disks that the guest may write to.
+    images: Vec<Image>,
+    /// What digests of them begin with.
+    seed: u64,
     orders: Receiver<Order>,
     thread: JoinHandle<()>,
 }
@@ -154,9 +162,21 @@ impl<'a> Driver<'a> {
         let mut checkpoints = self.to.connect()?;
         let session = Session::begin(&core.handle)?;
         let token = token();
+        let images = core.pair.images();
+        if let Some(image) = images.iter().find(|image| image.bytes() > DISK_MAX) {
+            let (disk, bytes) = (image.disk, image.bytes());
+            let why = format!(
+                "disk {disk} has {bytes} bytes; those of a protected guest have at most {DISK_MAX}"
+            );
+            return Err(ProtectionError::Disk(why));
+        }
         let offer = Offer {
             token,
             keeper: self.guest.keeper.is_some(),
+            disks: images
+                .iter()
+                .map(|image| (image.disk, image.bytes()))
+                .collect(),
             term: core.term().0,
             hello: Hello {
                 description: self.guest.description.clone(),
@@ -190,6 +210,8 @@ impl<'a> Driver<'a> {
             encoder: Encoder::default(),
             session,
             checkpoints,
+            images,
+            seed: token as u64,
             orders,
             thread,
         })
@@ -288,7 +310,10 @@ impl<'a> Driver<'a> {
             return;
         }
         let event = match self.core.state() {
-            PrimaryState::Protected(_) if last.elapsed() >= CHECKPOINT_INTERVAL_MAX => {
+            PrimaryState::Protected(_)
+                if last.elapsed() >= CHECKPOINT_INTERVAL_MAX
+                    || self.core.pair.blocks_written() > WRITTEN_BLOCKS_MAX =>
+            {
                 *last = Instant::now();
                 PrimaryEvent::BoundReached
             }
@@ -312,7 +337,10 @@ impl<'a> Driver<'a> {
         cause: Cause,
     ) -> Result<(), ProtectionError> {
         let copying = match cause {
-            Cause::Join => Copying::All,
+            Cause::Join => {
+                self.copy_disks(connected)?;
+                Copying::All
+            }
             _ => Copying::WhileMuch,
         };
         match self.try_checkpoint(connected, epoch, cause, copying) {
@@ -331,6 +359,37 @@ impl<'a> Driver<'a> {
         self.try_checkpoint(connected, epoch, cause, Copying::Standing(frozen))
     }
 
+    /// Makes the secondary's replicas of disks what the guest's are, but for what it writes meanwhile.
+    fn copy_disks(&self, connected: &mut Connected<'_>) -> Result<(), ProtectionError> {
+        let Connected {
+            checkpoints,
+            images,
+            seed,
+            ..
+        } = connected;
+        self.core.pair.track_disks();
+        let total: u64 = images.iter().map(Image::bytes).sum();
+        let (mut done, mut sent) = (0, 0);
+        for index in 0..images.len() {
+            let mut parts = mirror::all_of(&images[index]).peekable();
+            while parts.peek().is_some() {
+                if self.stopped() || self.core.state() != PrimaryState::Joining {
+                    return Err(ControlError::Gone.into());
+                }
+                let window = parts.by_ref().take(mirror::WINDOW);
+                sent += mirror::reconcile(checkpoints, images, *seed, window, || true)?;
+                done += mirror::WINDOW as u64 * u64::from(mirror::COPIED_BLOCKS) * mirror::BLOCK;
+                let percent = done.min(total) * 100 / total.max(1);
+                self.core.pair.lock_status().reason = format!("its disks are copied: {percent} %");
+            }
+        }
+        if total > 0 {
+            let text = format!("{sent} of {total} bytes were sent");
+            self.core.pair.happened("disks-copied", text);
+        }
+        Ok(())
+    }
+
     fn try_checkpoint(
         &self,
         connected: &mut Connected<'_>,
@@ -345,6 +404,8 @@ impl<'a> Driver<'a> {
             checkpoints,
             staged,
             encoder,
+            images,
+            seed,
             ..
         } = connected;
         // A checkpoint that came to nothing may have left some.
@@ -376,6 +437,7 @@ impl<'a> Driver<'a> {
             return Ok(());
         }
         let mut cut = core.pair.cut(epoch.0, PATIENCE);
+        let disks = DisksStand::begin(&core.pair);
         let FreezeTimes { stop, quiesce, .. } = stopped.frozen.times;
         cut.age = (stopped.frozen.since + stop + quiesce).elapsed();
         core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
@@ -388,6 +450,8 @@ impl<'a> Driver<'a> {
         bytes += encoder.send(staged.batch().pages(), checkpoints)?;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
         checkpoints.write_all(&rest).map_err(frame::broken)?;
+        let mirrored = disks.reconcile(checkpoints, images, *seed)?;
+        drop(disks);
         staged.clear(STAGING_KEPT);
         let stand = match stand {
             Some(stand) => stand,
@@ -402,7 +466,7 @@ impl<'a> Driver<'a> {
                 Cause::Mismatch => "the outputs before differed each time".into(),
                 cause => format!("{cause:?}").to_lowercase(),
             });
-            tracing::debug!(%epoch, %why, ?pause, pages, bytes, "checkpoint");
+            tracing::debug!(%epoch, %why, ?pause, pages, bytes, mirrored, "checkpoint");
             let mut status = core.pair.lock_status();
             status.resyncs += 1;
             status.last_resync = Some(why);
@@ -410,6 +474,43 @@ impl<'a> Driver<'a> {
             status.count_sent(pages, bytes, rest.len() as u64);
         }
         Ok(())
+    }
+}
+
+/// Disks that the guest does not write to, and what it wrote before.
+struct DisksStand<'a> {
+    pair: &'a Pair,
+    written: Vec<(u8, RoaringBitmap)>,
+}
+
+impl<'a> DisksStand<'a> {
+    /// The guest stands, and its requests are done.
+    fn begin(pair: &'a Pair) -> Self {
+        pair.hold_disks();
+        let written = pair.take_written();
+        Self { pair, written }
+    }
+
+    /// Makes the secondary's replicas what the guest's disks are. Gives the bytes that were sent.
+    fn reconcile(
+        &self,
+        link: &mut Link,
+        images: &[Image],
+        seed: u64,
+    ) -> Result<u64, ProtectionError> {
+        if images.is_empty() {
+            return Ok(0);
+        }
+        let disks = self.written.iter();
+        let parts =
+            disks.flat_map(|(disk, blocks)| mirror::extents(*disk, blocks, mirror::WRITTEN_BLOCKS));
+        mirror::reconcile(link, images, seed, parts, || self.pair.disks_hold())
+    }
+}
+
+impl Drop for DisksStand<'_> {
+    fn drop(&mut self) {
+        self.pair.let_disks_go();
     }
 }
 

@@ -6,6 +6,7 @@ use tandem_vmm::snapshot::SnapshotError;
 
 use crate::arbiter::ArbiterError;
 use crate::link::MessageError;
+use crate::mirror::ReplicaError;
 
 /// Why a guest is not protected, or not any more.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +32,12 @@ pub enum ProtectionError {
     /// The other side said what does not fit.
     #[error("the other side sent {0}")]
     Garbled(String),
+    /// A disk of the guest, or a replica of it.
+    #[error("{0}")]
+    Disk(String),
+    /// The host cannot keep a replica of a disk.
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
     /// The host has no threads or descriptors left.
     #[error("cannot {action}")]
     Host {

@@ -10,18 +10,30 @@ use super::ProtectionError;
 use super::base::Base;
 use super::checkpoint::{Part, Receiver};
 use super::pair::PairCut;
+use super::replicas::Replicas;
 use super::secondary::Core;
 use crate::pair::{Epoch, SecondaryEvent};
 
 /// Lets the guest, which is there with its first checkpoint, run, and receives checkpoints until no more
 /// come.
-pub(super) fn follow(core: &Core, mut receiver: Receiver, mut base: Base, first: PairCut) {
+pub(super) fn follow(
+    core: &Core,
+    mut receiver: Receiver,
+    mut base: Base,
+    mut replicas: Replicas,
+    first: PairCut,
+) {
     let error = match begin(core, first) {
         Ok(()) => loop {
             let step = match receiver.next() {
                 Ok(Part::Pages(batch)) => base.apply(batch),
                 Ok(Part::Deltas(deltas)) => base.change(deltas),
-                Ok(Part::Whole(state, cut)) => load(core, &mut base, *state, cut),
+                Ok(Part::Digests(_)) => Err(ProtectionError::Garbled(
+                    "disks without a checkpoint".into(),
+                )),
+                Ok(Part::Whole(state, cut)) => {
+                    load(core, &mut receiver, &mut base, &mut replicas, *state, cut)
+                }
                 Err(error) => Err(error),
             };
             if let Err(error) = step {
@@ -51,7 +63,9 @@ fn begin(core: &Core, cut: PairCut) -> Result<(), ProtectionError> {
 /// Makes the guest that of a checkpoint.
 fn load(
     core: &Core,
+    receiver: &mut Receiver,
     base: &mut Base,
+    replicas: &mut Replicas,
     state: GuestState,
     cut: PairCut,
 ) -> Result<(), ProtectionError> {
@@ -59,19 +73,22 @@ fn load(
     let Some(stood) = core.wait_mark(epoch) else {
         return Err(ProtectionError::Garbled("no mark of its checkpoint".into()));
     };
+    core.handle().ok_or(ControlError::Gone)?.settle()?;
+    replicas.stage(&core.pair, receiver.link())?;
     if core.event(SecondaryEvent::Staged(epoch)).is_none() {
         // The guest goes on without it.
         return Err(ControlError::Gone.into());
     }
     let begun = Instant::now();
     let handle = core.handle().ok_or(ControlError::Gone)?;
+    let written = replicas.write(&core.pair);
     let replaced = handle.replace(Replacement {
         state,
         since: stood.checked_sub(cut.age).unwrap_or(stood),
         load: Box::new(base.loader()),
     });
     tracing::debug!(%epoch, waited = ?begun - stood, took = ?begun.elapsed(), "loaded");
-    finish(core, replaced.map_err(Into::into), cut)
+    finish(core, written.and(replaced.map_err(Into::into)), cut)
 }
 
 /// The checkpoint is loaded: the guest runs on from it.

@@ -25,6 +25,7 @@ mod link_thread;
 mod pair;
 mod primary;
 mod protector;
+mod replicas;
 mod secondary;
 pub mod status;
 

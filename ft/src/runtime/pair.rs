@@ -1,12 +1,15 @@
 //! What all threads of a protected guest share: its gates, the way to the other side, its figures.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
+use roaring::RoaringBitmap;
 use serde::{Deserialize, Serialize};
+use tandem_devices::virtio::block::BlockBackend;
 use tandem_devices::virtio::net::NetBackend;
 use tandem_vmm::console::ConsoleHub;
 use tandem_vmm::gates::{Caller, Gates};
@@ -16,9 +19,10 @@ use super::events::{Event, Events, describe};
 use super::status::Status;
 use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
-use crate::gate::{CONSOLE, ConsoleGate, Delays, NetCut, NetGate, Permit};
+use crate::gate::{CONSOLE, ConsoleGate, Delays, DiskGate, GatedDisk, NetCut, NetGate, Permit};
 use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
+use crate::mirror::Image;
 use crate::pair::Notice;
 
 /// What a checkpoint says of a guest's outputs, besides its state.
@@ -40,6 +44,7 @@ pub(super) struct PairCut {
 pub struct Pair {
     nets: Vec<Arc<NetGate>>,
     console: Arc<ConsoleGate>,
+    disks: Vec<Arc<DiskGate>>,
     outbox: Arc<Outbox>,
     status: Mutex<Status>,
     epoch: AtomicU64,
@@ -51,11 +56,11 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Gates, open, for a guest with `nets` network devices.
+    /// Gates, open, for a guest with `nets` network devices and `disks` disks.
     ///
     /// # Errors
     /// When the host has no descriptors left.
-    pub fn new(name: &str, nets: usize) -> io::Result<Self> {
+    pub fn new(name: &str, nets: usize, disks: usize) -> io::Result<Self> {
         let outbox = Arc::new(Outbox::default());
         let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let permit = Arc::new(Permit::new(event));
@@ -63,8 +68,14 @@ impl Pair {
             let device = u8::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
             NetGate::new(device, Arc::clone(&outbox), Arc::clone(&permit)).map(Arc::new)
         });
+        let nets = gates.collect::<io::Result<_>>()?;
+        let disks = (0..disks).map(|index| {
+            let number = u8::try_from(index).map_err(|_| io::ErrorKind::InvalidInput)?;
+            DiskGate::new(number, Arc::clone(&permit)).map(Arc::new)
+        });
         Ok(Self {
-            nets: gates.collect::<io::Result<_>>()?,
+            nets,
+            disks: disks.collect::<io::Result<_>>()?,
             console: Arc::new(ConsoleGate::new(Arc::clone(&outbox), Arc::clone(&permit))),
             outbox,
             status: Mutex::new(Status::unprotected(name)),
@@ -233,13 +244,60 @@ impl Pair {
     pub(super) fn open(&self) {
         self.outbox.disconnect();
         self.console.open();
+        self.disks.iter().for_each(|disk| disk.open());
         self.nets.iter().for_each(|net| net.open());
+    }
+
+    // Both.
+
+    /// Images of the guest's disks that it may write to.
+    pub(super) fn images(&self) -> Vec<Image> {
+        self.disks.iter().filter_map(|disk| disk.image()).collect()
+    }
+
+    /// What the guest wrote to its disks since the last checkpoint.
+    pub(super) fn take_written(&self) -> Vec<(u8, RoaringBitmap)> {
+        let disks = (0..).zip(&self.disks);
+        disks
+            .map(|(number, disk)| (number, disk.take_written()))
+            .collect()
+    }
+
+    /// Why the host failed a request to a disk.
+    pub(super) fn disk_failure(&self) -> Option<String> {
+        self.disks.iter().find_map(|disk| disk.failure())
+    }
+
+    /// From now on it is known what the guest writes to its disks.
+    pub(super) fn track_disks(&self) {
+        self.disks.iter().for_each(|disk| disk.track());
+    }
+
+    /// The guest, which stands, will wait with writes to its disks.
+    pub(super) fn hold_disks(&self) {
+        self.disks.iter().for_each(|disk| disk.hold());
+    }
+
+    /// Whether the guest still waits with them.
+    pub(super) fn disks_hold(&self) -> bool {
+        self.disks.iter().all(|disk| disk.holds())
+    }
+
+    /// It waits no longer.
+    pub(super) fn let_disks_go(&self) {
+        self.disks.iter().for_each(|disk| disk.let_go());
+    }
+
+    /// Blocks of disks that were written since the last checkpoint.
+    pub(super) fn blocks_written(&self) -> u64 {
+        self.disks.iter().map(|disk| disk.count_written()).sum()
     }
 
     // Secondary.
 
     /// Nothing of the guest leaves from now on.
     pub fn become_secondary(&self) {
+        self.disks.iter().for_each(|disk| disk.track());
         self.console.become_secondary();
         self.nets.iter().for_each(|net| net.become_secondary());
     }
@@ -310,6 +368,7 @@ impl Pair {
     /// had kept.
     pub(super) fn go_live(&self, heard: Instant) -> usize {
         self.outbox.disconnect();
+        self.disks.iter().for_each(|disk| disk.open());
         self.console.go_live();
         self.nets.iter().map(|net| net.go_live(heard)).sum()
     }
@@ -324,6 +383,18 @@ impl Gates for Pair {
     fn net(&self, index: usize, outside: Box<dyn NetBackend>) -> Box<dyn NetBackend> {
         match self.nets.get(index) {
             Some(gate) => Box::new(GatedBackend::new(Arc::clone(gate), outside)),
+            None => outside,
+        }
+    }
+
+    fn disk(
+        &self,
+        index: usize,
+        outside: Box<dyn BlockBackend>,
+        image: File,
+    ) -> Box<dyn BlockBackend> {
+        match self.disks.get(index) {
+            Some(gate) => Box::new(GatedDisk::new(Arc::clone(gate), outside, image)),
             None => outside,
         }
     }

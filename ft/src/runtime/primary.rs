@@ -113,7 +113,8 @@ impl Core {
                     self.pair.lock_status().count_resync();
                 }
                 Action::StopGuest => {
-                    let stands = self.handle.pause().is_ok();
+                    // Not for longer than that takes: this thread has to beat, and a disk may be slow.
+                    let stands = self.handle.halt().is_ok();
                     self.suspended.store(stands, Ordering::SeqCst);
                 }
                 Action::ResumeGuest => {
@@ -133,6 +134,7 @@ impl Core {
                 Action::TellTerm(term) => self.pair.outbox().tell(Kind::Term, 0, term.0),
                 Action::Ask(term) => self.ask(term),
                 Action::End(_) => {
+                    self.pair.let_disks_go();
                     self.order(Order::Alone);
                     // It may have ended by itself.
                     drop(self.handle.stop(StopMode::Force));

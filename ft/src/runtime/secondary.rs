@@ -4,6 +4,7 @@
 //! decided by [`pair::Secondary`], behind one lock.
 
 use std::io::Write;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ use super::follower::follow;
 use super::late;
 use super::link_thread::{Talk, listen};
 use super::pair::PairCut;
+use super::replicas::Replicas;
 use super::status::Role;
 use super::{Pair, ProtectionError, lock};
 use crate::arbiter::Term;
@@ -77,6 +79,13 @@ impl Invitation {
         standby: Standby,
         pair: &Arc<Pair>,
     ) -> Result<Joined, ProtectionError> {
+        let mut replicas = match Replicas::open(&self.offer, &standby.disks) {
+            Ok(replicas) => replicas,
+            Err(error) => {
+                self.refuse(&causes(&error));
+                return Err(error);
+            }
+        };
         frame::send(&mut self.link, FrameKind::Accept, &[])?;
         let token = self.offer.token;
         let link = next_connection(listener, token, Purpose::Pairing)?;
@@ -92,12 +101,16 @@ impl Invitation {
             match receiver.next()? {
                 Part::Pages(batch) => base.apply(batch)?,
                 Part::Deltas(deltas) => base.change(deltas)?,
+                Part::Digests(first) => replicas.fill(receiver.link(), Some(first))?,
                 Part::Whole(state, cut) => {
                     state.hardware.expect(&self.offer.hello.hardware)?;
+                    replicas.fill(receiver.link(), None)?;
+                    replicas.close()?;
                     base.loader()(memory, &PageSet::covering(memory))?;
                     return Ok(Joined {
                         receiver,
                         base,
+                        replicas,
                         state,
                         cut,
                         core,
@@ -128,6 +141,8 @@ fn next_connection(
 pub struct Standby {
     /// Who decides who owns the guest.
     pub claims: Claims,
+    /// Images of the guest's disks here, in their order.
+    pub disks: Vec<PathBuf>,
     /// What its threads may still do.
     pub confinement: Entry,
 }
@@ -136,6 +151,7 @@ pub struct Standby {
 pub struct Joined {
     receiver: Receiver,
     base: Base,
+    replicas: Replicas,
     /// Its state.
     pub state: Box<GuestState>,
     cut: PairCut,
@@ -156,6 +172,7 @@ impl Joined {
         let Self {
             receiver,
             base,
+            replicas,
             cut,
             core,
             ..
@@ -170,7 +187,7 @@ impl Joined {
                     tracing::error!(%error, "the thread of checkpoints cannot be confined");
                     return core.fail();
                 }
-                follow(&core, receiver, base, cut);
+                follow(&core, receiver, base, replicas, cut);
             })
             .map_err(ProtectionError::host("start the thread of checkpoints"))
     }
@@ -427,8 +444,9 @@ impl SecondaryTalk {
         core.event(SecondaryEvent::Cut(epoch));
         core.pair.mark_cut();
         if let Some(handle) = core.handle.get() {
-            // It may stand already, having powered off.
-            drop(handle.pause());
+            // It may stand already, having powered off. Its disks are waited for by another thread: this one has
+            // to answer beats.
+            drop(handle.halt());
         }
         core.mark(epoch);
     }
@@ -461,6 +479,11 @@ impl Talk for SecondaryTalk {
     fn tick(&mut self, now: Instant) -> Option<Instant> {
         let core = &self.core;
         core.pair.call_devices();
+        if let Some(why) = core.pair.disk_failure() {
+            tracing::error!(%why, "the copy ends: its guest must not see that");
+            core.pair.lock_status().reason = why;
+            core.fail();
+        }
         let due = lock(&core.machine).deadline();
         if due.is_some_and(|due| now >= due) {
             core.event(SecondaryEvent::Timer);

@@ -210,16 +210,19 @@ impl Machine {
     /// Stops vCPUs, then finishes the I/O in flight.
     pub(super) fn stop_guest(&mut self, times: &mut FreezeTimes) {
         let start = Instant::now();
+        self.halt_guest();
+        times.stop = start.elapsed();
+        self.shared.model().quiesce();
+        times.quiesce = start.elapsed() - times.stop;
+        self.state = MachineState::Paused;
+    }
+
+    /// Stops the vCPUs; devices get no more inputs.
+    pub(super) fn halt_guest(&self) {
         if let Some(running) = &self.running {
             running.stop_vcpus();
         }
-        times.stop = start.elapsed();
-        let mut model = self.shared.model();
-        model.set_stands(true);
-        model.quiesce();
-        drop(model);
-        times.quiesce = start.elapsed() - times.stop;
-        self.state = MachineState::Paused;
+        self.shared.model().set_stands(true);
     }
 
     fn read_state(&self) -> Result<GuestState, SnapshotError> {

@@ -254,6 +254,8 @@ impl Machine {
         let mut end = None;
         let answer = match command {
             Command::Pause => self.pause(),
+            Command::Halt => self.halt(),
+            Command::Settle => self.settle(),
             Command::Resume => self.resume(),
             Command::Stats => Ok(Answer::Stats(Box::new(self.stats()))),
             Command::AttachConsole(client) => self.attach_console(client),
@@ -311,6 +313,19 @@ impl Machine {
         }
         self.expect_state("pause", MachineState::Running, "running")?;
         self.stop_guest(&mut FreezeTimes::default());
+        Ok(Answer::Done)
+    }
+
+    fn halt(&mut self) -> Result<Answer, ControlError> {
+        self.expect_state("halt", MachineState::Running, "running")?;
+        self.halt_guest();
+        self.state = MachineState::Paused;
+        Ok(Answer::Done)
+    }
+
+    fn settle(&mut self) -> Result<Answer, ControlError> {
+        self.expect_state("settle", MachineState::Paused, "paused")?;
+        self.shared.model().quiesce();
         Ok(Answer::Done)
     }
 

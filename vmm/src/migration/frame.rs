@@ -58,6 +58,8 @@ impl Purpose {
 
 /// Largest payload in bytes: the state of a guest, or a batch of pages.
 pub const PAYLOAD_MAX: usize = 20 << 20;
+/// Largest payload in bytes that tells of disks: a part of one, or a list of parts.
+pub const DISK_PAYLOAD_MAX: usize = 512 << 10;
 /// Largest Hello in bytes.
 const HELLO_MAX: usize = 256 << 10;
 /// Longest reason that is told, in bytes.
@@ -87,10 +89,18 @@ pub enum Kind {
     Outputs = 8,
     /// Pages of a checkpoint, by what differs from those that were sent before.
     Deltas = 9,
+    /// Digests of parts of a protected guest's disks; an empty one ends a list of them.
+    Digests = 10,
+    /// Parts of disks that the other side is to send; as above.
+    Wanted = 11,
+    /// A part of a disk.
+    Blocks = 12,
+    /// All parts that were wanted are there.
+    Synced = 13,
 }
 
 impl Kind {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 13] = [
         Self::Hello,
         Self::Accept,
         Self::Pages,
@@ -100,13 +110,18 @@ impl Kind {
         Self::Refuse,
         Self::Outputs,
         Self::Deltas,
+        Self::Digests,
+        Self::Wanted,
+        Self::Blocks,
+        Self::Synced,
     ];
 
     fn length_max(self) -> usize {
         match self {
-            Self::Accept | Self::Complete | Self::Running => 0,
+            Self::Accept | Self::Complete | Self::Running | Self::Synced => 0,
             Self::Refuse => REASON_MAX,
             Self::Hello => HELLO_MAX,
+            Self::Digests | Self::Wanted | Self::Blocks => DISK_PAYLOAD_MAX,
             Self::Pages | Self::State | Self::Outputs | Self::Deltas => PAYLOAD_MAX,
         }
     }

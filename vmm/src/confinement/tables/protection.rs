@@ -41,6 +41,10 @@ pub(super) const PAIR: &[Rule] = &[
         Sysno::clock_nanosleep,
         "waits before a standby is tried again",
     ),
+    allow(
+        Sysno::fdatasync,
+        "a replica of a disk is durable before its guest goes on",
+    ),
 ];
 
 /// The process that holds a guest's taps.

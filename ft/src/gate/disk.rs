@@ -1,0 +1,255 @@
+//! The gate of a disk: it knows which blocks the guest wrote since the last checkpoint, and lets writes wait
+//! while the other side's replica is made the same.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use roaring::RoaringBitmap;
+use tandem_devices::event::Poller;
+use tandem_devices::virtio::block::{BlockBackend, BlockIo, Operation};
+use tandem_vmm::build::borrow;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Permit;
+use crate::mirror::{BLOCK, Image};
+
+/// What a gate knows.
+#[derive(Debug, Default)]
+struct State {
+    /// The image, once more, and the size of the disk in bytes.
+    image: Option<(Arc<File>, u64)>,
+    /// Blocks that were written, if that matters.
+    written: Option<RoaringBitmap>,
+    /// Writes wait.
+    holds: bool,
+    /// Why the host failed a request of a guest that has a copy.
+    failure: Option<String>,
+}
+
+/// The gate of one disk that the guest may write to.
+#[derive(Debug)]
+pub struct DiskGate {
+    number: u8,
+    state: Mutex<State>,
+    let_go: Condvar,
+    event: EventFd,
+    permit: Arc<Permit>,
+}
+
+impl DiskGate {
+    /// The gate of disk `number`, open. Failures of the host are told by `permit`.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn new(number: u8, permit: Arc<Permit>) -> io::Result<Self> {
+        Ok(Self {
+            number,
+            state: Mutex::default(),
+            let_go: Condvar::new(),
+            event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            permit,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The disk's image; none if the guest has no such disk, or cannot write to it.
+    pub(crate) fn image(&self) -> Option<Image> {
+        let state = self.lock();
+        let (file, bytes) = state.image.as_ref()?;
+        Some(Image::new(self.number, Arc::clone(file), *bytes))
+    }
+
+    /// From now on it is known what is written.
+    pub(crate) fn track(&self) {
+        self.lock().written = Some(RoaringBitmap::new());
+    }
+
+    /// What was written since this was asked last, or since [`DiskGate::track`].
+    pub(crate) fn take_written(&self) -> RoaringBitmap {
+        let mut state = self.lock();
+        state
+            .written
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+    }
+
+    /// Blocks that were written since the last checkpoint.
+    pub(crate) fn count_written(&self) -> u64 {
+        self.lock().written.as_ref().map_or(0, RoaringBitmap::len)
+    }
+
+    /// Writes wait from now on. The guest must stand.
+    pub(crate) fn hold(&self) {
+        self.lock().holds = true;
+    }
+
+    /// Whether writes wait.
+    pub(crate) fn holds(&self) -> bool {
+        self.lock().holds
+    }
+
+    /// Writes wait no longer.
+    pub(crate) fn let_go(&self) {
+        if std::mem::take(&mut self.lock().holds) {
+            self.let_go.notify_all();
+            if let Err(error) = self.event.write(1) {
+                tracing::error!(%error, "cannot wake a disk");
+            }
+        }
+    }
+
+    /// The guest has no copy any more: nothing is known of what it writes.
+    pub(crate) fn open(&self) {
+        self.lock().written = None;
+        self.let_go();
+    }
+
+    /// Why the host failed a request, if it did while the guest had a copy.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.lock().failure.clone()
+    }
+
+    /// Notes that `io` is about to be carried out.
+    fn note(&self, io: &BlockIo) {
+        let mut state = self.lock();
+        if let Some(written) = &mut state.written {
+            // The device checked the range, and disks that have a copy are not larger than there are numbers.
+            let first = io.offset / BLOCK;
+            let last = (io.offset + io.len).saturating_sub(1) / BLOCK;
+            let [first, last] = [first, last].map(|block| u32::try_from(block).unwrap_or(u32::MAX));
+            written.insert_range(first..=last);
+        }
+    }
+
+    /// The host failed a request.
+    fn failed(&self, error: &io::Error) {
+        let mut state = self.lock();
+        if state.written.is_some() && state.failure.is_none() {
+            state.failure = Some(format!("disk {} failed: {error}", self.number));
+            drop(state);
+            self.permit.wake();
+        }
+    }
+
+    fn wait_let_go(&self) {
+        let mut state = self.lock();
+        while state.holds {
+            let waited = self.let_go.wait(state);
+            state = waited.unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// The backend of a disk that has a gate.
+pub(crate) struct GatedDisk {
+    gate: Arc<DiskGate>,
+    outside: Box<dyn BlockBackend>,
+    /// Requests that wait, oldest first; the device's queue bounds them.
+    held: VecDeque<BlockIo>,
+    /// Requests that the outside has.
+    in_flight: usize,
+}
+
+impl GatedDisk {
+    /// Puts `gate` in front of `outside`, whose image is `image`.
+    pub(crate) fn new(gate: Arc<DiskGate>, outside: Box<dyn BlockBackend>, image: File) -> Self {
+        let bytes = outside.sectors() * tandem_devices::virtio::block::SECTOR;
+        gate.lock().image = Some((Arc::new(image), bytes));
+        Self {
+            gate,
+            outside,
+            held: VecDeque::new(),
+            in_flight: 0,
+        }
+    }
+
+    fn pass(&mut self, io: BlockIo) {
+        self.in_flight += 1;
+        self.outside.submit(io);
+    }
+
+    /// Passes on what waited, if it need not any more.
+    fn pass_held(&mut self) -> io::Result<()> {
+        if self.held.is_empty() || self.gate.holds() {
+            return Ok(());
+        }
+        while self.outside.has_room()
+            && let Some(io) = self.held.pop_front()
+        {
+            self.pass(io);
+        }
+        self.outside.flush_batch()
+    }
+}
+
+impl BlockBackend for GatedDisk {
+    fn sectors(&self) -> u64 {
+        self.outside.sectors()
+    }
+
+    fn block_size(&self) -> u32 {
+        self.outside.block_size()
+    }
+
+    fn is_readonly(&self) -> bool {
+        self.outside.is_readonly()
+    }
+
+    fn start(&mut self, poller: &mut dyn Poller, token: u32) -> io::Result<()> {
+        // The event outlives devices, and one that was let go may have watched it.
+        poller.unwatch(borrow(&self.gate.event));
+        poller.watch_input(borrow(&self.gate.event), token)?;
+        self.outside.start(poller, token)
+    }
+
+    fn stop(&mut self, poller: &mut dyn Poller) {
+        poller.unwatch(borrow(&self.gate.event));
+        self.outside.stop(poller);
+    }
+
+    fn has_room(&self) -> bool {
+        self.held.is_empty() && self.outside.has_room()
+    }
+
+    fn submit(&mut self, io: BlockIo) {
+        let reads = io.operation == Operation::Read;
+        if !reads && io.operation != Operation::Flush {
+            self.gate.note(&io);
+        }
+        if !reads && (self.gate.holds() || !self.held.is_empty()) {
+            self.held.push_back(io);
+        } else {
+            self.pass(io);
+        }
+    }
+
+    fn flush_batch(&mut self) -> io::Result<()> {
+        self.outside.flush_batch()
+    }
+
+    fn next_completed(&mut self) -> Option<(usize, io::Result<()>)> {
+        if let Err(error) = self.pass_held() {
+            tracing::error!(%error, "cannot pass on what waited for a disk");
+        }
+        let (token, result) = self.outside.next_completed()?;
+        self.in_flight = self.in_flight.saturating_sub(1);
+        if let Err(error) = &result {
+            self.gate.failed(error);
+        }
+        Some((token, result))
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        if self.in_flight == 0 {
+            self.gate.wait_let_go();
+            self.pass_held()?;
+        }
+        self.outside.wait()
+    }
+}

@@ -1,0 +1,252 @@
+//! The secondary's part of the conversation, and its replicas.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use roaring::RoaringBitmap;
+use tandem_devices::virtio::block::{DiskError, DiskFile};
+use tandem_vmm::migration::MigrationError;
+use tandem_vmm::migration::frame::{self, Kind};
+
+use super::{
+    BLOCK, DIGEST_SIZE, EXTENT_SIZE, Extent, Image, LIST_MAX, PARTS_MAX, WRITTEN_BLOCKS, digest,
+    extents, image_of,
+};
+use crate::runtime::ProtectionError;
+
+/// Why a host cannot keep a replica.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// It is not there and cannot be made.
+    #[error("cannot make {} for the guest's disk", path.display())]
+    Make {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It cannot be used.
+    #[error(transparent)]
+    Image(#[from] DiskError),
+    /// It is another disk.
+    #[error("{} has {found} bytes: the guest's disk has {wanted}", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        found: u64,
+        /// The size of the disk.
+        wanted: u64,
+    },
+}
+
+/// Opens the replica at `path` of disk `disk`, which has `bytes`; an empty one is made if there is none. The
+/// image is locked for as long as the first that is returned lives.
+///
+/// # Errors
+/// When it cannot be used, or is of another size.
+pub(crate) fn open(path: &Path, disk: u8, bytes: u64) -> Result<(DiskFile, Image), ReplicaError> {
+    let failed = |source| ReplicaError::Make {
+        path: path.to_owned(),
+        source,
+    };
+    match File::options().write(true).create_new(true).open(path) {
+        Ok(file) => file.set_len(bytes).map_err(failed)?,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(failed(error)),
+    }
+    let lock = DiskFile::open(path, false, false)?;
+    if lock.bytes() != bytes {
+        return Err(ReplicaError::Size {
+            path: path.to_owned(),
+            found: lock.bytes(),
+            wanted: bytes,
+        });
+    }
+    let file = lock.file.try_clone().map_err(failed)?;
+    Ok((lock, Image::new(disk, Arc::new(file), bytes)))
+}
+
+/// Answers the primary's digests, the first of which may have come: asks for what `images` have otherwise, and
+/// for what only this side wrote (`own`, by disk). Parts that come are given to `take`.
+///
+/// # Errors
+/// When the connection breaks, the other side says what does not fit, or an image cannot be read.
+pub(crate) fn answer(
+    link: &mut (impl Read + Write),
+    images: &[Image],
+    seed: u64,
+    first: Option<Vec<u8>>,
+    own: Vec<(u8, RoaringBitmap)>,
+    mut take: impl FnMut(&Image, Extent, &[u8]) -> io::Result<()>,
+) -> Result<(), ProtectionError> {
+    let wanted = compare(link, images, seed, first, own)?;
+    for list in wanted.chunks(LIST_MAX) {
+        let bytes: Vec<_> = list.iter().flat_map(|extent| extent.to_bytes()).collect();
+        frame::send(link, Kind::Wanted, &bytes)?;
+    }
+    frame::send(link, Kind::Wanted, &[])?;
+    let mut payload = Vec::new();
+    for extent in wanted {
+        expect(link, Kind::Blocks, &mut payload)?;
+        let image = image_of(images, extent).ok_or_else(|| garbled("no part of a disk"))?;
+        let content = content_of(&payload, image, extent)?;
+        take(image, extent, &content).map_err(failed)?;
+    }
+    Ok(frame::expect(link, Kind::Synced)?)
+}
+
+/// What the replicas have otherwise than the primary.
+fn compare(
+    link: &mut impl Read,
+    images: &[Image],
+    seed: u64,
+    first: Option<Vec<u8>>,
+    mut own: Vec<(u8, RoaringBitmap)>,
+) -> Result<Vec<Extent>, ProtectionError> {
+    let mut wanted = Vec::new();
+    let mut content = Vec::new();
+    let mut payload = match first {
+        Some(payload) => payload,
+        None => {
+            let mut payload = Vec::new();
+            expect(link, Kind::Digests, &mut payload)?;
+            payload
+        }
+    };
+    while !payload.is_empty() {
+        let (parts, []) = payload.as_chunks::<DIGEST_SIZE>() else {
+            return Err(garbled("half a digest"));
+        };
+        for part in parts {
+            let (extent, theirs) = part.split_at(EXTENT_SIZE);
+            let extent = <[u8; EXTENT_SIZE]>::try_from(extent);
+            let extent = Extent::from_bytes(extent.map_err(|_| garbled("half a digest"))?);
+            let image = image_of(images, extent).ok_or_else(|| garbled("no part of a disk"))?;
+            image.read(extent, &mut content).map_err(failed)?;
+            if digest(&content, seed) != theirs {
+                wanted.push(extent);
+            }
+            if wanted.len() > PARTS_MAX {
+                return Err(garbled("too many parts of disks"));
+            }
+            forget(&mut own, extent);
+        }
+        expect(link, Kind::Digests, &mut payload)?;
+    }
+    let own = own.iter();
+    wanted.extend(own.flat_map(|(disk, blocks)| extents(*disk, blocks, WRITTEN_BLOCKS)));
+    Ok(wanted)
+}
+
+/// What the primary told of need not be asked for again.
+fn forget(own: &mut [(u8, RoaringBitmap)], extent: Extent) {
+    if let Some((_, blocks)) = own.iter_mut().find(|(disk, _)| *disk == extent.disk) {
+        let last = extent.first.saturating_add(u32::from(extent.blocks) - 1);
+        blocks.remove_range(extent.first..=last);
+    }
+}
+
+fn expect(link: &mut impl Read, kind: Kind, payload: &mut Vec<u8>) -> Result<(), ProtectionError> {
+    match frame::receive(link, payload)? {
+        found if found == kind => Ok(()),
+        found => Err(garbled(&format!("{found:?} instead of {kind:?}"))),
+    }
+}
+
+/// What a part that came has in it.
+fn content_of(payload: &[u8], image: &Image, extent: Extent) -> Result<Vec<u8>, ProtectionError> {
+    let Some((head, content)) = payload.split_first_chunk::<EXTENT_SIZE>() else {
+        return Err(garbled("a part of a disk that is too short"));
+    };
+    let range = image.range(extent).unwrap_or_default();
+    let length = (range.end - range.start) as usize;
+    match content.len() {
+        _ if Extent::from_bytes(*head) != extent => Err(garbled("another part of a disk")),
+        0 => Ok(vec![0; length]),
+        found if found == length => Ok(content.to_vec()),
+        _ => Err(garbled("a part of a disk of another length")),
+    }
+}
+
+fn garbled(what: &str) -> ProtectionError {
+    let what = what.to_owned();
+    MigrationError::Garbled { what }.into()
+}
+
+fn failed(error: io::Error) -> ProtectionError {
+    ProtectionError::Disk(format!("a replica failed: {error}"))
+}
+
+/// Parts of disks that came, until they are written to the replicas: in a file without a name.
+#[derive(Debug)]
+pub(crate) struct Staging {
+    file: File,
+    length: u64,
+    parts: Vec<(Extent, u64)>,
+}
+
+impl Staging {
+    /// In a file beside `replica`, where there is room for what belongs on it.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub(crate) fn beside(replica: &Path) -> io::Result<Self> {
+        let parent = replica.parent().filter(|path| !path.as_os_str().is_empty());
+        Ok(Self {
+            file: tempfile::tempfile_in(parent.unwrap_or(Path::new(".")))?,
+            length: 0,
+            parts: Vec::new(),
+        })
+    }
+
+    /// Puts a part aside.
+    pub(crate) fn put(&mut self, extent: Extent, content: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(content, self.length)?;
+        self.parts.push((extent, self.length));
+        self.length += content.len() as u64;
+        Ok(())
+    }
+
+    /// Writes all parts to the replicas, durably, and forgets them.
+    pub(crate) fn apply(&mut self, images: &[Image]) -> Result<(), ProtectionError> {
+        let mut content = Vec::new();
+        for (extent, at) in &self.parts {
+            let image = image_of(images, *extent).ok_or_else(|| garbled("no part of a disk"))?;
+            let range = image.range(*extent).unwrap_or_default();
+            content.resize((range.end - range.start) as usize, 0);
+            self.file.read_exact_at(&mut content, *at).map_err(failed)?;
+            image.write(*extent, &content).map_err(failed)?;
+        }
+        if !self.parts.is_empty() {
+            images.iter().try_for_each(Image::sync).map_err(failed)?;
+        }
+        self.clear()
+    }
+
+    /// Forgets all parts.
+    pub(crate) fn clear(&mut self) -> Result<(), ProtectionError> {
+        self.parts.clear();
+        match std::mem::take(&mut self.length) {
+            0 => Ok(()),
+            _ => self.file.set_len(0).map_err(failed),
+        }
+    }
+}
+
+impl Image {
+    /// Writes a part of it at once.
+    pub(crate) fn take(&self, extent: Extent, content: &[u8]) -> io::Result<()> {
+        self.write(extent, content)
+    }
+
+    /// Makes what was written durable.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
+    }
+}
+
+const _: () = assert!(WRITTEN_BLOCKS as u64 * BLOCK <= frame::DISK_PAYLOAD_MAX as u64);
