@@ -62,6 +62,8 @@ pub const PAYLOAD_MAX: usize = 20 << 20;
 const HELLO_MAX: usize = 256 << 10;
 /// Longest reason that is told, in bytes.
 const REASON_MAX: usize = 4096;
+/// Largest list of pages that are wanted, in bytes.
+pub const WANTED_MAX: usize = 64 << 10;
 /// Bytes in front of a payload.
 pub const HEADER_SIZE: usize = 16;
 
@@ -87,10 +89,12 @@ pub enum Kind {
     Outputs = 8,
     /// Pages of a checkpoint, by what differs from those that were sent before.
     Deltas = 9,
+    /// Pages that a copy of a guest wants before it goes on from a checkpoint.
+    Wanted = 10,
 }
 
 impl Kind {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Hello,
         Self::Accept,
         Self::Pages,
@@ -100,6 +104,7 @@ impl Kind {
         Self::Refuse,
         Self::Outputs,
         Self::Deltas,
+        Self::Wanted,
     ];
 
     fn length_max(self) -> usize {
@@ -107,6 +112,7 @@ impl Kind {
             Self::Accept | Self::Complete | Self::Running => 0,
             Self::Refuse => REASON_MAX,
             Self::Hello => HELLO_MAX,
+            Self::Wanted => WANTED_MAX,
             Self::Pages | Self::State | Self::Outputs | Self::Deltas => PAYLOAD_MAX,
         }
     }
