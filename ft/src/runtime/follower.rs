@@ -7,29 +7,33 @@ use tandem_vmm::machine::Replacement;
 use tandem_vmm::snapshot::GuestState;
 
 use super::ProtectionError;
-use super::base::Base;
 use super::checkpoint::{Part, Receiver};
+use super::image::{Image, Stage};
 use super::pair::PairCut;
 use super::secondary::Core;
+use super::wanted::want;
 use crate::pair::{Epoch, SecondaryEvent};
 
 /// Lets the guest, which is there with its first checkpoint, run, and receives checkpoints until no more
 /// come.
-pub(super) fn follow(core: &Core, mut receiver: Receiver, mut base: Base, first: PairCut) {
+pub(super) fn follow(core: &Core, mut receiver: Receiver, mut image: Image, first: PairCut) {
     let error = match begin(core, first) {
         Ok(()) => loop {
-            let step = match receiver.next() {
-                Ok(Part::Pages(batch)) => base.apply(batch),
-                Ok(Part::Deltas(deltas)) => base.change(deltas),
-                Ok(Part::Whole(state, cut)) => load(core, &mut base, *state, cut),
+            let step = match receiver.next(&|| core.is_over()) {
+                Ok(Part::Pages(batch)) => image.apply(batch),
+                Ok(Part::Deltas(deltas)) => image.change(deltas),
+                Ok(Part::Whole(state, cut)) => load(core, &mut receiver, &mut image, *state, cut),
                 Err(error) => Err(error),
             };
+            core.pair.set_checkpoint_memory(image.memory_bytes());
             if let Err(error) = step {
                 break error;
             }
         },
         Err(error) => error,
     };
+    drop(image);
+    core.pair.set_checkpoint_memory(0);
     let why = tandem_vmm::error::causes(&error);
     tracing::info!(%why, "no more checkpoints come");
 }
@@ -51,7 +55,8 @@ fn begin(core: &Core, cut: PairCut) -> Result<(), ProtectionError> {
 /// Makes the guest that of a checkpoint.
 fn load(
     core: &Core,
-    base: &mut Base,
+    receiver: &mut Receiver,
+    image: &mut Image,
     state: GuestState,
     cut: PairCut,
 ) -> Result<(), ProtectionError> {
@@ -59,6 +64,9 @@ fn load(
     let Some(stood) = core.wait_mark(epoch) else {
         return Err(ProtectionError::Garbled("no mark of its checkpoint".into()));
     };
+    if let Image::Staged(stage) = image {
+        complete(core, receiver, stage)?;
+    }
     if core.event(SecondaryEvent::Staged(epoch)).is_none() {
         // The guest goes on without it.
         return Err(ControlError::Gone.into());
@@ -68,10 +76,28 @@ fn load(
     let replaced = handle.replace(Replacement {
         state,
         since: stood.checked_sub(cut.age).unwrap_or(stood),
-        load: Box::new(base.loader()),
+        load: image.loader(),
     });
+    image.loaded();
     tracing::debug!(%epoch, waited = ?begun - stood, took = ?begun.elapsed(), "loaded");
     finish(core, replaced.map_err(Into::into), cut)
+}
+
+/// Gets what the copy wrote and the checkpoint does not have. Until it is all here the copy's guest stays what
+/// it is, and goes on from that if the primary is lost.
+fn complete(
+    core: &Core,
+    receiver: &mut Receiver,
+    stage: &mut Stage,
+) -> Result<(), ProtectionError> {
+    let begun = Instant::now();
+    let handle = core.handle().ok_or(ControlError::Gone)?;
+    let own = handle.gather()?;
+    let missing = stage.recall(&own)?;
+    let (wrote, asked) = (own.len(), missing.len());
+    want(receiver, stage, missing, &|| core.is_over())?;
+    tracing::debug!(wrote, asked, took = ?begun.elapsed(), "complete");
+    Ok(())
 }
 
 /// The checkpoint is loaded: the guest runs on from it.
