@@ -193,7 +193,7 @@ pub enum Verb {
         #[arg(long, value_name = "DIR", value_parser = value::path)]
         arbiter: PathBuf,
         /// What the guest waits for when its copy is made the same: `running` only for its own part,
-        /// `stopped` until the copy runs too, to compare
+        /// `stopped` until the copy runs too, which then needs no second image of the guest's memory
         #[arg(long, value_name = "MODE", default_value = "running", value_parser = value::resync)]
         resync: ResyncMode,
         /// How long to wait until the guest is protected
@@ -347,7 +347,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
     pub arbiter: Option<PathBuf>,
     /// What the guest waits for when its copy is made the same: `running` only for its own part,
-    /// `stopped` until the copy runs too, to compare [default: running]
+    /// `stopped` until the copy runs too, which then needs no second image of the guest's memory [default: running]
     #[arg(long, value_name = "MODE", value_parser = value::resync, help_heading = "Protection")]
     pub resync: Option<ResyncMode>,
 }

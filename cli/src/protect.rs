@@ -104,7 +104,9 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
     let mut invitation = Some(invitation);
     let ran = run_machine(launch, context, |config, confinement| {
         let memory = memory::allocate(config.memory, config.hugepages)?;
-        let base = memory::allocate(config.memory, config.hugepages)?;
+        // What is only staged is to be given back page by page.
+        let huge = config.hugepages && invitation.as_ref().is_none_or(Invitation::keeps_image);
+        let beside = memory::allocate(config.memory, huge)?;
         let pair = Pair::new(&config.name, config.nets.len(), config.disks.len())
             .map_err(Failure::host("make gates for the guest"))?;
         let pair = Arc::new(pair);
@@ -118,7 +120,7 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
             disks: config.disks.iter().map(|disk| disk.path.clone()).collect(),
             confinement: confinement.entry(ThreadKind::Protection),
         };
-        let joined = invitation.accept(&listener, &memory, base, standby, &pair)?;
+        let joined = invitation.accept(&listener, &memory, beside, standby, &pair)?;
         let surroundings = surroundings(confinement, &pair);
         let memory = SavedMemory::Loaded(memory);
         let restored =

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tandem_devices::GuestMemory;
 use tandem_ft::delta;
+use tandem_vmm::dirty::PageSet;
 use tandem_vmm::memory;
 use tandem_vmm::migration::frame::{self, HEADER_SIZE, Hello, Kind, Purpose};
 use tandem_vmm::migration::pages;
@@ -18,7 +19,7 @@ pub(crate) const MEMORY: u64 = 64 << 10;
 /// Bytes of a header that its checksum covers.
 const SUMMED: usize = 8;
 /// Kinds that there are, and one more.
-const KINDS: u32 = 11;
+const KINDS: u32 = 12;
 
 pub(crate) fn run(data: &[u8]) {
     for purpose in [Purpose::Migration, Purpose::Protection, Purpose::Pairing] {
@@ -48,6 +49,8 @@ fn take(kind: Kind, payload: &[u8], memory: &GuestMemory) {
         Kind::Hello => return understand(payload),
         Kind::Pages => pages::apply(payload, memory, known),
         Kind::Deltas => delta::apply(payload, memory, known),
+        Kind::Wanted => delta::wanted::decode(payload, &mut PageSet::all_of(memory))
+            .map(|wanted| wanted.iter().for_each(known)),
         Kind::State => GuestState::from_bytes(payload)
             .map(drop)
             .map_err(Into::into),

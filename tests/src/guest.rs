@@ -365,13 +365,31 @@ impl Guest {
 
     /// Runs another `tandem` command against the same runtime directory.
     pub fn tandem(&self, arguments: &[&str]) -> Output {
-        Command::new(images::tandem())
-            .arg("--runtime-dir")
-            .arg(self.runtime.path())
-            .args(arguments)
-            .stdin(Stdio::null())
-            .output()
-            .expect("the command runs")
+        self.command(arguments).output().expect("the command runs")
+    }
+
+    /// As [`Guest::tandem`], and does not wait for its end. What it prints is thrown away.
+    pub fn begin(&self, arguments: &[&str]) -> Child {
+        let mut command = self.command(arguments);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().expect("the command runs")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(images::tandem());
+        command.arg("--runtime-dir").arg(self.runtime.path());
+        command.args(arguments).stdin(Stdio::null());
+        command
+    }
+
+    /// The VMM's share of the host's memory, in bytes (proc_pid_smaps_rollup(5), `Pss`).
+    pub fn memory_bytes(&self) -> u64 {
+        let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid()));
+        let text = text.expect("the VMM runs");
+        let mut lines = text.lines();
+        let share = lines.find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB"));
+        let kib: u64 = share.and_then(|kib| kib.parse().ok()).expect("a number");
+        kib << 10
     }
 
     /// Sends a signal to the VMM.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use protection::clients::{Chance, ECHO, HTTP, KV, Load, NATIVE, Service};
+use protection::clients::{Chance, ECHO, HTTP, KV, Kv, Load, NATIVE, Service};
 use protection::history;
 use tandem_tests::guest::GuestBuilder;
 use tandem_tests::link::Direction;
@@ -37,6 +37,18 @@ const TAKEOVERS: u32 = 6;
 /// Waits of all clients in all of them: a frame that the primary has read and not yet passed on dies with it,
 /// and on a busy machine that may be more than a moment. Without the keeper there are 6 to 20.
 const WAITS_MAX: u64 = 2;
+/// Memory of a guest that stores much.
+const LARGE: &str = "256MiB";
+const LARGE_BYTES: u64 = 256 << 20;
+/// How many values it stores, and bytes of each.
+const VALUES: usize = 500;
+const VALUE_BYTES: usize = 256 << 10;
+const STORED: u64 = (VALUES * VALUE_BYTES) as u64;
+/// Resyncs of that.
+const LARGE_RESYNCS: u32 = 10;
+/// What protection costs without a second image, in bytes: 16 MiB of remembered pages, those that are staged, and
+/// queues.
+const COST_MAX: u64 = 48 << 20;
 /// Shorter than TCP's shortest timer, with room for replies.
 const TIMER: Duration = Duration::from_millis(150);
 /// Attempts to begin with a guest that is protected: on a busy machine a side may take the other for dead
@@ -169,16 +181,18 @@ fn a_guest_that_resets_over_and_over_is_protected_again_and_again() {
     if cannot_run() {
         return;
     }
-    let mut pair = Pair::start(GuestBuilder::image("hello", "reboot rng"));
-    for _ in 0..6 {
-        pair.side(Side::Primary).wait_for("hello: ready");
+    for start in [Pair::start as fn(_) -> _, standing] {
+        let mut pair = start(GuestBuilder::image("hello", "reboot rng"));
+        for _ in 0..6 {
+            pair.side(Side::Primary).wait_for("hello: ready");
+        }
+        pair.wait_protected();
+        assert_eq!(
+            pair.status(Side::Primary).unwrap()["term"],
+            1,
+            "nobody was given up"
+        );
     }
-    pair.wait_protected();
-    assert_eq!(
-        pair.status(Side::Primary).unwrap()["term"],
-        1,
-        "nobody was given up"
-    );
 }
 
 #[test]
@@ -188,9 +202,7 @@ fn a_guest_is_made_the_same_as_often_as_that_is_asked_for() {
     }
     for mode in ["running", "stopped"] {
         let mut stage = match mode {
-            "stopped" => Stage::with(KV, |guest| {
-                Pair::start(guest.arg("--resync").arg("stopped"))
-            }),
+            "stopped" => Stage::with(KV, standing),
             _ => Stage::new(KV),
         };
         for asked in 1..=10 {
@@ -204,6 +216,120 @@ fn a_guest_is_made_the_same_as_often_as_that_is_asked_for() {
         }
         stage.pair.kill(Side::Primary);
         assert_eq!(stage.expect_one(), Side::Secondary);
+        stage.finish();
+    }
+}
+
+/// A guest with its copy, which waits for that during resyncs.
+fn standing(guest: GuestBuilder) -> Pair {
+    Pair::start(guest.arg("--resync").arg("stopped"))
+}
+
+fn large(guest: GuestBuilder) -> GuestBuilder {
+    guest.arg("--memory").arg(LARGE)
+}
+
+/// Stores values beside what the clients do, and calls `look` with each key and value, which the store has.
+fn values(network: &Network, mut look: impl FnMut(&mut Kv<'_>, &str, &str)) {
+    let stream = network.connect(KV.port);
+    stream.set_read_timeout(Some(NATIVE.patience)).unwrap();
+    let mut kv = Kv::new(&stream);
+    for number in 0..VALUES {
+        let key = format!("large-{number}");
+        let value = format!("{number:08}").repeat(VALUE_BYTES / 8);
+        look(&mut kv, &key, &value);
+    }
+}
+
+fn store(network: &Network) {
+    values(network, |kv, key, value| {
+        let answer = kv.ask(&["SET", key, value]).unwrap();
+        assert_eq!(answer.as_deref(), Some("OK"));
+    });
+}
+
+fn find(network: &Network) {
+    values(network, |kv, key, value| {
+        let found = kv.ask(&["GET", key]).unwrap();
+        assert!(found.as_deref() == Some(value), "{key} is another");
+    });
+}
+
+#[test]
+fn a_copy_costs_its_guests_memory_once_if_that_stands_during_resyncs_and_twice_if_not() {
+    if cannot_run() {
+        return;
+    }
+    for (mode, begin) in [
+        (
+            "running",
+            (|guest| Pair::start(large(guest))) as fn(GuestBuilder) -> Pair,
+        ),
+        ("stopped", |guest| standing(large(guest))),
+    ] {
+        let mut stage = Stage::with(KV, begin);
+        store(&stage.network);
+        for _ in 0..LARGE_RESYNCS {
+            stage.pair.side(Side::Primary).succeed(&["resync", "guest"]);
+            stage.load.expect_progress();
+        }
+        let [primary, secondary] = Side::BOTH.map(|side| stage.pair.status(side).unwrap());
+        let bytes = |status: &Value| status["protection_memory_bytes"].as_u64().unwrap();
+        let taken = stage.pair.side(Side::Secondary).memory_bytes();
+        println!(
+            "{mode}: the primary stood {}, protection costs it {} bytes and its copy {} of {taken}",
+            primary["pause_us"],
+            bytes(&primary),
+            bytes(&secondary),
+        );
+        assert_eq!(secondary["mode"], mode);
+        assert!((1..COST_MAX).contains(&bytes(&primary)), "{primary}");
+        assert!(taken > STORED, "{taken} bytes of all that is stored");
+        match mode {
+            "running" => {
+                assert!(bytes(&secondary) > STORED, "{secondary}");
+                assert!(taken > LARGE_BYTES * 3 / 2, "{taken}");
+            }
+            _ => {
+                assert!(bytes(&secondary) < COST_MAX, "{secondary}");
+                assert!(taken < LARGE_BYTES * 5 / 4, "{taken}");
+            }
+        }
+        stage.pair.kill(Side::Primary);
+        assert_eq!(stage.expect_one(), Side::Secondary);
+        find(&stage.network);
+        stage
+            .pair
+            .wait_status(Side::Secondary, |status| bytes(status) < COST_MAX);
+        stage.finish();
+    }
+}
+
+#[test]
+fn a_guest_that_stands_during_resyncs_may_be_lost_at_any_moment_of_one() {
+    if cannot_run() {
+        return;
+    }
+    let mut chance = Chance(40);
+    for (round, service) in [KV, ECHO, KV].repeat(RESYNCS).into_iter().enumerate() {
+        let mut stage = Stage::with(service, standing);
+        // What the copy asks for takes a while.
+        stage.pair.link().delay(DELAY);
+        let primary = stage.pair.side(Side::Primary);
+        let mut asked = primary.begin(&["resync", "guest"]);
+        std::thread::sleep(chance.part_of(RESYNC_WATCHED));
+        match round % 3 {
+            2 => {
+                stage.pair.link().reset();
+                stage.expect_one_and_the_end_of_the_other();
+            }
+            _ => {
+                stage.pair.kill(Side::Primary);
+                assert_eq!(stage.expect_one(), Side::Secondary);
+            }
+        }
+        // It may have been done, or lost its guest.
+        asked.wait().unwrap();
         stage.finish();
     }
 }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tandem_devices::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::dirty::{DirtyTracker, PAGE_SIZE};
+use crate::dirty::{DirtyTracker, PAGE_SIZE, PageSet};
 use crate::kvm::standing::{Stand, Standing};
 use crate::machine::Replacement;
 use crate::snapshot::{GuestState, HardwareState};
@@ -138,6 +138,8 @@ pub enum Command {
     Doubt,
     /// End a frozen guest that goes on elsewhere.
     Leave,
+    /// Let a guest that is a copy stand until it is replaced or goes on by itself, and tell what it wrote.
+    Gather,
     /// Let a guest that is a copy go on from another state; it stands afterwards.
     Replace(Box<Replacement>),
     /// The guest is a copy of none any more.
@@ -157,6 +159,8 @@ pub enum Answer {
     Frozen(Box<Frozen>),
     /// Both.
     BegunFrozen(Saving, Box<Frozen>),
+    /// Pages that a guest wrote.
+    Pages(PageSet),
     /// A guest was thawed: from when it began to stop until its vCPUs were let go, if it was to go on.
     Thawed(Stand),
 }
@@ -420,6 +424,18 @@ impl Handle {
     /// As [`Handle::request`].
     pub fn leave(&self) -> Result<(), ControlError> {
         self.request(Command::Leave).map(drop)
+    }
+
+    /// Lets a guest that is a copy stand, and returns the pages that it wrote since it was replaced last. It
+    /// stands until it is replaced or goes live; nobody can resume it before.
+    ///
+    /// # Errors
+    /// As [`Handle::request`], and when it is no copy.
+    pub fn gather(&self) -> Result<PageSet, ControlError> {
+        match self.request(Command::Gather)? {
+            Answer::Pages(pages) => Ok(pages),
+            _ => Err(ControlError::Failed("the VMM gave no pages".into())),
+        }
     }
 
     /// Lets a guest that is a copy go on from another state. It stands afterwards.

@@ -34,7 +34,7 @@ use crate::console::ConsoleHub;
 use crate::console_port::ConsolePort;
 use crate::control::{Handle, MachineState, Outcome, Reply, Request};
 use crate::device_model::{DeviceModel, Source, watch};
-use crate::dirty::DirtyTracker;
+use crate::dirty::{DirtyTracker, PageSet};
 use crate::error::Error;
 use crate::gates::{Caller, Gates, Surroundings};
 use crate::kvm::acks::AckRing;
@@ -80,6 +80,8 @@ pub struct Machine {
     saving: SavePhase,
     /// The guest is a copy that another process may replace: it does not end by itself.
     shadow: Shadow,
+    /// What a copy wrote that stands until it is replaced.
+    gathered: Option<PageSet>,
     /// Who wants the guest to stand as it is after its reset.
     overtaken: Option<Reply>,
     /// Since when a frozen guest stands.
@@ -200,6 +202,7 @@ impl Machine {
             saving: SavePhase::None,
             overtaken: None,
             shadow: Shadow::default(),
+            gathered: None,
             froze: None,
             released: None,
             loader: None,

@@ -4,6 +4,7 @@
 //! in place when the guest is reset.
 
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
@@ -13,6 +14,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion}
 use crate::boot::layout;
 use crate::error::Error;
 
+/// Size of the blocks in which files are counted (stat(2), `st_blocks`).
+const BLOCK: u64 = 512;
 /// Size of a huge page in bytes.
 pub const HUGE_PAGE: u64 = 2 << 20;
 
@@ -50,6 +53,17 @@ fn memfd(bytes: u64, hugepages: bool) -> std::io::Result<File> {
     Ok(File::from(fd))
 }
 
+/// Bytes of the host's memory that guest memory takes: of what was written to, and all of huge pages.
+///
+/// # Errors
+/// When the host does not say.
+pub fn occupied(memory: &GuestMemory) -> std::io::Result<u64> {
+    // All regions are of one file.
+    let file = memory.iter().find_map(|region| region.file_offset());
+    let blocks = file.map(|file| file.file().metadata()).transpose()?;
+    Ok(blocks.map_or(0, |file| file.blocks() * BLOCK))
+}
+
 /// Empties all of guest memory: every byte reads as zero afterwards.
 ///
 /// # Errors
@@ -81,12 +95,14 @@ mod tests {
         for at in places {
             memory.write_obj(0x5aa5_u64, at).unwrap();
         }
+        assert_eq!(occupied(&memory).unwrap(), 2 * 4096);
         assert!(
             memory
                 .write_obj(1u8, GuestAddress(layout::LOW_RAM_END_MAX))
                 .is_err()
         );
         clear(&memory).unwrap();
+        assert_eq!(occupied(&memory).unwrap(), 0);
         for at in places {
             assert_eq!(memory.read_obj::<u64>(at).unwrap(), 0);
         }

@@ -81,6 +81,12 @@ fn protected(out: &mut Exposition, status: &Status) {
             "Bytes sent for a page that the guest wrote, on average.",
             status.bytes_per_dirty_page,
         ),
+        (
+            "tandem_protection_memory_bytes",
+            "gauge",
+            "Memory of this host that protection costs besides the guest's own.",
+            status.protection_memory_bytes,
+        ),
     ] {
         out.family(name, kind, help);
         out.sample(name, &[], &value.to_string());

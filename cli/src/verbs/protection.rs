@@ -223,6 +223,10 @@ fn status_table(status: &Status) -> String {
         ("pause", times(&status.pause_us)),
         ("resync", times(&status.resync_us)),
         ("bytes per dirty page", sent),
+        (
+            "protection memory",
+            format!("{} KiB", status.protection_memory_bytes.div_ceil(1024)),
+        ),
     ];
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     rows.iter()

@@ -372,6 +372,11 @@ impl Comparator {
         self.held_count() > 0
     }
 
+    /// Bytes of frames and streams that it keeps.
+    pub fn memory_bytes(&self) -> usize {
+        self.held_bytes + self.message_bytes + self.streams.kept + self.streams.surplus
+    }
+
     /// What was counted, and what is held.
     pub fn figures(&self) -> Figures {
         Figures {

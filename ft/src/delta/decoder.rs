@@ -8,22 +8,65 @@ use tandem_vmm::migration::pages::{BATCH_PAGES, PAGE, Page};
 use vm_memory::{Bytes, GuestAddress};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::{ENCODING_BITS, Encoding, HEAD, VERSION, runs, varint};
+use super::{Encoding, HEAD, HEAD_BITS, REMEMBERED, VERSION, runs, varint};
 
-fn garbled(what: impl Into<String>) -> MigrationError {
+pub(super) fn garbled(what: impl Into<String>) -> MigrationError {
     MigrationError::Garbled { what: what.into() }
+}
+
+/// Where pages go.
+pub trait Target {
+    /// Makes `page` what page `frame` was when it came last.
+    ///
+    /// # Errors
+    /// When that is not known, or the guest has no such page.
+    fn last(&mut self, frame: u64, page: &mut Page) -> Result<(), MigrationError>;
+
+    /// Takes page `frame`, which is `remembered` by the other side from now on, or as before.
+    ///
+    /// # Errors
+    /// When the guest has no such page.
+    fn put(&mut self, frame: u64, page: &Page, remembered: bool) -> Result<(), MigrationError>;
+}
+
+/// Memory in which each page is as it came last.
+struct Whole<'a, F> {
+    memory: &'a GuestMemory,
+    seen: F,
+}
+
+impl<F: FnMut(u64)> Target for Whole<'_, F> {
+    fn last(&mut self, frame: u64, page: &mut Page) -> Result<(), MigrationError> {
+        let read = self.memory.read_slice(page, address(frame)?);
+        read.map_err(|_| outside(frame))
+    }
+
+    fn put(&mut self, frame: u64, page: &Page, _remembered: bool) -> Result<(), MigrationError> {
+        let written = self.memory.write_slice(page, address(frame)?);
+        written.map_err(|_| outside(frame))?;
+        (self.seen)(frame);
+        Ok(())
+    }
 }
 
 /// Puts the pages of a payload into memory; `seen` is called with each page's frame.
 ///
 /// # Errors
-/// When it is no payload, has pages that the guest does not have, or says what differs from something else
-/// than is there. Some pages may be in place then.
+/// As [`take`].
 pub fn apply(
     payload: &[u8],
     memory: &GuestMemory,
-    mut seen: impl FnMut(u64),
+    seen: impl FnMut(u64),
 ) -> Result<(), MigrationError> {
+    take(payload, &mut Whole { memory, seen })
+}
+
+/// Puts the pages of a payload where they are to go.
+///
+/// # Errors
+/// When it is no payload, has pages that the guest does not have, or says what differs from something else
+/// than is there. Some pages may be in place then.
+pub fn take(payload: &[u8], to: &mut impl Target) -> Result<(), MigrationError> {
     let head = payload.split_first_chunk::<HEAD>();
     let ([version, sum @ ..], rest) = head.ok_or_else(|| garbled("deltas without a beginning"))?;
     if *version != VERSION {
@@ -32,7 +75,7 @@ pub fn apply(
     }
     let mut decoder = Decoder {
         rest,
-        memory,
+        to,
         page: [0; PAGE],
         sum: Xxh3::new(),
     };
@@ -42,9 +85,7 @@ pub fn apply(
         if count > BATCH_PAGES {
             return Err(garbled(format!("more than {BATCH_PAGES} deltas at once")));
         }
-        let frame = decoder.page(next)?;
-        seen(frame);
-        next = frame + 1;
+        next = decoder.page(next)? + 1;
     }
     if decoder.sum.digest().to_le_bytes() != *sum {
         return Err(garbled("deltas to other pages than are here"));
@@ -52,25 +93,23 @@ pub fn apply(
     Ok(())
 }
 
-struct Decoder<'a> {
+struct Decoder<'a, T> {
     rest: &'a [u8],
-    memory: &'a GuestMemory,
+    to: &'a mut T,
     /// Room for a page.
     page: Page,
     sum: Xxh3,
 }
 
-impl<'a> Decoder<'a> {
+impl<'a, T: Target> Decoder<'a, T> {
     /// Takes the page at or behind frame `next`; which one it is.
     fn page(&mut self, next: u64) -> Result<u64, MigrationError> {
         let head = varint::take(&mut self.rest);
         let head = head.ok_or_else(|| garbled("a delta without a beginning"))?;
-        let frame = next.checked_add(head >> ENCODING_BITS);
-        let address = frame.and_then(|frame| frame.checked_mul(PAGE_SIZE));
-        let (Some(frame), Some(address)) = (frame, address) else {
-            return Err(garbled("a delta to a page behind all memory"));
-        };
-        let address = GuestAddress(address);
+        let frame = next.checked_add(head >> HEAD_BITS);
+        // There is one behind it, for the next.
+        let frame = frame.filter(|frame| *frame < u64::MAX / PAGE_SIZE);
+        let frame = frame.ok_or_else(|| garbled("a delta to a page behind all memory"))?;
         match Encoding::of(head) {
             Encoding::Zero => self.page = [0; PAGE],
             Encoding::Whole => {
@@ -81,12 +120,11 @@ impl<'a> Decoder<'a> {
             }
             Encoding::Packed => self.unpack(frame)?,
             Encoding::Delta => {
-                self.change(frame, address)?;
+                self.change(frame)?;
                 self.sum.update(&self.page);
             }
         }
-        let written = self.memory.write_slice(&self.page, address);
-        written.map_err(|_| outside(frame))?;
+        self.to.put(frame, &self.page, head & REMEMBERED != 0)?;
         Ok(frame)
     }
 
@@ -108,10 +146,9 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    fn change(&mut self, frame: u64, address: GuestAddress) -> Result<(), MigrationError> {
+    fn change(&mut self, frame: u64) -> Result<(), MigrationError> {
         let mut runs = self.part(frame)?;
-        let read = self.memory.read_slice(&mut self.page, address);
-        read.map_err(|_| outside(frame))?;
+        self.to.last(frame, &mut self.page)?;
         let mut end = 0;
         while !runs.is_empty() {
             let run = runs::take(&mut runs, end);
@@ -122,6 +159,11 @@ impl<'a> Decoder<'a> {
         }
         Ok(())
     }
+}
+
+fn address(frame: u64) -> Result<GuestAddress, MigrationError> {
+    let address = frame.checked_mul(PAGE_SIZE);
+    address.map(GuestAddress).ok_or_else(|| outside(frame))
 }
 
 fn outside(frame: u64) -> MigrationError {

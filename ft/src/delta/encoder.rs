@@ -9,7 +9,7 @@ use tandem_vmm::migration::pages::{BATCH_PAGES, PAGE, Page};
 use xxhash_rust::xxh3::Xxh3;
 
 use super::sent::SentPages;
-use super::{ENCODING_BITS, Encoding, HEAD, VERSION, runs, varint};
+use super::{Encoding, HEAD, HEAD_BITS, REMEMBERED, VERSION, runs, varint};
 
 /// A delta of at most as many bytes is sent without a look at how small LZ4 makes the page: it takes longer
 /// than that saves.
@@ -57,6 +57,13 @@ impl Encoder {
         self.clear();
     }
 
+    /// Bytes of memory that it takes.
+    pub fn memory_bytes(&self) -> u64 {
+        let rooms = [&self.packed, &self.runs, &self.payload];
+        let rooms: usize = rooms.into_iter().map(Vec::capacity).sum();
+        self.sent.memory_bytes() + rooms as u64
+    }
+
     /// Sends pages, by frame and without content if they are zero; returns the bytes that were sent.
     ///
     /// # Errors
@@ -102,8 +109,8 @@ impl Encoder {
             return self.add_zero(frame);
         };
         let Some(old) = self.sent.get(frame) else {
-            self.sent.put(frame, page);
-            return self.add_alone(frame, page, PAGE);
+            let remembered = self.sent.put(frame, page);
+            return self.add_alone(frame, page, remembered);
         };
         if old == page {
             return;
@@ -112,8 +119,10 @@ impl Encoder {
         let fits = runs::put(old, page, &mut self.runs, PAGE);
         *old = *page;
         if !fits {
-            self.add_alone(frame, page, PAGE);
-        } else if self.runs.len() <= DELTA_GOOD || !self.add_packed(frame, page, self.runs.len()) {
+            self.add_alone(frame, page, false);
+        } else if self.runs.len() <= DELTA_GOOD
+            || !self.add_packed(frame, page, self.runs.len(), false)
+        {
             self.add_delta(frame, page);
         }
     }
@@ -124,25 +133,25 @@ impl Encoder {
             Some(old) => *old = [0; PAGE],
             None => {}
         }
-        self.head(frame, Encoding::Zero);
+        self.head(frame, Encoding::Zero, false);
     }
 
     fn add_delta(&mut self, frame: u64, page: &Page) {
-        self.head(frame, Encoding::Delta);
+        self.head(frame, Encoding::Delta, false);
         varint::put(&mut self.payload, self.runs.len() as u64);
         self.payload.extend_from_slice(&self.runs);
         self.sum.update(page);
     }
 
-    fn add_alone(&mut self, frame: u64, page: &Page, max: usize) {
-        if !self.add_packed(frame, page, max) {
-            self.head(frame, Encoding::Whole);
+    fn add_alone(&mut self, frame: u64, page: &Page, remembered: bool) {
+        if !self.add_packed(frame, page, PAGE, remembered) {
+            self.head(frame, Encoding::Whole, remembered);
             self.payload.extend_from_slice(page);
         }
     }
 
     /// Adds a page packed, if it has less than `max` bytes then.
-    fn add_packed(&mut self, frame: u64, page: &Page, max: usize) -> bool {
+    fn add_packed(&mut self, frame: u64, page: &Page, max: usize, remembered: bool) -> bool {
         let packed = compress_into_with_table(page, &mut self.packed, &mut self.table);
         let Ok(length) = packed.inspect_err(|e| tracing::debug!(%e, "a page cannot be packed"))
         else {
@@ -151,22 +160,21 @@ impl Encoder {
         if length >= max {
             return false;
         }
-        self.head(frame, Encoding::Packed);
+        self.head(frame, Encoding::Packed, remembered);
         varint::put(&mut self.payload, length as u64);
         self.payload.extend_from_slice(&self.packed[..length]);
         true
     }
 
-    fn head(&mut self, frame: u64, encoding: Encoding) {
+    fn head(&mut self, frame: u64, encoding: Encoding, remembered: bool) {
         if self.pages == 0 {
             self.payload.push(VERSION);
             self.payload.resize(HEAD, 0);
         }
         let left_out = frame - self.next;
-        varint::put(
-            &mut self.payload,
-            left_out << ENCODING_BITS | encoding as u64,
-        );
+        let remembered = if remembered { REMEMBERED } else { 0 };
+        let head = left_out << HEAD_BITS | remembered | encoding as u64;
+        varint::put(&mut self.payload, head);
         self.next = frame + 1;
         self.pages += 1;
     }

@@ -3,14 +3,16 @@
 //!
 //! ```text
 //!   payload: version, 1 | checksum, 8 | pages
-//!   page:    head, varint: frames that were left out before it x 4 + encoding | what the encoding says
+//!   page:    head, varint: frames that were left out before it x 8 + remembered x 4 + encoding |
+//!            what the encoding says
 //!     0, zero:   nothing
 //!     1, whole:  4,096 bytes
 //!     2, packed: length, varint | LZ4 block of the 4,096 bytes
 //!     3, delta:  length, varint | runs: equal bytes before it, varint | length, varint | bytes
 //! ```
 //!
-//! Varints have 7 bits in a byte, the lowest first; frames grow within a payload. The checksum is XXH3
+//! A page that is *remembered* has just become one of those that the primary remembers, and replaces the one
+//! that had its place (see [`SentPages`]). Varints have 7 bits in a byte, the lowest first; frames grow within a payload. The checksum is XXH3
 //! (64 bits) of all pages that came as deltas as they are then, in their order: a delta on top of something
 //! else does not go unseen.
 //!
@@ -19,6 +21,9 @@
 //! A page that is what was sent last is that in the secondary's base image too. The copy's guest has it from
 //! there already, or wrote it, and then takes it from there with all pages that it wrote, or it came since
 //! the guest was loaded, and is taken as one that came.
+//!
+//! A secondary without a base image remembers the same pages as the primary, as that says, and so has what
+//! deltas are to; what it wrote itself and does not have it asks for ([`wanted`]).
 //!
 //! # What it costs
 //!
@@ -36,7 +41,7 @@
 //! | not remembered, without order | 142 | 338 | 4,097 |
 //!
 //! Memory: at most [`SENT_PAGES_MAX`] pages at the primary, as many as the guest wrote, while there is a
-//! secondary; nothing at the secondary.
+//! secondary; nothing at a secondary with a base image, and as much at one without.
 
 mod decoder;
 mod encoder;
@@ -46,14 +51,15 @@ mod sent;
 #[cfg(test)]
 mod tests;
 mod varint;
+pub mod wanted;
 
-pub use decoder::apply;
+pub use decoder::{Target, apply, take};
 pub use encoder::Encoder;
 pub use sender::{Ahead, Staging};
-pub use sent::SENT_PAGES_MAX;
+pub use sent::{SENT_PAGES_MAX, SentPages};
 
 /// Version of the payload.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Bytes of a payload before its pages.
 const HEAD: usize = 9;
 
@@ -69,6 +75,10 @@ enum Encoding {
 
 /// Bits of a page's head that say how.
 const ENCODING_BITS: u32 = 2;
+/// Bits of a page's head that say no frames.
+const HEAD_BITS: u32 = ENCODING_BITS + 1;
+/// Of a page's head: it is remembered from now on.
+const REMEMBERED: u64 = 1 << ENCODING_BITS;
 
 impl Encoding {
     fn of(head: u64) -> Self {

@@ -268,12 +268,12 @@ fn payloads_say_what_is_wrong_with_them() {
     let pages = |bytes: &[u8]| [&head(VERSION)[..], bytes].concat();
     let beyond = {
         let mut bytes = Vec::new();
-        varint::put(&mut bytes, FRAMES << ENCODING_BITS | 3);
+        varint::put(&mut bytes, FRAMES << HEAD_BITS | 3);
         [&bytes[..], &[0]].concat()
     };
     for (payload, said) in [
         (vec![], "without a beginning"),
-        (head(VERSION + 1), "version 2; allowed is 1"),
+        (head(VERSION + 1), "version 3; allowed is 2"),
         (pages(&[0; 257]), "more than 256"),
         (pages(&[0x80]), "without a beginning"),
         (pages(&[1, 1, 2]), "less than all of page 0x0"),

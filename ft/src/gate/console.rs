@@ -87,6 +87,19 @@ impl ConsoleGate {
         self.side.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Bytes of memory that holding or keeping output takes.
+    pub fn memory_bytes(&self) -> usize {
+        match &*self.lock() {
+            Side::Alone => 0,
+            Side::Primary(primary) => {
+                let queues = [&primary.leaving, &primary.ahead, &primary.behind];
+                let queues: usize = queues.into_iter().map(VecDeque::capacity).sum();
+                queues + primary.covered.capacity() + primary.ready.capacity()
+            }
+            Side::Secondary(secondary) => secondary.kept.capacity(),
+        }
+    }
+
     /// Hands bytes to the console's readers; how many those were so far.
     fn emit(&self, bytes: &[u8]) -> u64 {
         self.hub.get().map_or(0, |hub| hub.emit(bytes))

@@ -142,6 +142,13 @@ impl Secondary {
         self.inbox_bytes <= INBOX_MAX
     }
 
+    fn memory_bytes(&self) -> usize {
+        let kept = self.kept.iter().chain(&self.covered);
+        let overheard = self.overheard.iter().map(|(_, frame)| frame);
+        let frames: usize = kept.chain(overheard).map(Vec::len).sum();
+        self.inbox_bytes + frames
+    }
+
     fn overhear(&mut self, frame: &[u8]) {
         if self.overheard.len() >= OVERHEARD_MAX {
             self.overheard.pop_front();
@@ -536,6 +543,18 @@ impl NetGate {
         drop(state);
         self.wake_device();
         count
+    }
+
+    /// Bytes of frames and streams that are held, kept or waiting.
+    pub fn memory_bytes(&self) -> usize {
+        let state = self.lock();
+        let frames = |frames: &VecDeque<Vec<u8>>| frames.iter().map(Vec::len).sum::<usize>();
+        let side = match &state.side {
+            Side::Alone => 0,
+            Side::Primary(primary) => primary.comparator.memory_bytes(),
+            Side::Secondary(secondary) => secondary.memory_bytes(),
+        };
+        side + frames(&state.left) + frames(&state.blocked)
     }
 
     /// How long outputs were held lately.

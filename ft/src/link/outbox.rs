@@ -52,6 +52,11 @@ impl Outbox {
         self.lock().waiting() > 0
     }
 
+    /// Bytes of memory that it takes.
+    pub fn memory_bytes(&self) -> usize {
+        self.lock().bytes.capacity()
+    }
+
     /// Adds a message; [`Outbox::flush`] sends it.
     pub fn put(&self, kind: Kind, device: u8, payload: &[u8]) {
         let mut state = self.lock();

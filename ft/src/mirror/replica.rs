@@ -86,9 +86,9 @@ pub(crate) fn answer(
     let wanted = compare(link, images, seed, first, own)?;
     for list in wanted.chunks(LIST_MAX) {
         let bytes: Vec<_> = list.iter().flat_map(|extent| extent.to_bytes()).collect();
-        frame::send(link, Kind::Wanted, &bytes)?;
+        frame::send(link, Kind::WantedBlocks, &bytes)?;
     }
-    frame::send(link, Kind::Wanted, &[])?;
+    frame::send(link, Kind::WantedBlocks, &[])?;
     let mut payload = Vec::new();
     for extent in wanted {
         expect(link, Kind::Blocks, &mut payload)?;

@@ -78,8 +78,8 @@ fn hear_wanted(link: &mut impl Read, images: &[Image]) -> Result<Vec<Extent>, Pr
     let mut payload = Vec::new();
     loop {
         match frame::receive(link, &mut payload)? {
-            Kind::Wanted if payload.is_empty() => return Ok(wanted),
-            Kind::Wanted => {}
+            Kind::WantedBlocks if payload.is_empty() => return Ok(wanted),
+            Kind::WantedBlocks => {}
             kind => return Err(garbled(format!("{kind:?} instead of what it wants"))),
         }
         let (parts, []) = payload.as_chunks::<EXTENT_SIZE>() else {

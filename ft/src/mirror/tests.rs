@@ -155,7 +155,7 @@ fn a_disk_that_was_written_meanwhile_is_not_said_to_be_whole() {
 fn asked(wishes: &[&[u8]]) -> Result<u64, String> {
     let (mut near, mut far) = UnixStream::pair().unwrap();
     for wish in wishes {
-        frame::send(&mut far, Kind::Wanted, wish).unwrap();
+        frame::send(&mut far, Kind::WantedBlocks, wish).unwrap();
     }
     far.shutdown(std::net::Shutdown::Write).unwrap();
     let told = reconcile(&mut near, &[image(2)], SEED, std::iter::empty(), || true);

@@ -8,7 +8,7 @@ use tandem_vmm::migration::{Hello, Link, MigrationError};
 use tandem_vmm::snapshot::GuestState;
 
 use super::pair::PairCut;
-use super::{Pair, ProtectionError};
+use super::{Pair, ProtectionError, ResyncMode};
 
 /// What a primary says of its guest first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -22,6 +22,8 @@ pub struct Offer {
     pub disks: Vec<(u8, u64)>,
     /// Number of the guest's owner.
     pub term: u64,
+    /// What of a resync the guest waits for: if for all of it, it can be asked for pages meanwhile.
+    pub mode: ResyncMode,
     /// The guest.
     pub hello: Hello,
 }
@@ -125,12 +127,12 @@ impl Receiver {
         &mut self.link
     }
 
-    /// The next part that matters, whenever it comes.
-    pub(super) fn next(&mut self) -> Result<Part<'_>, ProtectionError> {
+    /// The next part that matters, whenever it comes. It is not waited for any more when that is `over`.
+    pub(super) fn next(&mut self, over: &dyn Fn() -> bool) -> Result<Part<'_>, ProtectionError> {
         loop {
             let kind = match frame::receive(&mut self.link, &mut self.payload) {
                 Ok(kind) => kind,
-                Err(error) if is_silence(&error) => continue,
+                Err(error) if is_silence(&error) && !over() => continue,
                 Err(error) => return Err(error.into()),
             };
             match kind {

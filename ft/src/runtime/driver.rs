@@ -11,6 +11,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use roaring::RoaringBitmap;
+use tandem_devices::GuestMemory;
 use tandem_vmm::control::{ControlError, FreezeTimes, Frozen};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
@@ -22,6 +23,7 @@ use tandem_vmm::snapshot::save::{PageSink, Session};
 use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
+use super::wanted::give;
 use super::{Pair, ProtectionError, lock};
 use crate::delta::{Ahead, Encoder, Staging};
 use crate::keeper::Keeper;
@@ -90,6 +92,14 @@ struct Connected<'a> {
     seed: u64,
     orders: Receiver<Order>,
     thread: JoinHandle<()>,
+}
+
+impl Connected<'_> {
+    /// Says what memory it takes.
+    fn count_memory(&self, core: &Core) {
+        let bytes = self.staged.batch().memory_bytes() + self.encoder.memory_bytes();
+        core.pair.set_checkpoint_memory(bytes);
+    }
 }
 
 impl<'a> Driver<'a> {
@@ -178,6 +188,7 @@ impl<'a> Driver<'a> {
                 .map(|image| (image.disk, image.bytes()))
                 .collect(),
             term: core.term().0,
+            mode: self.mode,
             hello: Hello {
                 description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
@@ -243,17 +254,20 @@ impl<'a> Driver<'a> {
                         self.core.event(PrimaryEvent::GivenUp);
                     }
                     last = Instant::now();
+                    connected.count_memory(&self.core);
                 }
                 Ok(Order::Alone) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     self.look(&mut last);
                     if rolled.elapsed() >= ROLLING_INTERVAL {
                         self.roll(&mut connected);
+                        connected.count_memory(&self.core);
                         rolled = Instant::now();
                     }
                 }
             }
         }
+        self.core.pair.set_checkpoint_memory(0);
         if let Some(link) = lock(&self.core.link).take() {
             link.shut_down();
         }
@@ -267,7 +281,9 @@ impl<'a> Driver<'a> {
 
     /// Copies what the guest wrote since the last checkpoint, if that is much: the next one is short then.
     fn roll(&self, connected: &mut Connected<'_>) {
-        if !matches!(self.core.state(), PrimaryState::Protected(_)) {
+        // A secondary that only stages would have to keep them until the next one.
+        let staged = self.mode == ResyncMode::Stopped;
+        if staged || !matches!(self.core.state(), PrimaryState::Protected(_)) {
             return;
         }
         let Connected {
@@ -289,6 +305,24 @@ impl<'a> Driver<'a> {
             tracing::debug!(why = %causes(&error), "pages could not be copied ahead");
             encoder.forget();
         }
+    }
+
+    /// Gives the secondary what it asks for of the guest, which stands; returns the bytes that were sent.
+    fn give(
+        &self,
+        link: &mut Link,
+        encoder: &mut Encoder,
+        memory: &Arc<GuestMemory>,
+    ) -> Result<u64, ProtectionError> {
+        let waits = || {
+            let state = self.core.state();
+            let wanted = matches!(
+                state,
+                PrimaryState::Resyncing(..) | PrimaryState::Deciding(..)
+            );
+            wanted && !self.dismissed()
+        };
+        give(link, encoder, memory, Instant::now() + LOAD_TIMEOUT, &waits)
     }
 
     /// Waits until the secondary has loaded the checkpoint that was sent, or is lost.
@@ -424,7 +458,7 @@ impl<'a> Driver<'a> {
                 session.freeze(staged)?
             }
             Copying::WhileMuch => {
-                let mut ahead = Ahead::new(encoder, memory, &mut *checkpoints);
+                let mut ahead = Ahead::new(encoder, Arc::clone(&memory), &mut *checkpoints);
                 copy_while_much(session, &mut ahead)?;
                 (pages, bytes) = (ahead.pages, ahead.bytes);
                 session.freeze(staged)?
@@ -453,9 +487,14 @@ impl<'a> Driver<'a> {
         let mirrored = disks.reconcile(checkpoints, images, *seed)?;
         drop(disks);
         staged.clear(STAGING_KEPT);
+        let mut rest = rest.len() as u64;
         let stand = match stand {
             Some(stand) => stand,
             None => {
+                // A new secondary has written nothing.
+                if cause != Cause::Join {
+                    rest += self.give(checkpoints, encoder, &memory)?;
+                }
                 self.wait_loaded();
                 session.thaw()?
             }
@@ -471,7 +510,7 @@ impl<'a> Driver<'a> {
             status.resyncs += 1;
             status.last_resync = Some(why);
             status.pauses.add(pause);
-            status.count_sent(pages, bytes, rest.len() as u64);
+            status.count_sent(pages, bytes, rest);
         }
         Ok(())
     }

@@ -7,11 +7,12 @@ use tandem_vmm::machine::Replacement;
 use tandem_vmm::snapshot::GuestState;
 
 use super::ProtectionError;
-use super::base::Base;
 use super::checkpoint::{Part, Receiver};
+use super::image::{Image, Stage};
 use super::pair::PairCut;
 use super::replicas::Replicas;
 use super::secondary::Core;
+use super::wanted::want;
 use crate::pair::{Epoch, SecondaryEvent};
 
 /// Lets the guest, which is there with its first checkpoint, run, and receives checkpoints until no more
@@ -19,29 +20,32 @@ use crate::pair::{Epoch, SecondaryEvent};
 pub(super) fn follow(
     core: &Core,
     mut receiver: Receiver,
-    mut base: Base,
+    mut image: Image,
     mut replicas: Replicas,
     first: PairCut,
 ) {
     let error = match begin(core, first) {
         Ok(()) => loop {
-            let step = match receiver.next() {
-                Ok(Part::Pages(batch)) => base.apply(batch),
-                Ok(Part::Deltas(deltas)) => base.change(deltas),
+            let step = match receiver.next(&|| core.is_over()) {
+                Ok(Part::Pages(batch)) => image.apply(batch),
+                Ok(Part::Deltas(deltas)) => image.change(deltas),
                 Ok(Part::Digests(_)) => Err(ProtectionError::Garbled(
                     "disks without a checkpoint".into(),
                 )),
                 Ok(Part::Whole(state, cut)) => {
-                    load(core, &mut receiver, &mut base, &mut replicas, *state, cut)
+                    load(core, &mut receiver, &mut image, &mut replicas, *state, cut)
                 }
                 Err(error) => Err(error),
             };
+            core.pair.set_checkpoint_memory(image.memory_bytes());
             if let Err(error) = step {
                 break error;
             }
         },
         Err(error) => error,
     };
+    drop(image);
+    core.pair.set_checkpoint_memory(0);
     let why = tandem_vmm::error::causes(&error);
     tracing::info!(%why, "no more checkpoints come");
 }
@@ -64,7 +68,7 @@ fn begin(core: &Core, cut: PairCut) -> Result<(), ProtectionError> {
 fn load(
     core: &Core,
     receiver: &mut Receiver,
-    base: &mut Base,
+    image: &mut Image,
     replicas: &mut Replicas,
     state: GuestState,
     cut: PairCut,
@@ -75,6 +79,9 @@ fn load(
     };
     core.handle().ok_or(ControlError::Gone)?.settle()?;
     replicas.stage(&core.pair, receiver.link())?;
+    if let Image::Staged(stage) = image {
+        complete(core, receiver, stage)?;
+    }
     if core.event(SecondaryEvent::Staged(epoch)).is_none() {
         // The guest goes on without it.
         return Err(ControlError::Gone.into());
@@ -85,10 +92,28 @@ fn load(
     let replaced = handle.replace(Replacement {
         state,
         since: stood.checked_sub(cut.age).unwrap_or(stood),
-        load: Box::new(base.loader()),
+        load: image.loader(),
     });
+    image.loaded();
     tracing::debug!(%epoch, waited = ?begun - stood, took = ?begun.elapsed(), "loaded");
     finish(core, written.and(replaced.map_err(Into::into)), cut)
+}
+
+/// Gets what the copy wrote and the checkpoint does not have. Until it is all here the copy's guest stays what
+/// it is, and goes on from that if the primary is lost.
+fn complete(
+    core: &Core,
+    receiver: &mut Receiver,
+    stage: &mut Stage,
+) -> Result<(), ProtectionError> {
+    let begun = Instant::now();
+    let handle = core.handle().ok_or(ControlError::Gone)?;
+    let own = handle.gather()?;
+    let missing = stage.recall(&own)?;
+    let (wrote, asked) = (own.len(), missing.len());
+    want(receiver, stage, missing, &|| core.is_over())?;
+    tracing::debug!(wrote, asked, took = ?begun.elapsed(), "complete");
+    Ok(())
 }
 
 /// The checkpoint is loaded: the guest runs on from it.

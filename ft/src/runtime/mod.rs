@@ -13,13 +13,13 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod asking;
-mod base;
 mod checkpoint;
 mod driver;
 mod eagerness;
 mod error;
 pub mod events;
 mod follower;
+mod image;
 mod late;
 mod link_thread;
 mod pair;
@@ -28,6 +28,7 @@ mod protector;
 mod replicas;
 mod secondary;
 pub mod status;
+mod wanted;
 
 pub use asking::Claims;
 pub use checkpoint::{Offer, encode_outputs, load_outputs};

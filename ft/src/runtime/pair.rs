@@ -50,6 +50,8 @@ pub struct Pair {
     epoch: AtomicU64,
     /// Number of the checkpoint whose outputs leave, of which the secondary was not told yet; or 0.
     committing: AtomicU64,
+    /// Bytes of memory that making or taking checkpoints costs.
+    checkpoint_memory: AtomicU64,
     permit: Arc<Permit>,
     events: Mutex<Events>,
     caller: OnceLock<Weak<dyn Caller>>,
@@ -81,6 +83,7 @@ impl Pair {
             status: Mutex::new(Status::unprotected(name)),
             epoch: AtomicU64::new(0),
             committing: AtomicU64::new(0),
+            checkpoint_memory: AtomicU64::new(0),
             permit,
             events: Mutex::default(),
             caller: OnceLock::new(),
@@ -101,7 +104,20 @@ impl Pair {
         status.secondary_lag_us = delays.matched.percentiles();
         let lease = self.permit.left(Instant::now());
         status.lease_ms = lease.map(|left| left.as_millis() as u64);
+        status.protection_memory_bytes = self.memory_bytes();
         status
+    }
+
+    /// Bytes of memory that protection costs this side: for checkpoints, and for what is held, kept or on its way.
+    fn memory_bytes(&self) -> u64 {
+        let nets: usize = self.nets.iter().map(|net| net.memory_bytes()).sum();
+        let queues = nets + self.console.memory_bytes() + self.outbox.memory_bytes();
+        self.checkpoint_memory.load(Ordering::Relaxed) + queues as u64
+    }
+
+    /// Making or taking checkpoints costs so many bytes of memory now.
+    pub(super) fn set_checkpoint_memory(&self, bytes: u64) {
+        self.checkpoint_memory.store(bytes, Ordering::Relaxed);
     }
 
     pub(super) fn lock_status(&self) -> MutexGuard<'_, Status> {

@@ -35,7 +35,8 @@ pub enum ResyncMode {
     /// Only for its state and the pages that are left to be copied.
     #[default]
     Running,
-    /// For all of it, until the secondary runs too: to compare.
+    /// For all of it, until the secondary runs too, which can ask for pages meanwhile: it keeps no second
+    /// image of the guest.
     Stopped,
 }
 

@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use tandem_devices::GuestMemory;
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, StopMode};
-use tandem_vmm::dirty::PageSet;
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::address::Listener;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
@@ -20,15 +19,15 @@ use tandem_vmm::migration::{Link, MigrationError};
 use tandem_vmm::snapshot::GuestState;
 
 use super::asking::Claims;
-use super::base::Base;
 use super::checkpoint::{Greeting, Offer, Part, Receiver, hear};
 use super::follower::follow;
+use super::image::Image;
 use super::late;
 use super::link_thread::{Talk, listen};
 use super::pair::PairCut;
 use super::replicas::Replicas;
 use super::status::Role;
-use super::{Pair, ProtectionError, lock};
+use super::{Pair, ProtectionError, ResyncMode, lock};
 use crate::arbiter::Term;
 use crate::detector::Scheduling;
 use crate::link::{self, Kind, Message, MessageError};
@@ -61,12 +60,17 @@ impl Invitation {
         }
     }
 
+    /// Whether all of the guest's memory is kept a second time, as of its last checkpoint.
+    pub fn keeps_image(&self) -> bool {
+        self.offer.mode == ResyncMode::Running
+    }
+
     /// Tells the primary that its guest will not be taken.
     pub fn refuse(mut self, reason: &str) {
         frame::refuse(&mut self.link, reason);
     }
 
-    /// Takes the guest: receives its first checkpoint, while the primary is answered. `memory` and `base` are
+    /// Takes the guest: receives its first checkpoint, while the primary is answered. `memory` and `beside` are
     /// new memory of the guest's size.
     ///
     /// # Errors
@@ -75,7 +79,7 @@ impl Invitation {
         mut self,
         listener: &Listener,
         memory: &Arc<GuestMemory>,
-        base: Arc<GuestMemory>,
+        beside: Arc<GuestMemory>,
         standby: Standby,
         pair: &Arc<Pair>,
     ) -> Result<Joined, ProtectionError> {
@@ -96,20 +100,21 @@ impl Invitation {
         pair.become_secondary();
         let core = Core::start(&self.offer, standby, pair, link, keeper)?;
         let mut receiver = Receiver::new(self.link);
-        let mut base = Base::new(base);
+        let mut image = Image::new(self.offer.mode, memory, beside);
         loop {
-            match receiver.next()? {
-                Part::Pages(batch) => base.apply(batch)?,
-                Part::Deltas(deltas) => base.change(deltas)?,
+            match receiver.next(&|| core.is_over())? {
+                Part::Pages(batch) => image.apply(batch)?,
+                Part::Deltas(deltas) => image.change(deltas)?,
                 Part::Digests(first) => replicas.fill(receiver.link(), Some(first))?,
                 Part::Whole(state, cut) => {
                     state.hardware.expect(&self.offer.hello.hardware)?;
                     replicas.fill(receiver.link(), None)?;
                     replicas.close()?;
-                    base.loader()(memory, &PageSet::covering(memory))?;
+                    image.begin(memory)?;
+                    pair.set_checkpoint_memory(image.memory_bytes());
                     return Ok(Joined {
                         receiver,
-                        base,
+                        image,
                         replicas,
                         state,
                         cut,
@@ -150,7 +155,7 @@ pub struct Standby {
 /// A guest that was received whole, and has yet to run.
 pub struct Joined {
     receiver: Receiver,
-    base: Base,
+    image: Image,
     replicas: Replicas,
     /// Its state.
     pub state: Box<GuestState>,
@@ -171,7 +176,7 @@ impl Joined {
     pub fn start(self, handle: Handle) -> Result<JoinHandle<()>, ProtectionError> {
         let Self {
             receiver,
-            base,
+            image,
             replicas,
             cut,
             core,
@@ -187,7 +192,7 @@ impl Joined {
                     tracing::error!(%error, "the thread of checkpoints cannot be confined");
                     return core.fail();
                 }
-                follow(&core, receiver, base, replicas, cut);
+                follow(&core, receiver, image, replicas, cut);
             })
             .map_err(ProtectionError::host("start the thread of checkpoints"))
     }
@@ -235,6 +240,7 @@ impl Core {
         {
             let mut status = pair.lock_status();
             status.role = Role::Secondary;
+            status.mode = offer.mode.name().into();
             status.reason = "it gets its first checkpoint".into();
             status.term = term.0;
         }

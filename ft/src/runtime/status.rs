@@ -61,6 +61,8 @@ pub struct Status {
     pub resync_bytes: u64,
     /// Bytes sent for a page that the guest wrote, on average.
     pub bytes_per_dirty_page: u64,
+    /// Bytes of this host's memory that protection costs besides the guest's own.
+    pub protection_memory_bytes: u64,
     /// Bytes sent for pages.
     #[serde(skip)]
     pub(super) page_bytes: u64,
@@ -105,6 +107,7 @@ impl Status {
             resync_pages: 0,
             resync_bytes: 0,
             bytes_per_dirty_page: 0,
+            protection_memory_bytes: 0,
             page_bytes: 0,
             pauses: Samples::default(),
             resync_times: Samples::default(),

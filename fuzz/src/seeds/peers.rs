@@ -1,6 +1,6 @@
 //! What sources, primaries and copies send.
 
-use tandem_ft::delta::{Encoder, VERSION};
+use tandem_ft::delta::{Encoder, VERSION, wanted};
 use tandem_ft::link::{Kind, message};
 use tandem_ft::runtime::encode_outputs;
 use tandem_vmm::migration::frame::{self, HEADER_SIZE, Hello, Kind as FrameKind, Purpose};
@@ -44,6 +44,10 @@ pub(super) fn frames() -> Vec<Seed> {
             send(&[(FrameKind::Pages, &page), (FrameKind::Pages, &zero)]),
         ),
         ("deltas", send(&[(FrameKind::Deltas, &one_word())])),
+        (
+            "wanted",
+            send(&[(FrameKind::Wanted, &wanted::encode(&[1..3, 9..10]))]),
+        ),
         (
             "end",
             send(&[

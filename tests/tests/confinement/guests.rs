@@ -20,7 +20,7 @@ type Run = fn(Prepare<'_>);
 const FRAME_LEN: u32 = 60;
 
 /// All of them, by name.
-pub(crate) const ALL: [(&str, Run); 16] = [
+pub(crate) const ALL: [(&str, Run); 17] = [
     ("reset", reset),
     ("console", console),
     ("verbs", verbs),
@@ -34,6 +34,7 @@ pub(crate) const ALL: [(&str, Run); 16] = [
     ("receive", receive),
     ("protect", protect),
     ("standby", standby),
+    ("staging", staging),
     ("keeper", keeper),
     ("disk-uring", |prepare| disk(prepare, "engine=uring")),
     ("disk-threads", |prepare| disk(prepare, "engine=threads")),
@@ -233,6 +234,12 @@ fn protect(prepare: Prepare<'_>) {
 /// The copy of a server, which takes over.
 fn standby(prepare: Prepare<'_>) {
     lose(&|guest| guest, prepare, Side::Primary);
+}
+
+/// As that, of a server that stands during resyncs.
+fn staging(prepare: Prepare<'_>) {
+    let standing = |guest: GuestBuilder| guest.arg("--resync").arg("stopped");
+    lose(&standing, prepare, Side::Primary);
 }
 
 /// A protected server that dies: its keeper sends what waits for it to the copy.

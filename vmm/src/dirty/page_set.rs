@@ -66,6 +66,22 @@ impl PageSet {
         inside
     }
 
+    /// Takes `frame` out; false if it was not in the set.
+    pub fn remove(&mut self, frame: u64) -> bool {
+        let inside = self.contains(frame);
+        if inside {
+            self.words[(frame / WORD) as usize] &= !(1 << (frame % WORD));
+        }
+        inside
+    }
+
+    /// Takes all of `other` out.
+    pub fn remove_all(&mut self, other: &Self) {
+        for (word, out) in self.words.iter_mut().zip(&other.words) {
+            *word &= !out;
+        }
+    }
+
     /// Adds the frames whose bits are set in `bits`, the first of which stands for the frame
     /// `first`; false if some of them are not below the limit.
     #[must_use]
@@ -214,7 +230,14 @@ mod tests {
             prop_assert!(runs.windows(2).all(|w| w[0].end < w[1].start));
             let mut copy = PageSet::new(limit);
             prop_assert!(copy.insert_all(&set));
-            prop_assert_eq!(copy, set);
+            prop_assert_eq!(&copy, &set);
+            for frame in model.iter().copied().filter(|f| f % 3 == 0) {
+                prop_assert!(copy.remove(frame));
+                prop_assert!(!copy.remove(frame));
+            }
+            prop_assert!(copy.iter().eq(model.iter().copied().filter(|f| f % 3 != 0)));
+            set.remove_all(&copy);
+            prop_assert!(set.iter().all(|f| f % 3 == 0));
         }
     }
 }

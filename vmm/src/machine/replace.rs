@@ -59,6 +59,21 @@ pub(super) enum Shadow {
 }
 
 impl Machine {
+    /// Lets the copy stand, and says which pages it wrote since it was replaced last. It stands until it is
+    /// replaced or goes on by itself: what it wrote would not be known any more.
+    pub(super) fn gather(&mut self) -> Result<Answer, ControlError> {
+        if matches!(self.shadow, Shadow::No) {
+            let reason = "the guest is no copy of another: nobody asks for what it wrote";
+            return Err(ControlError::Failed(reason.into()));
+        }
+        if self.state == MachineState::Running {
+            self.stop_guest(&mut FreezeTimes::default());
+        }
+        let own = self.own_pages().map_err(failed)?;
+        self.gathered = Some(own.clone());
+        Ok(Answer::Pages(own))
+    }
+
     /// Makes the guest a copy of one that runs elsewhere.
     pub fn become_copy(&mut self) {
         self.shadow = Shadow::Copy;
@@ -175,8 +190,9 @@ impl Machine {
     }
 
     /// The pages that the guest wrote since it was replaced last.
-    fn own_pages(&self) -> Result<PageSet, Error> {
-        let mut own = PageSet::covering(&self.memory);
+    fn own_pages(&mut self) -> Result<PageSet, Error> {
+        let gathered = self.gathered.take();
+        let mut own = gathered.unwrap_or_else(|| PageSet::covering(&self.memory));
         match (&self.running, self.saving) {
             (Some(running), SavePhase::Following) => running.tracker.final_harvest(&mut own)?,
             // It was reset, which emptied its memory: all of it is different.
@@ -187,6 +203,7 @@ impl Machine {
 
     /// The guest is the copy of none any more; if it ended meanwhile, that takes effect.
     pub(super) fn go_live(&mut self) -> Result<Answer, ControlError> {
+        self.gathered = None;
         match std::mem::take(&mut self.shadow) {
             Shadow::No => Err(ControlError::Failed("the guest is no copy".into())),
             Shadow::Copy => Ok(Answer::Done),

@@ -275,6 +275,7 @@ impl Machine {
                 end = Some(End::Outcome(outcome));
                 Answer::Done
             }),
+            Command::Gather => self.gather(),
             Command::Replace(replacement) => self.replace(*replacement),
             Command::GoLive => self.go_live(),
             Command::Stop(StopMode::Force) => {
@@ -331,6 +332,10 @@ impl Machine {
 
     fn resume(&mut self) -> Result<Answer, ControlError> {
         self.expect_state("resume", MachineState::Paused, "paused")?;
+        if self.gathered.is_some() {
+            let reason = "the copy is being made the same as its guest: it goes on by itself";
+            return Err(ControlError::Failed(reason.into()));
+        }
         match &mut self.saving {
             // It goes on when it is saved.
             SavePhase::Frozen { goes_on, .. } => {

@@ -64,6 +64,8 @@ pub const DISK_PAYLOAD_MAX: usize = 512 << 10;
 const HELLO_MAX: usize = 256 << 10;
 /// Longest reason that is told, in bytes.
 const REASON_MAX: usize = 4096;
+/// Largest list of pages that are wanted, in bytes.
+pub const WANTED_MAX: usize = 64 << 10;
 /// Bytes in front of a payload.
 pub const HEADER_SIZE: usize = 16;
 
@@ -89,18 +91,20 @@ pub enum Kind {
     Outputs = 8,
     /// Pages of a checkpoint, by what differs from those that were sent before.
     Deltas = 9,
+    /// Pages that a copy of a guest wants before it goes on from a checkpoint.
+    Wanted = 10,
     /// Digests of parts of a protected guest's disks; an empty one ends a list of them.
-    Digests = 10,
+    Digests = 11,
     /// Parts of disks that the other side is to send; as above.
-    Wanted = 11,
+    WantedBlocks = 12,
     /// A part of a disk.
-    Blocks = 12,
+    Blocks = 13,
     /// All parts that were wanted are there.
-    Synced = 13,
+    Synced = 14,
 }
 
 impl Kind {
-    const ALL: [Self; 13] = [
+    const ALL: [Self; 14] = [
         Self::Hello,
         Self::Accept,
         Self::Pages,
@@ -110,8 +114,9 @@ impl Kind {
         Self::Refuse,
         Self::Outputs,
         Self::Deltas,
-        Self::Digests,
         Self::Wanted,
+        Self::Digests,
+        Self::WantedBlocks,
         Self::Blocks,
         Self::Synced,
     ];
@@ -121,7 +126,8 @@ impl Kind {
             Self::Accept | Self::Complete | Self::Running | Self::Synced => 0,
             Self::Refuse => REASON_MAX,
             Self::Hello => HELLO_MAX,
-            Self::Digests | Self::Wanted | Self::Blocks => DISK_PAYLOAD_MAX,
+            Self::Wanted => WANTED_MAX,
+            Self::Digests | Self::WantedBlocks | Self::Blocks => DISK_PAYLOAD_MAX,
             Self::Pages | Self::State | Self::Outputs | Self::Deltas => PAYLOAD_MAX,
         }
     }

@@ -44,4 +44,4 @@ pub use error::MigrationError;
 pub use frame::Hello;
 
 /// Version of what goes over the link.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;

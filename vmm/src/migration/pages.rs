@@ -61,6 +61,11 @@ impl Batch {
         self.contents.len() as u64
     }
 
+    /// Bytes of memory that it takes.
+    pub fn memory_bytes(&self) -> u64 {
+        (self.numbers.capacity() * size_of::<u64>() + self.contents.capacity()) as u64
+    }
+
     /// Forgets its pages, and keeps room for `bytes` bytes of pages.
     pub fn clear(&mut self, bytes: usize) {
         self.numbers.clear();

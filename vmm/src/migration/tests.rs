@@ -131,7 +131,7 @@ fn a_source_of_another_version_is_told() {
     let told = frame::receive(&mut source, &mut Vec::new()).unwrap_err();
     assert_eq!(
         told.to_string(),
-        "the other side refuses: the other side speaks version 2 of the protocol; allowed is 1"
+        "the other side refuses: the other side speaks version 3 of the protocol; allowed is 2"
     );
 }
 

@@ -18,10 +18,13 @@ pub(super) const SAVING: &[Rule] = &[
     allow(Sysno::lseek, "files of a snapshot"),
     allow(
         Sysno::fallocate,
-        "memory that is empty takes no room in a snapshot",
+        "memory that is empty takes no room in a snapshot; pages of a checkpoint that were loaded",
     )
-    .rare("only memory that is emptied while it is saved"),
-    allow(Sysno::statx, "whether there is a snapshot already"),
+    .rare("only memory that is emptied while it is saved, or checkpoints of more than a few MiB"),
+    allow(
+        Sysno::statx,
+        "whether there is a snapshot already; how much memory an image takes",
+    ),
     allow(Sysno::unlink, "what is left of a snapshot that failed").rare("failures only"),
     allow(Sysno::unlinkat, "as `unlink`").rare("failures only"),
     allow(Sysno::rmdir, "as `unlink`").rare("failures only"),
