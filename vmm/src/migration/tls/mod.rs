@@ -21,8 +21,10 @@
 //!
 //! # What it costs
 //!
-//! About 1 us per message for encryption on each side, one copy of the bytes into records and one out of them,
-//! and 100 KiB of buffers per link. A handshake takes two round trips and 1 to 2 ms.
+//! Encryption of each message on each side, one copy of the bytes into records and one out of them, 32 KiB of buffer
+//! per link and up to 64 KiB more while the other side takes nothing, and two round trips more for each connection. A
+//! store's 50 clients had 8 to 11 % fewer replies per second than over TCP as it is, in builds for debugging taken in
+//! turn on a busy machine; with one client the difference was below the noise.
 //!
 //! # What it does not do
 //!
