@@ -41,13 +41,22 @@ Disks must be the same storage on both sides.";
 const MIGRATION: &str = "\
 Safety: the guest runs on one side, whatever fails. If nothing is heard of a target that was given \
 the guest, the guest stands at the source: `tandem resume` lets it go on there if it does not run at \
-the target, `tandem stop --force` ends it. The connection is neither encrypted nor authenticated.";
+the target, `tandem stop --force` ends it. By HOST:PORT the connection is neither encrypted nor authenticated \
+without --tls.";
 
 const STANDBY: &str = "\
 Description: the primary says where the guest's interfaces are; flags win over it. --net, if given, takes \
 the place of all interfaces there, in their order. The interface must be of the same network as the \
-primary's; nothing of the copy leaves by it before the copy takes over. The connection is neither encrypted nor \
-authenticated.";
+primary's; nothing of the copy leaves by it before the copy takes over. By HOST:PORT the connections are neither encrypted \
+nor authenticated without --tls.";
+
+const KEYS: &str = "\
+Description: links between hosts are encrypted, and each side verifies the other, where --tls DIR is given on \
+both. DIR holds ca.pem (the certificates of the authorities that are trusted), host.pem and host.key (this host's \
+certificate and its private key). An authority is made once, by `tandem keys new-ca`; its ca.key is needed only to \
+make hosts' keys and belongs on neither host. The files are read anew for each connection: to renew them, put others \
+in their place. Files that do not fit each other are not used, and those from before go on to be. With --user, \
+that user must be able to read them.";
 
 const RUNTIME: &str = "\
 Runtime directory: each running guest has a directory of its name in $TANDEM_RUNTIME_DIR, or else \
@@ -168,6 +177,9 @@ pub enum Verb {
         /// How long the last pages may take, for which the guest stands
         #[arg(long, value_name = "TIME", default_value = "5ms", value_parser = value::duration)]
         downtime: Duration,
+        /// Encrypt the link, by the keys in this directory: see `tandem keys --help`
+        #[arg(long, value_name = "DIR", value_parser = value::path)]
+        tls: Option<PathBuf>,
     },
     /// Wait for a guest that is migrated here, and run it until it ends
     #[command(after_help = format!("{RECEIVE}\n\n{MIGRATION}\n\n{CONSOLE}\n\n{}", exit::table()))]
@@ -199,6 +211,9 @@ pub enum Verb {
         /// How long to wait until the guest is protected
         #[arg(long, value_name = "TIME", default_value = "30s", value_parser = value::duration)]
         timeout: Duration,
+        /// Encrypt the links, by the keys in this directory: see `tandem keys --help`
+        #[arg(long, value_name = "DIR", value_parser = value::path)]
+        tls: Option<PathBuf>,
     },
     /// Protect a guest no longer: its copy ends
     Unprotect(ChangeArgs),
@@ -214,6 +229,13 @@ pub enum Verb {
         /// Go on until the guest ends
         #[arg(short, long)]
         follow: bool,
+    },
+    /// Make and show the keys by which hosts know each other
+    #[command(after_help = KEYS)]
+    Keys {
+        /// What to do with them.
+        #[command(subcommand)]
+        keys: KeysVerb,
     },
     /// Show what a snapshot holds, and whether it is whole
     Inspect {
@@ -242,6 +264,50 @@ pub enum Verb {
     Completions {
         /// The shell
         shell: clap_complete::Shell,
+    },
+}
+
+/// What `tandem keys` can do.
+#[derive(Debug, Subcommand)]
+pub enum KeysVerb {
+    /// Make an authority: a key, and the certificate by which hosts know those that it signed
+    NewCa {
+        /// Where ca.pem and ca.key go; made if it does not exist
+        directory: PathBuf,
+        /// The authority's name
+        #[arg(long, default_value = "tandem", value_parser = value::name)]
+        name: String,
+        /// How long it is valid, in days
+        #[arg(long, value_name = "DAYS", default_value_t = 3650, value_parser = value::days())]
+        days: u16,
+        /// Take the place of keys that are there
+        #[arg(long)]
+        replace: bool,
+    },
+    /// Make a host's keys, signed by an authority
+    NewHost {
+        /// Where ca.pem, host.pem and host.key go; made if it does not exist
+        directory: PathBuf,
+        /// The directory of the authority
+        #[arg(long, value_name = "DIR")]
+        ca: PathBuf,
+        /// The host's name, which is one of its addresses
+        #[arg(long, value_parser = value::host)]
+        name: String,
+        /// Where others connect to the host, besides its name: an IP or a DNS name; repeatable
+        #[arg(long = "address", value_name = "ADDRESS", value_parser = value::host)]
+        addresses: Vec<String>,
+        /// How long they are valid, in days
+        #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = value::days())]
+        days: u16,
+        /// Take the place of keys that are there
+        #[arg(long)]
+        replace: bool,
+    },
+    /// Show whose keys a directory has, and how long they are valid
+    Show {
+        /// The directory of a host or of an authority
+        directory: PathBuf,
     },
 }
 
@@ -350,6 +416,10 @@ pub struct RunArgs {
     /// `stopped` until the copy runs too, which then needs no second image of the guest's memory [default: running]
     #[arg(long, value_name = "MODE", value_parser = value::resync, help_heading = "Protection")]
     pub resync: Option<ResyncMode>,
+    /// Encrypt the links with the copy, by the keys in this directory (see `tandem keys --help`); without, links by
+    /// HOST:PORT are neither encrypted nor authenticated
+    #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
+    pub tls: Option<PathBuf>,
 }
 
 /// What `tandem standby` takes.
@@ -361,6 +431,9 @@ pub struct StandbyArgs {
     /// The directory that decides who owns the guest; on storage that both hosts share
     #[arg(long, value_name = "DIR")]
     pub arbiter: PathBuf,
+    /// Take only who is verified by the keys in this directory: see `tandem keys --help`
+    #[arg(long, value_name = "DIR", value_parser = value::path)]
+    pub tls: Option<PathBuf>,
     /// What is another here than at the primary.
     #[command(flatten)]
     pub place: PlaceArgs,
@@ -388,6 +461,9 @@ pub struct ReceiveArgs {
     /// Where to wait for the source: HOST:PORT or the path of a unix socket
     #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
     pub listen: Address,
+    /// Take only who is verified by the keys in this directory: see `tandem keys --help`
+    #[arg(long, value_name = "DIR", value_parser = value::path)]
+    pub tls: Option<PathBuf>,
     /// Where the guest goes on.
     #[command(flatten)]
     pub place: PlaceArgs,
@@ -485,6 +561,7 @@ impl RunArgs {
             protect: self.protect.map(Located::flag),
             arbiter: self.arbiter.map(Located::flag),
             resync: self.resync.map(Located::flag),
+            tls: self.tls.map(Located::flag),
             disks: self.disks.into_iter().map(Into::into).collect(),
             nets: self.nets.into_iter().map(Into::into).collect(),
             vsock: self.vsock.map(Located::flag),

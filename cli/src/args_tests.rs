@@ -144,6 +144,7 @@ fn flags(settings: &Settings) -> Vec<String> {
     flag(&mut all, "resync", settings.resync.as_ref(), |mode| {
         mode.name().into()
     });
+    flag(&mut all, "tls", settings.tls.as_ref(), path);
     flag(&mut all, "vsock", settings.vsock.as_ref(), |v| {
         format!("cid={},path={}", v.cid, v.path.display())
     });

@@ -9,7 +9,7 @@ use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
 use tandem_ft::runtime::{Desk, Pair, ResyncMode};
 use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
-use tandem_vmm::migration::{Address, MigrationError, source};
+use tandem_vmm::migration::{MigrationError, Peer, source};
 use tandem_vmm::snapshot::{SnapshotError, directory};
 
 use crate::api::types::{MigrationReport, SnapshotReport};
@@ -36,7 +36,7 @@ pub trait Control: Send + Sync + 'static {
     /// What happened to the guest's protection lately.
     fn events(&self) -> Vec<Event>;
     /// Protects the guest by who stands by at `to`.
-    fn protect(&self, to: &Address, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError>;
+    fn protect(&self, to: &Peer, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError>;
     /// Protects the guest no longer.
     fn unprotect(&self) -> Result<(), ControlError>;
     /// Makes the guest's copy the same once more.
@@ -53,7 +53,7 @@ pub trait Control: Send + Sync + 'static {
     /// Gives the guest to the target that waits at `to`. Waits until that is done.
     fn migrate(
         &self,
-        to: &Address,
+        to: &Peer,
         description: &str,
         budget: Duration,
     ) -> Result<MigrationReport, MigrationError>;
@@ -119,7 +119,7 @@ impl Control for Commander {
         pair.map_or_else(Vec::new, |pair| pair.events(0))
     }
 
-    fn protect(&self, to: &Address, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+    fn protect(&self, to: &Peer, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
         let asked = self.desk()?.protect(to.clone(), arbiter.to_owned(), mode);
         asked.map_err(ControlError::Failed)
     }
@@ -152,10 +152,10 @@ impl Control for Commander {
 
     fn migrate(
         &self,
-        to: &Address,
+        to: &Peer,
         description: &str,
         budget: Duration,
     ) -> Result<MigrationReport, MigrationError> {
-        Ok(source::migrate(&self.handle, to, description, budget)?.into())
+        Ok(source::migrate(&self.handle, &to.open()?, description, budget)?.into())
     }
 }

@@ -12,6 +12,7 @@ use tandem_vmm::snapshot::SnapshotError;
 
 use crate::client::ClientError;
 use crate::exit::Exit;
+use crate::keys::KeysFailure;
 use crate::runtime_dir::PlaceError;
 use crate::settings::Problem;
 use crate::settings::file::FileError;
@@ -62,6 +63,9 @@ pub enum Failure {
         /// Its name.
         name: String,
     },
+    /// Keys cannot be made or shown.
+    #[error(transparent)]
+    Keys(#[from] KeysFailure),
     /// A running guest did not do what was asked.
     #[error(transparent)]
     Client(#[from] ClientError),
@@ -98,7 +102,10 @@ impl Failure {
             }
             Self::Place(_) | Self::Host { .. } | Self::Confinement(_) => Exit::Resource,
             Self::Snapshot(_) | Self::Migration(MigrationError::Snapshot(_)) => Exit::Snapshot,
-            Self::Migration(MigrationError::Address { .. }) => Exit::Usage,
+            Self::Migration(MigrationError::Address { .. } | MigrationError::Keys(_)) => {
+                Exit::Usage
+            }
+            Self::Keys(_) => Exit::Failed,
             Self::Migration(MigrationError::Link { .. }) => Exit::Resource,
             Self::Migration(_) => Exit::Failed,
             Self::Protection(error) => protection_exit(error),

@@ -7,6 +7,7 @@ mod confine;
 pub mod control;
 pub mod exit;
 pub mod failure;
+pub mod keys;
 pub mod logging;
 pub mod output;
 pub mod protect;

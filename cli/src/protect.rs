@@ -12,12 +12,13 @@ use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
+use tandem_vmm::migration::Peer;
 
 use crate::args::StandbyArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
-use crate::receive::{first_heard, plan};
+use crate::receive::{first_heard, listen, plan, tell_of_plain_link};
 use crate::run::{Beside, RunContext, run_machine};
 use crate::settings::{Launch, Protection, describe};
 
@@ -28,7 +29,10 @@ use crate::settings::{Launch, Protection, describe};
 pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
     let name = launch.machine.name.clone();
     let protect = match &launch.protection {
-        Some(protection) => Some(claim(protection, &name)?),
+        Some(protection) => {
+            tell_of_plain_link(&protection.to, protection.tls.as_deref(), context.quiet);
+            Some(claim(protection, &name)?)
+        }
         None => None,
     };
     let pair = Pair::new(&name, launch.machine.nets.len(), launch.machine.disks.len())
@@ -68,7 +72,7 @@ fn keeper(confinement: &Confinement) -> Result<Keeper, Failure> {
 }
 
 fn claim(protection: &Protection, name: &str) -> Result<Protect, Failure> {
-    let to = protection.to.resolved()?;
+    let to = Peer::find(&protection.to, protection.tls.clone())?.open()?;
     let claims = Claims::open(&protection.arbiter, name)?;
     match claims.claim_next()? {
         Some(term) => Ok(Protect {
@@ -88,7 +92,7 @@ fn claim(protection: &Protection, name: &str) -> Result<Protect, Failure> {
 pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure> {
     // Before anybody comes: what is wrong with it is told now.
     drop(DirectoryArbiter::open(&args.arbiter)?);
-    let listener = args.listen.listen()?;
+    let listener = listen(&args.listen, args.tls.as_deref(), context.quiet)?;
     if !context.quiet {
         output::tell(&format!("tandem: standing by on {}", listener.address()));
     }

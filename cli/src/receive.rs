@@ -1,12 +1,16 @@
 //! `tandem receive`: a guest that is migrated here goes on.
 
+use std::error::Error;
+use std::path::Path;
 use std::time::Instant;
 
+use tandem_vmm::error::causes;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
 use tandem_vmm::migration::address::Listener;
 use tandem_vmm::migration::target::Offer;
-use tandem_vmm::migration::{Hello, Link, MigrationError};
+use tandem_vmm::migration::tls::Keys;
+use tandem_vmm::migration::{Address, Hello, Link, MigrationError};
 
 use crate::args::{PlaceArgs, ReceiveArgs};
 use crate::exit::Exit;
@@ -56,7 +60,7 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
 }
 
 fn wait_for_source(args: &ReceiveArgs, quiet: bool) -> Result<Offer, Failure> {
-    let listener = args.listen.listen()?;
+    let listener = listen(&args.listen, args.tls.as_deref(), quiet)?;
     if !quiet {
         output::tell(&format!(
             "tandem: waiting for a guest on {}",
@@ -66,21 +70,40 @@ fn wait_for_source(args: &ReceiveArgs, quiet: bool) -> Result<Offer, Failure> {
     first_heard(&listener, "source", Offer::hear)
 }
 
+/// Listens at `to`, for whom the keys in `tls` verify if it is given.
+pub(crate) fn listen(to: &Address, tls: Option<&Path>, quiet: bool) -> Result<Listener, Failure> {
+    tell_of_plain_link(to, tls, quiet);
+    let keys = tls.map(Keys::open).transpose();
+    let keys = keys.map_err(MigrationError::from)?;
+    Ok(to.listen()?.verifying(keys))
+}
+
+/// Says what a link by TCP without TLS is not.
+pub(crate) fn tell_of_plain_link(to: &Address, tls: Option<&Path>, quiet: bool) {
+    if let (Address::Tcp(_), None, false) = (to, tls, quiet) {
+        output::tell(&format!(
+            "tandem: links with {to} are neither encrypted nor authenticated; see `tandem keys --help`"
+        ));
+    }
+}
+
 /// The first who connects and is a `who`, as `hear` finds out. Whoever is none is told so, and does not keep
 /// others from coming.
-pub(crate) fn first_heard<T, E: std::fmt::Display>(
+pub(crate) fn first_heard<T, E: Error + 'static>(
     listener: &Listener,
     who: &str,
     hear: impl Fn(Link) -> Result<T, E>,
 ) -> Result<T, Failure> {
     loop {
-        let link = listener
+        let caller = listener
             .accept()
             .map_err(Failure::host("wait for a connection"))?;
-        match hear(link) {
-            Ok(heard) => return Ok(heard),
-            Err(error) => output::tell(&format!("tandem: a {who} was refused: {error}")),
-        }
+        let refused = match caller.verified().map(&hear) {
+            Ok(Ok(heard)) => return Ok(heard),
+            Ok(Err(error)) => causes(&error),
+            Err(error) => causes(&error),
+        };
+        output::tell(&format!("tandem: a {who} was refused: {refused}"));
     }
 }
 

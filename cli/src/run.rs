@@ -94,7 +94,8 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
             "confine": value::confine_text(launch.confine),
             "user": launch.user.map(value::user_text),
             "protect": launch.protection.as_ref().map(|p| p.to.to_string()),
-            "arbiter": launch.protection.map(|p| p.arbiter),
+            "arbiter": launch.protection.as_ref().map(|p| &p.arbiter),
+            "tls": launch.protection.as_ref().and_then(|p| p.tls.as_ref()),
         })),
     };
     printed.map_err(Failure::host("print the settings"))?;

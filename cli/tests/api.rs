@@ -21,7 +21,7 @@ use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::{
     ControlError, DeviceStats, MachineState, MachineStats, StopMode, VcpuStats,
 };
-use tandem_vmm::migration::{Address, MigrationError};
+use tandem_vmm::migration::{MigrationError, Peer};
 use tandem_vmm::snapshot::SnapshotError;
 
 const HISTORY: &str = "hello from the guest\n";
@@ -120,7 +120,7 @@ impl Control for Fake {
         vec![event]
     }
 
-    fn protect(&self, to: &Address, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+    fn protect(&self, to: &Peer, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
         self.ask(&format!(
             "protect {to} {} {}",
             arbiter.display(),
@@ -156,7 +156,7 @@ impl Control for Fake {
 
     fn migrate(
         &self,
-        to: &Address,
+        to: &Peer,
         description: &str,
         budget: Duration,
     ) -> Result<MigrationReport, MigrationError> {

@@ -17,7 +17,7 @@ use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
 use tandem_vmm::control::{ControlError, MachineState, MachineStats, StopMode};
-use tandem_vmm::migration::{Address, MigrationError};
+use tandem_vmm::migration::{MigrationError, Peer};
 use tandem_vmm::snapshot::SnapshotError;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::Runtime;
@@ -141,7 +141,7 @@ impl Control for Machine {
         vec![event]
     }
 
-    fn protect(&self, to: &Address, arbiter: &Path, _mode: ResyncMode) -> Result<(), ControlError> {
+    fn protect(&self, to: &Peer, arbiter: &Path, _mode: ResyncMode) -> Result<(), ControlError> {
         match (to.to_string().len(), arbiter.is_absolute()) {
             (0, _) | (_, false) => Err(ControlError::Gone),
             _ => Ok(()),
@@ -174,7 +174,7 @@ impl Control for Machine {
 
     fn migrate(
         &self,
-        to: &Address,
+        to: &Peer,
         description: &str,
         _budget: Duration,
     ) -> Result<MigrationReport, MigrationError> {

@@ -9,6 +9,7 @@
 pub mod emulated;
 pub mod guest;
 pub mod images;
+pub mod keys;
 pub mod link;
 pub mod network;
 pub mod pair;

@@ -11,6 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
+use crate::keys::Authority;
 use crate::link::Link;
 use crate::network;
 
@@ -18,6 +19,8 @@ use crate::network;
 const FIRST_TERM: u64 = 1;
 /// Where a standby listens on its network.
 const TCP_PLACE: &str = "10.99.0.1:7000";
+/// The host of that.
+pub const TCP_HOST: &str = "10.99.0.1";
 /// Pause before something is looked at again.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -101,6 +104,34 @@ impl Pair {
         let place = temporary();
         let standby = prepare(guest.standby(Path::new(TCP_PLACE), &make_arbiter(&place)));
         Self::start_both(guest, standby, place, Path::new(TCP_PLACE))
+    }
+
+    /// As [`Pair::start_over_tcp`], by links that are encrypted by new keys.
+    pub fn start_over_tls(guest: GuestBuilder) -> Self {
+        Self::start_with_keys(guest, &Authority::new(), |standby| standby)
+    }
+
+    /// As [`Pair::start_over_tcp`], by links that are encrypted by keys of `authority`. It must outlive the pair, or
+    /// new links fall back on the keys that were read before.
+    pub fn start_with_keys(
+        guest: GuestBuilder,
+        authority: &Authority,
+        prepare: impl FnOnce(GuestBuilder) -> GuestBuilder,
+    ) -> Self {
+        let [near, far] = ["a", "b"].map(|name| authority.host(name, TCP_HOST));
+        Self::start_over_tcp(guest.arg("--tls").arg(near), |standby| {
+            prepare(standby.arg("--tls").arg(far))
+        })
+    }
+
+    /// A new standby for `guest` where one is awaited by TCP; the one before is gone.
+    pub fn stand_by_again(
+        &mut self,
+        guest: &GuestBuilder,
+        prepare: impl FnOnce(GuestBuilder) -> GuestBuilder,
+    ) {
+        let standby = guest.standby(Path::new(TCP_PLACE), &arbiter_in(self.place.path()));
+        self.secondary = prepare(standby).start();
     }
 
     /// Starts `standby`, which is reached at `to`, and a guest that it is for.

@@ -8,16 +8,18 @@ mod protection {
     pub(crate) mod history;
 }
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use protection::clients::{Chance, ECHO, HTTP, KV, Kv, Load, NATIVE, Service};
 use protection::history;
-use tandem_tests::guest::GuestBuilder;
+use tandem_tests::guest::{GuestBuilder, PATIENCE};
+use tandem_tests::keys::Authority;
 use tandem_tests::link::Direction;
 use tandem_tests::network::{CMDLINE, Network};
-use tandem_tests::pair::{Pair, Side};
+use tandem_tests::pair::{Pair, Side, TCP_HOST};
 use tandem_tests::skip::{Need, must_skip};
 
 /// How long something is watched that must not happen.
@@ -402,6 +404,91 @@ fn a_store_survives_its_primary_on_a_link_of_tcp() {
     stage.pair.kill(Side::Primary);
     assert_eq!(stage.expect_one(), Side::Secondary);
     stage.finish();
+}
+
+#[test]
+fn a_store_survives_its_primary_on_encrypted_links() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::with(KV, Pair::start_over_tls);
+    stage.pair.resync();
+    stage.load.expect_progress();
+    stage.pair.kill(Side::Primary);
+    assert_eq!(stage.expect_one(), Side::Secondary);
+    stage.finish();
+}
+
+#[test]
+fn keys_are_renewed_while_a_guest_is_protected() {
+    if cannot_run() {
+        return;
+    }
+    let authority = Authority::new();
+    let network = Network::new();
+    let begin = || GuestBuilder::image(KV.image, CMDLINE).in_network(&network);
+    let mut pair = Pair::start_with_keys(begin(), &authority, |standby| standby);
+    pair.wait_ready("kv: ready");
+    let load = Load::start(&network, KV, NATIVE);
+    // Nobody trusts the authority from before any more.
+    let next = Authority::new();
+    next.renew(&authority.place("a"), "a", TCP_HOST);
+    let renewed = next.host("b", TCP_HOST);
+    load.expect_progress();
+    pair.kill(Side::Secondary);
+    assert_eq!(pair.wait_alone(), Side::Primary);
+    pair.stand_by_again(&begin(), |standby| standby.arg("--tls").arg(renewed));
+    pair.wait_protected();
+    load.expect_progress();
+    pair.kill(Side::Primary);
+    assert_eq!(pair.wait_alone(), Side::Secondary);
+    load.expect_progress();
+    load.finish();
+}
+
+/// Starts a guest that is to be protected by a standby with which it has no link: what either says of it.
+fn refused(near: Option<&Path>, far: Option<&Path>) -> (String, String) {
+    let network = Network::new();
+    let with = |keys: Option<&Path>, guest: GuestBuilder| match keys {
+        Some(keys) => guest.arg("--tls").arg(keys),
+        None => guest,
+    };
+    let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(&network);
+    let mut pair = Pair::start_over_tcp(with(near, guest), |standby| with(far, standby));
+    let status = pair.wait_status(Side::Primary, |status| {
+        let reason = status["reason"].as_str();
+        reason.is_some_and(|reason| reason.starts_with("no secondary"))
+    });
+    assert_eq!(status["protected"], false);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let said = pair.side(Side::Secondary).messages();
+        if let Some(said) = said.iter().find(|line| line.contains("was refused")) {
+            let reason = status["reason"].as_str().unwrap().to_owned();
+            return (reason, said.clone());
+        }
+        assert!(Instant::now() < deadline, "{said:#?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn peers_that_are_not_who_they_must_be_are_refused_by_name() {
+    if cannot_run() {
+        return;
+    }
+    let (ours, other) = (Authority::new(), Authority::new());
+    let far = ours.host("b", TCP_HOST);
+    let (primary, standby) = refused(Some(&other.host("a", TCP_HOST)), Some(&far));
+    assert!(primary.contains("no link with 10.99.0.1:7000"), "{primary}");
+    assert!(primary.contains("of another authority"), "{primary}");
+    assert!(standby.contains("of another authority"), "{standby}");
+    let (primary, standby) = refused(None, Some(&far));
+    assert!(primary.contains("wants an encrypted link"), "{primary}");
+    assert!(standby.contains("does not speak TLS"), "{standby}");
+    let (primary, standby) = refused(Some(&ours.host("a", TCP_HOST)), None);
+    assert!(primary.contains("does not speak TLS"), "{primary}");
+    assert!(standby.contains("wants an encrypted link"), "{standby}");
 }
 
 #[test]

@@ -24,13 +24,12 @@ use axum::routing::{MethodFilter, on};
 use serde::Serialize;
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState, StopMode};
-use tandem_vmm::migration::MigrationError;
 
 use crate::control::Control;
 use crate::settings::describe;
 use types::{
     ErrorBody, ErrorCode, FailOverAnswer, FailOverBody, GuestInfo, MigrateBody, ProtectBody,
-    SnapshotBody, StateBody, StopBody,
+    SnapshotBody, StateBody, StopBody, TlsBody,
 };
 
 /// Longest request body, in bytes.
@@ -254,14 +253,14 @@ impl Guest {
 
     fn migrate(&self, body: &[u8]) -> Result<Response, ErrorBody> {
         let bad = |reason: String| {
-            let message = format!("the body must be {{\"to\": \"ADDRESS\"}}: {reason}");
+            let message = format!(
+                "the body must be {{\"to\": \"ADDRESS\"}}, and may have {{\"tls\": {{\"directory\": \
+                 \"/PATH\", \"name\": \"HOST\"}}}}: {reason}"
+            );
             ErrorBody::new(ErrorCode::BadBody, message)
         };
         let body: MigrateBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
-        let to = body
-            .to
-            .parse()
-            .map_err(|e: MigrationError| bad(e.to_string()))?;
+        let to = TlsBody::peer(&body.to, body.tls).map_err(bad)?;
         let budget = Duration::from_micros(body.downtime_us);
         let description = describe(&self.facts.config);
         let report = self.control.migrate(&to, &description, budget)?;
@@ -272,15 +271,13 @@ impl Guest {
         let bad = |reason: String| {
             let message = format!(
                 "the body must be {{\"to\": \"ADDRESS\", \"arbiter\": \"/PATH\"}}, and may have \
-                 {{\"resync\": \"running\"|\"stopped\"}}: {reason}"
+                 {{\"resync\": \"running\"|\"stopped\", \"tls\": {{\"directory\": \"/PATH\", \
+                 \"name\": \"HOST\"}}}}: {reason}"
             );
             ErrorBody::new(ErrorCode::BadBody, message)
         };
         let body: ProtectBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
-        let to = body
-            .to
-            .parse()
-            .map_err(|e: MigrationError| bad(e.to_string()))?;
+        let to = TlsBody::peer(&body.to, body.tls).map_err(bad)?;
         if !body.arbiter.is_absolute() {
             return Err(bad("the path is relative".into()));
         }

@@ -10,7 +10,7 @@ use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState};
 use tandem_vmm::error::causes;
-use tandem_vmm::migration::{MigrationError, source};
+use tandem_vmm::migration::{MigrationError, Peer, PeerTls, source};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::directory::Report;
 
@@ -111,6 +111,9 @@ impl From<Report> for SnapshotReport {
 pub struct MigrateBody {
     /// Where the target waits: `HOST:PORT` or the absolute path of a unix socket.
     pub to: String,
+    /// How the link is encrypted, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsBody>,
     /// How long the last pages may take, in microseconds.
     #[serde(default = "downtime_default")]
     pub downtime_us: u64,
@@ -210,11 +213,47 @@ impl ErrorCode {
 pub struct ProtectBody {
     /// Where a standby listens.
     pub to: String,
+    /// How the links are encrypted, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tls: Option<TlsBody>,
     /// The directory that decides who owns the guest.
     pub arbiter: PathBuf,
     /// What of a resync it waits for.
     #[serde(default)]
     pub resync: ResyncMode,
+}
+
+/// How a link by TCP is encrypted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsBody {
+    /// The directory of the keys, as `tandem keys new-host` makes it.
+    pub directory: PathBuf,
+    /// What the other side's certificate must be for: a host's name or number.
+    pub name: String,
+}
+
+impl TlsBody {
+    /// What it says of `peer`.
+    pub fn of(peer: &Peer) -> Option<Self> {
+        peer.tls.as_ref().map(|tls| Self {
+            directory: tls.directory.clone(),
+            name: tls.name.clone(),
+        })
+    }
+
+    /// Who listens at `to`, if `tls` says how it is known.
+    ///
+    /// # Errors
+    /// When `to` is no address, or the directory is not absolute.
+    pub fn peer(to: &str, tls: Option<Self>) -> Result<Peer, String> {
+        let address = to.parse().map_err(|e: MigrationError| e.to_string())?;
+        if tls.as_ref().is_some_and(|tls| !tls.directory.is_absolute()) {
+            return Err("the path of `tls` is relative".into());
+        }
+        let tls = tls.map(|Self { directory, name }| PeerTls { directory, name });
+        Ok(Peer { address, tls })
+    }
 }
 
 /// Whether the copy of a guest is to take over, or only to be looked at.

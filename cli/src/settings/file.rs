@@ -116,6 +116,7 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         protect: root.text("protect", value::address),
         arbiter: root.text("arbiter", value::path),
         resync: root.text("resync", value::resync),
+        tls: root.text("tls", value::path),
         disks: root.tables("disk", disk),
         nets: root.tables("net", net),
         vsock: root.table("vsock", vsock),

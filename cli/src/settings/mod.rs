@@ -96,6 +96,7 @@ pub struct Settings {
     pub protect: Option<Located<Address>>,
     pub arbiter: Option<Located<PathBuf>>,
     pub resync: Option<Located<ResyncMode>>,
+    pub tls: Option<Located<PathBuf>>,
     pub disks: Vec<DiskSetting>,
     pub nets: Vec<NetSetting>,
     pub vsock: Option<Located<VsockConfig>>,
@@ -160,6 +161,8 @@ pub struct Protection {
     pub arbiter: PathBuf,
     /// What of a resync it waits for.
     pub resync: ResyncMode,
+    /// The directory of the keys by which its links are encrypted, if they are.
+    pub tls: Option<PathBuf>,
 }
 
 impl From<DiskConfig> for DiskSetting {
@@ -219,6 +222,7 @@ impl Settings {
             protect: over.protect.or(self.protect),
             arbiter: over.arbiter.or(self.arbiter),
             resync: over.resync.or(self.resync),
+            tls: over.tls.or(self.tls),
             vsock: over.vsock.or(self.vsock),
             disks: self.disks,
             nets: self.nets,
@@ -299,6 +303,7 @@ impl Settings {
                     to: to.value,
                     arbiter: arbiter.value,
                     resync: value(self.resync).unwrap_or_default(),
+                    tls: value(self.tls),
                 }),
         })
     }
@@ -307,7 +312,7 @@ impl Settings {
     fn rebase(&mut self, directory: &Path) {
         let rebase = |path: &mut PathBuf| *path = directory.join(&*path);
         let paths = [&mut self.kernel, &mut self.initrd, &mut self.api];
-        for path in paths.into_iter().chain([&mut self.arbiter]) {
+        for path in paths.into_iter().chain([&mut self.arbiter, &mut self.tls]) {
             path.iter_mut().for_each(|p| rebase(&mut p.value));
         }
         if let Some(ConsoleConfig::File(path)) = self.console.as_mut().map(|c| &mut c.value) {

@@ -411,6 +411,27 @@ pub fn address(text: &str) -> Result<Address, ValueError> {
         .map_err(|error: MigrationError| ValueError(error.to_string()))
 }
 
+/// Where others connect to a host: a number, or a name.
+///
+/// # Errors
+/// When no certificate can be for it.
+pub fn host(text: &str) -> Result<String, ValueError> {
+    let label = |label: &str| {
+        let inner = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+        (1..=63).contains(&label.len()) && label.chars().all(inner)
+    };
+    let named = text.len() <= 253 && text.split('.').all(label);
+    match text.parse::<std::net::IpAddr>().is_ok() || named {
+        true => Ok(text.to_owned()),
+        false => allowed("must be an IP or a DNS name, without a port"),
+    }
+}
+
+/// For how long keys may be made, in days.
+pub fn days() -> clap::builder::RangedI64ValueParser<u16> {
+    clap::value_parser!(u16).range(1..=36_500)
+}
+
 /// A time, such as `10s`, `500ms` or `2m`.
 ///
 /// # Errors

@@ -10,6 +10,8 @@ use std::path::Path;
 use rustix::thread::{CpuSet, sched_getaffinity};
 use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
 use tandem_vmm::confinement::credentials;
+use tandem_vmm::error::causes;
+use tandem_vmm::migration::tls::Keys;
 
 use super::{Images, MEMORY_DEFAULT, Origin, Problem, Settings, value};
 
@@ -304,6 +306,26 @@ fn protection(settings: &Settings, problems: &mut Problems) {
     if let (None, Some(resync)) = (&settings.protect, &settings.resync) {
         let message = "a guest that is not protected has no resyncs; allowed with `protect`";
         problems.add(resync.at, "resync", message);
+    }
+    tls(settings, problems);
+}
+
+/// Reports keys that cannot be used, or for nothing.
+fn tls(settings: &Settings, problems: &mut Problems) {
+    let Some(tls) = &settings.tls else {
+        return;
+    };
+    if settings.protect.is_none() {
+        let message = "a guest that is not protected has no links; allowed with `protect`";
+        problems.add(tls.at, "tls", message);
+    }
+    if let Err(error) = Keys::open(&tls.value) {
+        let path = tls.value.display();
+        let why = causes(&error);
+        let message = format!(
+            "`{path}` cannot be used: {why}; must be a directory as `tandem keys new-host` makes it"
+        );
+        problems.add(tls.at, "tls", message);
     }
 }
 

@@ -97,6 +97,7 @@ impl Settings {
         out.text("protect", protect.as_deref());
         out.path("arbiter", self.arbiter.as_ref().map(|p| p.value.as_path()));
         out.text("resync", self.resync.as_ref().map(|mode| mode.value.name()));
+        out.path("tls", self.tls.as_ref().map(|p| p.value.as_path()));
     }
 
     fn write_devices(&self, out: &mut Writer) {
@@ -157,6 +158,11 @@ impl From<Launch> for Settings {
             user: launch.user.map(Located::flag),
             protect: launch.protection.clone().map(|p| Located::flag(p.to)),
             resync: launch.protection.as_ref().map(|p| Located::flag(p.resync)),
+            tls: launch
+                .protection
+                .as_ref()
+                .and_then(|p| p.tls.clone())
+                .map(Located::flag),
             arbiter: launch.protection.map(|p| Located::flag(p.arbiter)),
             disks: machine.disks.into_iter().map(Into::into).collect(),
             nets: machine.nets.into_iter().map(Into::into).collect(),

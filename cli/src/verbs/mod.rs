@@ -2,6 +2,7 @@
 
 mod attach;
 mod change;
+mod keys;
 mod protection;
 mod saved;
 mod show;
@@ -107,7 +108,11 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             change,
             to,
             downtime,
-        } => saved::migrate(&root()?.find(&change.name)?, &change, &to, downtime, style)?,
+            tls,
+        } => {
+            let asked = saved::Move { to, downtime, tls };
+            saved::migrate(&root()?.find(&change.name)?, &change, &asked, style)?;
+        }
         Verb::Receive(args) => {
             let context = context(started, &cli.runtime_dir, style);
             return receive::receive(&args, &context);
@@ -122,9 +127,11 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             arbiter,
             resync,
             timeout,
+            tls,
         } => {
             let ask = protection::Ask {
                 to,
+                tls,
                 arbiter,
                 resync,
                 timeout,
@@ -144,6 +151,7 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             protection::events(&root()?.find(&name)?, follow, style)?;
         }
         Verb::Status { name } => protection::status(&root()?.find(&name)?, style)?,
+        Verb::Keys { keys } => keys::carry_out(&keys, style)?,
         Verb::Inspect { directory, verify } => saved::inspect(&directory, verify, style)?,
         Verb::Man { directory } => writing::man(&directory)?,
         Verb::Completions { shell } => writing::completions(shell)?,

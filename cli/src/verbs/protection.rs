@@ -1,21 +1,22 @@
 //! Verbs about a guest's protection: `status`, `protect`, `unprotect`, `resync`, `failover`, `events`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::{Percentiles, Role, Status};
-use tandem_vmm::migration::Address;
+use tandem_vmm::migration::{Address, Peer};
 
 use super::Style;
 use super::change::tell_plan;
-use crate::api::types::{FailOverAnswer, FailOverBody, ProtectBody};
+use crate::api::types::{FailOverAnswer, FailOverBody, ProtectBody, TlsBody};
 use crate::args::ChangeArgs;
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output;
+use crate::receive::tell_of_plain_link;
 use crate::runtime_dir::Guest;
 
 /// Time between two looks at a guest whose protection changes.
@@ -30,6 +31,8 @@ const EVENTS_LOOK: Duration = Duration::from_millis(200);
 pub(super) struct Ask {
     /// Where a standby listens.
     pub(super) to: Address,
+    /// The directory of the keys by which its links are encrypted, if they are.
+    pub(super) tls: Option<PathBuf>,
     /// The directory that decides who owns the guest.
     pub(super) arbiter: PathBuf,
     /// What of a resync it waits for.
@@ -65,9 +68,12 @@ pub(super) fn protect(
     if change.dry_run {
         return tell_plan(guest, "protect", style);
     }
+    tell_of_plain_link(&ask.to, ask.tls.as_deref(), style.quiet);
+    let peer = peer(&ask.to, ask.tls.as_deref())?;
     let directory = std::path::absolute(&ask.arbiter);
     let body = ProtectBody {
-        to: ask.to.resolved()?.to_string(),
+        to: peer.to_string(),
+        tls: TlsBody::of(&peer),
         arbiter: directory.map_err(Failure::host("find the working directory"))?,
         resync: ask.resync,
     };
@@ -75,6 +81,20 @@ pub(super) fn protect(
     client.post("/api/v1/protect", &body)?;
     let status = wait_until(guest, ask.timeout, |status| status.protected)?;
     print_status(&status, style)
+}
+
+/// Who listens at `to`, as the guest's VMM is told: it has another working directory, and does not look names up.
+/// Its keys can be used.
+pub(super) fn peer(to: &Address, tls: Option<&Path>) -> Result<Peer, Failure> {
+    let absolute = |path: &Path| {
+        std::path::absolute(path).map_err(Failure::host("find the working directory"))
+    };
+    let mut peer = Peer::find(to, tls.map(absolute).transpose()?)?;
+    if let Address::Unix(path) = &mut peer.address {
+        *path = absolute(path)?;
+    }
+    drop(peer.open()?);
+    Ok(peer)
 }
 
 fn wait_until(

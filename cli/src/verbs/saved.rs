@@ -1,18 +1,20 @@
 //! Verbs about saved guests: `snapshot`, `inspect`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::json;
 use tandem_vmm::migration::Address;
 use tandem_vmm::snapshot::directory::{self, Snapshot};
 
+use super::protection::peer;
 use super::{Style, change};
-use crate::api::types::{MigrateBody, MigrationReport, SnapshotBody, SnapshotReport};
+use crate::api::types::{MigrateBody, MigrationReport, SnapshotBody, SnapshotReport, TlsBody};
 use crate::args::ChangeArgs;
 use crate::client::Client;
 use crate::failure::Failure;
 use crate::output::{self, Table};
+use crate::receive::tell_of_plain_link;
 use crate::runtime_dir::Guest;
 use crate::settings::value;
 
@@ -72,26 +74,32 @@ fn told(name: &str, directory: &Path, report: &SnapshotReport) -> String {
     )
 }
 
+/// Where a guest is to go.
+#[derive(Clone, Debug)]
+pub(super) struct Move {
+    /// Where the target waits.
+    pub(super) to: Address,
+    /// How long the last pages may take.
+    pub(super) downtime: Duration,
+    /// The directory of the keys by which the link is encrypted, if it is.
+    pub(super) tls: Option<PathBuf>,
+}
+
 /// Moves a guest to where a target waits for it.
 pub(super) fn migrate(
     guest: &Guest,
     change: &ChangeArgs,
-    to: &Address,
-    downtime: Duration,
+    Move { to, downtime, tls }: &Move,
     style: Style,
 ) -> Result<(), Failure> {
     if change.dry_run {
         return change::tell_plan(guest, &format!("migrate to `{to}`"), style);
     }
-    // The guest's VMM has another working directory, and does not look names up.
-    let to = match to.resolved()? {
-        Address::Unix(path) => {
-            std::path::absolute(&path).map_err(Failure::host("find the working directory"))?
-        }
-        Address::Tcp(address) => address.into(),
-    };
+    tell_of_plain_link(to, tls.as_deref(), style.quiet);
+    let peer = peer(to, tls.as_deref())?;
     let body = MigrateBody {
-        to: to.to_string_lossy().into_owned(),
+        to: peer.to_string(),
+        tls: TlsBody::of(&peer),
         downtime_us: downtime.as_micros() as u64,
     };
     let name = guest.name();

@@ -7,9 +7,13 @@
 //!
 //! ```text
 //!   VMM      > keeper      a connection to the secondary, taps          (SOCK_SEQPACKET, SCM_RIGHTS)
+//!   keeper   > VMM         whether it is one, if the keeper is to verify the secondary
 //!   keeper   > secondary   Input, as the primary would have said it     (see [`crate::link`])
 //!   secondary > keeper     Term: the guest is its own from now on
 //! ```
+//!
+//! A connection that is encrypted is made by the keeper itself: what two processes agreed on for a connection cannot be
+//! shared with a third. Its VMM tells it the keys that it read, since the keeper can read no files.
 //!
 //! It is a copy of the VMM's process from before there was a guest: it costs some hundred KiB, and no time but
 //! for the copy. A host that dies takes its keeper along.
@@ -21,15 +25,38 @@ mod process;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
-    sendmsg, socketpair,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType, recv, sendmsg, socketpair,
 };
+use serde::{Deserialize, Serialize};
 use tandem_vmm::confinement::Entry;
+use tandem_vmm::migration::tls::{HANDSHAKE_TIMEOUT, Material};
 
 /// Taps that a keeper holds, at most.
 pub const TAPS_MAX: usize = 8;
+/// Bytes of what a keeper is told, at most: keys, and a greeting.
+const WORDS_MAX: usize = 64 << 10;
+/// Bytes of what it answers, at most.
+const ANSWER_MAX: usize = 512;
+/// How long it may take to verify a secondary, in seconds.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(HANDSHAKE_TIMEOUT.as_secs() + 1);
+
+/// How a keeper verifies the secondary at the other end of its connection, and what it says then.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Verification {
+    /// The keys.
+    pub material: Material,
+    /// What the secondary's certificate must be for.
+    pub name: String,
+    /// What the keeper says first.
+    #[serde(with = "serde_bytes")]
+    pub greeting: Vec<u8>,
+}
 
 /// The way to a keeper. It ends when this is dropped, or the process that has it ends.
 #[derive(Debug)]
@@ -67,13 +94,59 @@ impl Keeper {
     /// # Errors
     /// When the keeper is gone, or there are more taps than [`TAPS_MAX`].
     pub fn entrust(&self, link: BorrowedFd<'_>, taps: &[(u8, OwnedFd)]) -> io::Result<()> {
-        if taps.len() > TAPS_MAX {
+        let words = [&[HOLD], &devices(taps)?[..]].concat();
+        self.say(&words, &descriptors(link, taps))
+    }
+
+    /// As [`Keeper::entrust`], by a connection on which nothing was said: the keeper verifies the secondary.
+    ///
+    /// # Errors
+    /// When the keeper is gone or says that the secondary is not who it must be, or there are too many taps.
+    pub fn introduce(
+        &self,
+        link: BorrowedFd<'_>,
+        taps: &[(u8, OwnedFd)],
+        verification: &Verification,
+    ) -> io::Result<()> {
+        let verification = rmp_serde::to_vec_named(verification).map_err(io::Error::other)?;
+        let devices = devices(taps)?;
+        let words = [
+            &[INTRODUCE, devices.len() as u8],
+            &devices[..],
+            &verification[..],
+        ]
+        .concat();
+        if words.len() > WORDS_MAX {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let devices: Vec<u8> = taps.iter().map(|(device, _)| *device).collect();
-        let mut fds = vec![link];
-        fds.extend(taps.iter().map(|(_, tap)| tap.as_fd()));
-        self.say(&[&[HOLD], &devices[..]].concat(), &fds)
+        self.forget_answers();
+        self.say(&words, &descriptors(link, taps))?;
+        self.answer()
+    }
+
+    /// Throws away what was not waited for.
+    fn forget_answers(&self) {
+        while recv(&self.socket, &mut [0_u8; ANSWER_MAX], RecvFlags::DONTWAIT)
+            .is_ok_and(|(_, n)| n > 0)
+        {}
+    }
+
+    /// What it answers: nothing, or what is wrong.
+    fn answer(&self) -> io::Result<()> {
+        let wait = Timespec {
+            tv_sec: ANSWER_TIMEOUT.as_secs() as i64,
+            tv_nsec: 0,
+        };
+        let mut words = [0_u8; ANSWER_MAX];
+        poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&wait))?;
+        let (_, length) = recv(&self.socket, &mut words[..], RecvFlags::DONTWAIT)?;
+        match words[..length].split_first() {
+            Some((&ANSWER, [])) => Ok(()),
+            Some((&ANSWER, why)) => {
+                Err(io::Error::other(String::from_utf8_lossy(why).into_owned()))
+            }
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 
     /// Lets it forget what it has.
@@ -93,8 +166,25 @@ impl Keeper {
     }
 }
 
+/// The numbers of the devices of `taps`.
+fn devices(taps: &[(u8, OwnedFd)]) -> io::Result<Vec<u8>> {
+    if taps.len() > TAPS_MAX {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    Ok(taps.iter().map(|(device, _)| *device).collect())
+}
+
+fn descriptors<'a>(link: BorrowedFd<'a>, taps: &'a [(u8, OwnedFd)]) -> Vec<BorrowedFd<'a>> {
+    let taps = taps.iter().map(|(_, tap)| tap.as_fd());
+    std::iter::once(link).chain(taps).collect()
+}
+
 /// The first byte of what a keeper is told: devices and descriptors follow.
 const HOLD: u8 = 1;
+/// As [`HOLD`], but that the number of devices comes before them and a [`Verification`] after.
+const INTRODUCE: u8 = 3;
+/// The first byte of what a keeper answers to that: why not follows, if it does not hold them.
+const ANSWER: u8 = 4;
 /// What it has is not needed any more.
 const FORGET: u8 = 2;
 

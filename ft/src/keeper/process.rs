@@ -1,19 +1,22 @@
 //! The keeper's own process. It writes no log: its descriptors are not those of the VMM.
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
-};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
 use tandem_devices::virtio::net::{FRAME_MAX, HEADER_SIZE};
 use tandem_vmm::confinement::Entry;
+use tandem_vmm::error::causes;
+use tandem_vmm::migration::Link;
+use tandem_vmm::migration::tls::Session;
 
-use super::{FORGET, HOLD, KEPT_FD, TAPS_MAX, shed};
+use super::{
+    ANSWER, ANSWER_MAX, FORGET, HOLD, INTRODUCE, KEPT_FD, TAPS_MAX, Verification, WORDS_MAX, shed,
+};
 use crate::link::{Kind, Reader, put};
 
 /// How long it waits for the secondary to own the guest once the VMM is gone.
@@ -40,7 +43,7 @@ pub(super) fn live(socket: &OwnedFd, confinement: &Entry) -> ! {
 
 /// What it was given.
 struct Held {
-    link: OwnedFd,
+    link: Link,
     taps: Vec<(u8, OwnedFd)>,
 }
 
@@ -56,12 +59,12 @@ fn keep() {
     let socket = unsafe { OwnedFd::from_raw_fd(KEPT_FD) };
     let mut held: Option<(Held, Reader)> = None;
     loop {
-        let link = held.as_ref().map(|(held, _)| held.link.as_fd());
+        let link = held.as_ref().map(|(held, _)| held.link.waits_for());
         let Ok((told, said)) = wait(socket.as_fd(), link) else {
             return;
         };
         if said && let Some((mine, reader)) = &mut held {
-            match hear(mine.link.as_fd(), reader) {
+            match hear(&mine.link, reader) {
                 Heard::Nothing => {}
                 Heard::Lost => held = None,
                 Heard::TookOver => {
@@ -101,7 +104,7 @@ fn wait(vmm: BorrowedFd<'_>, link: Option<BorrowedFd<'_>>) -> io::Result<(bool, 
 
 /// What the VMM says.
 fn listen(socket: BorrowedFd<'_>) -> Told {
-    let mut words = [0; 1 + TAPS_MAX];
+    let mut words = vec![0; WORDS_MAX];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1 + TAPS_MAX))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::CMSG_CLOEXEC;
@@ -114,17 +117,45 @@ fn listen(socket: BorrowedFd<'_>) -> Told {
         _ => None,
     });
     let mut fds = fds.next().into_iter().flatten();
-    match words[..received.bytes].split_first() {
-        Some((&HOLD, devices)) => match fds.next() {
-            Some(link) => Told::Hold(Held {
-                link,
-                taps: devices.iter().copied().zip(fds).collect(),
-            }),
-            None => Told::Forget,
-        },
-        Some((&FORGET, _)) => Told::Forget,
+    let hold = |link: Link, devices: &[u8], taps: &mut dyn Iterator<Item = OwnedFd>| {
+        let taps = devices.iter().copied().zip(taps).collect();
+        Told::Hold(Held { link, taps })
+    };
+    match (words[..received.bytes].split_first(), fds.next()) {
+        (Some((&HOLD, devices)), Some(link)) => hold(link.into(), devices, &mut fds),
+        (Some((&INTRODUCE, words)), Some(link)) => {
+            let introduced = introduce(words, link);
+            answer(socket, &introduced);
+            match introduced {
+                Ok((link, devices)) => hold(link, devices, &mut fds),
+                Err(_) => Told::Forget,
+            }
+        }
+        (Some((&(HOLD | INTRODUCE | FORGET), _)), _) => Told::Forget,
         _ => Told::Gone,
     }
+}
+
+/// Verifies the secondary as `words` say, and greets it: the link, and the devices whose taps came with it.
+fn introduce(words: &[u8], link: OwnedFd) -> Result<(Link, &[u8]), String> {
+    let garbled = || "the VMM said what cannot be understood".to_owned();
+    let (&count, words) = words.split_first().ok_or_else(garbled)?;
+    let (devices, words) = words.split_at_checked(count.into()).ok_or_else(garbled)?;
+    let said: Verification = rmp_serde::from_slice(words).map_err(|_| garbled())?;
+    let session = Session::connect(link.into(), &said.material, &said.name);
+    let mut link = Link::Tls(session.map_err(|error| causes(&error))?);
+    link.write_all(&said.greeting)
+        .map_err(|error| error.to_string())?;
+    Ok((link, devices))
+}
+
+/// Tells the VMM how it went.
+fn answer<T>(socket: BorrowedFd<'_>, introduced: &Result<T, String>) {
+    let why = introduced.as_ref().err().map_or("", String::as_str);
+    let words = [&[ANSWER], why.as_bytes()].concat();
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    // It may be gone.
+    let _ = send(socket, &words[..words.len().min(ANSWER_MAX)], flags);
 }
 
 /// What the secondary says.
@@ -134,12 +165,8 @@ enum Heard {
     Lost,
 }
 
-fn hear(link: BorrowedFd<'_>, reader: &mut Reader) -> Heard {
-    let filled = reader.fill(|room| {
-        let (_, length) = recv(link, room, RecvFlags::DONTWAIT)?;
-        Ok(length)
-    });
-    if filled.is_err() {
+fn hear(link: &Link, reader: &mut Reader) -> Heard {
+    if reader.fill(|room| link.recv(room)).is_err() {
         return Heard::Lost;
     }
     match reader.take() {
@@ -162,24 +189,25 @@ impl Held {
             if self.send(&mut waiting).is_err() {
                 return;
             }
-            match hear(self.link.as_fd(), reader) {
+            match hear(&self.link, reader) {
                 Heard::Nothing => {}
                 Heard::Lost => return,
                 Heard::TookOver => deadline = deadline.min(Instant::now() + AFTER_TAKEOVER),
             }
-            self.wait(!waiting.is_empty(), deadline);
+            let behind = !waiting.is_empty() || self.link.owes();
+            self.wait(behind, deadline);
         }
     }
 
     /// Sends as much of `waiting` as the secondary takes now.
     fn send(&self, waiting: &mut Vec<u8>) -> io::Result<()> {
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
         let mut sent = 0;
-        while sent < waiting.len() {
-            match send(&self.link, &waiting[sent..], flags) {
+        let mut owes = self.link.owes();
+        while sent < waiting.len() || std::mem::take(&mut owes) {
+            match self.link.send(&waiting[sent..]) {
                 Ok(count) => sent += count,
-                Err(rustix::io::Errno::AGAIN) => break,
-                Err(error) => return Err(error.into()),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
             }
         }
         waiting.drain(..sent);
@@ -190,7 +218,7 @@ impl Held {
     fn wait(&self, behind: bool, deadline: Instant) {
         let mut flags = PollFlags::IN;
         flags.set(PollFlags::OUT, behind);
-        let mut fds = vec![PollFd::new(&self.link, flags)];
+        let mut fds = vec![PollFd::from_borrowed_fd(self.link.waits_for(), flags)];
         let taps = self.taps.iter().filter(|_| !behind);
         fds.extend(taps.map(|(_, tap)| PollFd::new(tap, PollFlags::IN)));
         let left = deadline.saturating_duration_since(Instant::now());

@@ -1,10 +1,8 @@
 //! Messages on their way out. Devices and threads put them in; nobody waits for the other side.
 
 use std::io;
-use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rustix::net::{SendFlags, send};
 use tandem_vmm::migration::Link;
 
 use super::message::{self, Kind};
@@ -49,7 +47,8 @@ impl Outbox {
 
     /// Whether bytes wait for the other side to take them.
     pub fn has_waiting(&self) -> bool {
-        self.lock().waiting() > 0
+        let state = self.lock();
+        state.waiting() > 0 || state.owes()
     }
 
     /// Bytes of memory that it takes.
@@ -82,19 +81,26 @@ impl State {
         self.bytes.len() - self.start
     }
 
+    /// Whether the link has to send what it has taken.
+    fn owes(&self) -> bool {
+        !self.broken && self.link.as_ref().is_some_and(Link::owes)
+    }
+
     fn flush(&mut self) {
+        let owes = self.owes();
         let Some(link) = &self.link else {
             return;
         };
-        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-        while self.start < self.bytes.len() {
-            match send(link.as_fd(), &self.bytes[self.start..], flags) {
+        // What the link takes last it may owe for a moment.
+        let mut first = owes;
+        while self.start < self.bytes.len() || std::mem::take(&mut first) {
+            match link.send(&self.bytes[self.start..]) {
                 Ok(sent) => self.start += sent,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => break,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => {
                     // Whoever reads finds out, and decides.
-                    tracing::debug!(error = %io::Error::from(error), "the other side is gone");
+                    tracing::debug!(%error, "the other side is gone");
                     self.broken = true;
                     self.start = self.bytes.len();
                 }

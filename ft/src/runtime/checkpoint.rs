@@ -1,5 +1,6 @@
 //! Checkpoints on their connection: what is said first, and how each is sent and received.
 
+use std::io::Write;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -46,7 +47,7 @@ fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, Prot
 
 /// Says first what a connection is for, and then `value`.
 pub(super) fn greet(
-    link: &mut Link,
+    link: &mut impl Write,
     purpose: Purpose,
     value: &impl Serialize,
 ) -> Result<(), ProtectionError> {

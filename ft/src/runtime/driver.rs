@@ -3,7 +3,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -16,7 +16,8 @@ use tandem_vmm::control::{ControlError, FreezeTimes, Frozen};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::PageSender;
-use tandem_vmm::migration::{Address, Hello, Link};
+use tandem_vmm::migration::tls::Keys;
+use tandem_vmm::migration::{Hello, Link, Route};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::{PageSink, Session};
 
@@ -26,7 +27,7 @@ use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::wanted::give;
 use super::{Pair, ProtectionError, lock};
 use crate::delta::{Ahead, Encoder, Staging};
-use crate::keeper::Keeper;
+use crate::keeper::{Keeper, Verification};
 use crate::link::Kind;
 use crate::mirror::{self, DISK_MAX, Image};
 use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
@@ -72,7 +73,7 @@ enum Copying {
 
 pub(super) struct Driver<'a> {
     core: Arc<Core>,
-    to: Address,
+    to: Route,
     mode: ResyncMode,
     guest: &'a Guest,
     shared: Arc<Shared>,
@@ -228,16 +229,57 @@ impl<'a> Driver<'a> {
         })
     }
 
-    /// Gives the guest's taps to its keeper, with a connection of its own.
+    /// Gives the guest's taps to its keeper, with a connection of its own. Without a keeper what waits in them is
+    /// lost when this process dies, as on a host that dies.
     fn entrust(&self, keeper: &Keeper, token: u128) -> Result<(), ProtectionError> {
-        let mut link = self.to.connect()?;
-        greet(&mut link, Purpose::Keeping, &Greeting { token })?;
         let taps = self.core.pair.descriptors();
-        if let Err(error) = keeper.entrust(link.as_fd(), &taps) {
-            // What waits in them is lost when this process dies, as on a host that dies.
-            tracing::warn!(%error, "the guest's taps have no keeper");
+        let untold = |error: &dyn std::error::Error| {
+            tracing::warn!(why = %causes(error), "the guest's taps have no keeper");
+        };
+        let Some((keys, name)) = self.to.keys() else {
+            let link = self.keeping(token)?;
+            let entrusted = link.plain().map(|link| keeper.entrust(link, &taps));
+            if let Some(Err(error)) = entrusted {
+                untold(&error);
+            }
+            return Ok(());
+        };
+        if let Err(error) = self.introduce(keeper, &taps, token, keys, name) {
+            untold(&error);
+            // The secondary waits for a connection.
+            self.keeping(token)?;
         }
         Ok(())
+    }
+
+    /// A connection for a keeper.
+    fn keeping(&self, token: u128) -> Result<Link, ProtectionError> {
+        let mut link = self.to.connect()?;
+        greet(&mut link, Purpose::Keeping, &Greeting { token })?;
+        Ok(link)
+    }
+
+    /// Lets the keeper make an encrypted connection: what is agreed on by one process
+    /// is not known to another.
+    fn introduce(
+        &self,
+        keeper: &Keeper,
+        taps: &[(u8, OwnedFd)],
+        token: u128,
+        keys: &Keys,
+        name: &str,
+    ) -> Result<(), ProtectionError> {
+        let stream = self.to.dial()?;
+        let mut greeting = Vec::new();
+        greet(&mut greeting, Purpose::Keeping, &Greeting { token })?;
+        let verification = Verification {
+            material: keys.current().as_ref().clone(),
+            name: name.to_owned(),
+            greeting,
+        };
+        keeper
+            .introduce(stream.as_fd(), taps, &verification)
+            .map_err(ProtectionError::host("let the keeper connect"))
     }
 
     /// Makes checkpoints until the secondary is lost or the guest is to end.

@@ -1,10 +1,9 @@
 //! The secondary's thread that hears what the primary's keeper has: frames that were on their way to the guest
 //! when the primary was lost.
 
-use std::os::fd::AsFd;
+use std::io::Read;
 use std::sync::Arc;
 
-use rustix::net::{RecvFlags, recv};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::Link;
 
@@ -13,7 +12,7 @@ use super::secondary::Core;
 use crate::link::{Kind, MessageError, Reader};
 
 /// Starts it; it ends with the connection.
-pub(super) fn listen(core: Arc<Core>, link: Link) -> Result<(), ProtectionError> {
+pub(super) fn listen(core: Arc<Core>, mut link: Link) -> Result<(), ProtectionError> {
     std::thread::Builder::new()
         .name("late".into())
         .spawn(move || {
@@ -21,7 +20,7 @@ pub(super) fn listen(core: Arc<Core>, link: Link) -> Result<(), ProtectionError>
                 tracing::error!(%error, "the thread of late frames cannot be confined");
                 return;
             }
-            let error = hear(&core, &link);
+            let error = hear(&core, &mut link);
             tracing::debug!(why = %causes(&error), "no more late frames come");
             link.shut_down();
         })
@@ -29,13 +28,10 @@ pub(super) fn listen(core: Arc<Core>, link: Link) -> Result<(), ProtectionError>
         .map_err(ProtectionError::host("start the thread of late frames"))
 }
 
-fn hear(core: &Core, link: &Link) -> MessageError {
+fn hear(core: &Core, link: &mut Link) -> MessageError {
     let mut reader = Reader::default();
     loop {
-        let filled = reader.fill(|room| {
-            let (_, length) = recv(link.as_fd(), room, RecvFlags::empty())?;
-            Ok(length)
-        });
+        let filled = reader.fill(|room| link.read(room));
         if let Err(error) = filled {
             return error;
         }

@@ -1,10 +1,8 @@
 //! The thread that reads what the other side says, and looks at the clock.
 
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvFlags, recv};
 use smallvec::SmallVec;
 use tandem_vmm::build::borrow;
 use tandem_vmm::migration::Link;
@@ -51,7 +49,7 @@ fn read(link: &Link, reader: &mut Reader, talk: &mut impl Talk) -> Result<(), Me
     while !all {
         let more = reader.fill(|room| {
             let wanted = room.len();
-            let (_, length) = recv(link.as_fd(), room, RecvFlags::DONTWAIT)?;
+            let length = link.recv(room)?;
             all = length < wanted;
             Ok(length)
         })?;
@@ -81,7 +79,7 @@ fn wait(link: Option<&Link>, outbox: &Outbox, event: &EventFd, due: Instant) -> 
     }
     let mut fds = SmallVec::<[_; 2]>::new();
     fds.push(PollFd::from_borrowed_fd(wake, PollFlags::IN));
-    fds.extend(link.map(|link| PollFd::new(link, flags)));
+    fds.extend(link.map(|link| PollFd::from_borrowed_fd(link.waits_for(), flags)));
     if !matches!(poll(&mut fds, Some(&timeout)), Ok(1..)) {
         return false;
     }

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, StopMode};
 use tandem_vmm::error::causes;
-use tandem_vmm::migration::Address;
+use tandem_vmm::migration::{Peer, Route};
 
 use super::asking::Claims;
 use super::driver::Driver;
@@ -52,8 +52,8 @@ impl ResyncMode {
 
 /// How a guest is to be protected.
 pub struct Protect {
-    /// Where a standby listens.
-    pub to: Address,
+    /// The way to where a standby listens.
+    pub to: Route,
     /// Who decides who owns the guest.
     pub claims: Claims,
     /// Number of this owner.
@@ -79,7 +79,7 @@ pub struct Guest {
 /// What is asked of a protector.
 enum Request {
     Protect {
-        to: Address,
+        to: Peer,
         arbiter: PathBuf,
         mode: ResyncMode,
         answer: SyncSender<Result<(), String>>,
@@ -176,7 +176,7 @@ impl Desk {
     ///
     /// # Errors
     /// Why not, in words.
-    pub fn protect(&self, to: Address, arbiter: PathBuf, mode: ResyncMode) -> Result<(), String> {
+    pub fn protect(&self, to: Peer, arbiter: PathBuf, mode: ResyncMode) -> Result<(), String> {
         let (answer, answered) = sync_channel(1);
         let gone = "the guest has ended".to_owned();
         if lock(&self.shared.core).is_some() {
@@ -287,7 +287,7 @@ fn supervise(
         else {
             return;
         };
-        let opened = open(guest, to, &arbiter, mode);
+        let opened = open(guest, &to, &arbiter, mode);
         let told = opened.map(|opened| protect = Some(opened));
         // Whoever asked may have stopped waiting.
         drop(answer.send(told.map_err(|error| causes(&error))));
@@ -296,11 +296,12 @@ fn supervise(
 
 fn open(
     guest: &Guest,
-    to: Address,
+    to: &Peer,
     arbiter: &Path,
     mode: ResyncMode,
 ) -> Result<Protect, ProtectionError> {
     let name = guest.pair.status().name;
+    let to = to.open()?;
     let claims = Claims::open(arbiter, &name)?;
     let term = claims.claim_next()?;
     let term = term.ok_or_else(|| ProtectionError::Garbled("that another won the guest".into()))?;

@@ -132,8 +132,14 @@ fn next_connection(
     token: u128,
     purpose: Purpose,
 ) -> Result<Link, ProtectionError> {
-    let failed = ProtectionError::host("wait for the next connection");
-    let mut link = listener.accept().map_err(failed)?;
+    let mut link = loop {
+        let failed = ProtectionError::host("wait for the next connection");
+        match listener.accept().map_err(failed)?.verified() {
+            Ok(link) => break link,
+            // Strangers do not keep the primary away.
+            Err(error) => tracing::warn!(why = %causes(&error), "a connection was refused"),
+        }
+    };
     let greeting: Greeting = hear(&mut link, purpose)?;
     if greeting.token != token {
         let what = "a connection of another guest".to_owned();

@@ -11,7 +11,6 @@
 //! A request costs a trip over the link, and there is one for [`RUNS_MAX`] runs of pages.
 
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -124,14 +123,22 @@ impl Awaited<'_> {
 impl Read for Awaited<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
+            let left = self.left()?;
+            // Some of it may have come with what was received before.
+            match self.link.recv(buffer) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                received => return received,
+            }
             let sleep = Timespec {
                 tv_sec: 0,
-                tv_nsec: i64::from(self.left()?.subsec_nanos()),
+                tv_nsec: i64::from(left.subsec_nanos()),
             };
-            let mut fds = [PollFd::from_borrowed_fd(self.link.as_fd(), PollFlags::IN)];
-            match poll(&mut fds, Some(&sleep)) {
-                Ok(0) | Err(rustix::io::Errno::INTR) => {}
-                Ok(_) => return self.link.read(buffer),
+            let fd = self.link.waits_for();
+            match poll(
+                &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
+                Some(&sleep),
+            ) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }

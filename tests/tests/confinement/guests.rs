@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::Signal;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::keys::Authority;
 use tandem_tests::network::{CMDLINE, GUEST, Network};
 use tandem_tests::pair::{Pair, Side};
 
@@ -20,7 +21,7 @@ type Run = fn(Prepare<'_>);
 const FRAME_LEN: u32 = 60;
 
 /// All of them, by name.
-pub(crate) const ALL: [(&str, Run); 17] = [
+pub(crate) const ALL: [(&str, Run); 21] = [
     ("reset", reset),
     ("console", console),
     ("verbs", verbs),
@@ -36,6 +37,10 @@ pub(crate) const ALL: [(&str, Run); 17] = [
     ("standby", standby),
     ("staging", staging),
     ("keeper", keeper),
+    ("migrate-tls", migrate_encrypted),
+    ("protect-tls", protect_encrypted),
+    ("standby-tls", standby_encrypted),
+    ("keeper-tls", keeper_encrypted),
     ("disk-uring", |prepare| disk(prepare, "engine=uring")),
     ("disk-threads", |prepare| disk(prepare, "engine=threads")),
 ];
@@ -247,11 +252,64 @@ fn keeper(prepare: Prepare<'_>) {
     lose(prepare, &|guest| guest, Side::Primary);
 }
 
-/// A protected server is made the same as its copy again, and then one of both is killed.
+/// A guest that moves over an encrypted link.
+fn migrate_encrypted(prepare: Prepare<'_>) {
+    let authority = Authority::new();
+    let [near, far] = ["a", "b"].map(|name| authority.host(name, "127.0.0.1"));
+    let guest = GuestBuilder::image("spin", "iters=0 report=1");
+    let guest = ready(prepare(guest), "spin");
+    let target = GuestBuilder::received(Path::new("127.0.0.1:0"));
+    let mut target = target.arg("--tls").arg(far).start();
+    let deadline = Instant::now() + PATIENCE;
+    let to = loop {
+        let said = target.messages();
+        let place = said.iter().find_map(|line| line.split_once("a guest on "));
+        if let Some((_, place)) = place {
+            break place.to_owned();
+        }
+        assert!(Instant::now() < deadline, "nobody listens");
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    let keys = near.to_str().unwrap();
+    tandem(&guest, &["migrate", "guest", "--to", &to, "--tls", keys]);
+    guest.wait().assert_success();
+    target.wait_for("spin:");
+    stop(target);
+}
+
+/// As [`protect`], by encrypted links.
+fn protect_encrypted(prepare: Prepare<'_>) {
+    lose_encrypted(prepare, &|guest| guest, Side::Secondary);
+}
+
+/// As [`standby`], by encrypted links.
+fn standby_encrypted(prepare: Prepare<'_>) {
+    lose_encrypted(&|guest| guest, prepare, Side::Primary);
+}
+
+/// As [`keeper`], by encrypted links.
+fn keeper_encrypted(prepare: Prepare<'_>) {
+    lose_encrypted(prepare, &|guest| guest, Side::Primary);
+}
+
+fn lose_encrypted(primary: Prepare<'_>, secondary: Prepare<'_>, side: Side) {
+    let authority = Authority::new();
+    lose_one(side, |guest| {
+        Pair::start_with_keys(primary(guest), &authority, secondary)
+    });
+}
+
 fn lose(primary: Prepare<'_>, secondary: Prepare<'_>, side: Side) {
+    lose_one(side, |guest| {
+        Pair::start_over_tcp(primary(guest), secondary)
+    });
+}
+
+/// A protected server is made the same as its copy again, and then one of both is killed.
+fn lose_one(side: Side, start: impl FnOnce(GuestBuilder) -> Pair) {
     let network = Network::new();
     let guest = GuestBuilder::image("http", CMDLINE).in_network(&network);
-    let mut pair = Pair::start_over_tcp(primary(guest), secondary);
+    let mut pair = start(guest);
     pair.wait_ready("http: ready");
     read_page(&network);
     pair.resync();

@@ -1,15 +1,16 @@
-//! Where the other side is, and the connection to it.
+//! Where the other side is.
 
 use std::fmt;
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::io;
+use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
 use super::MigrationError;
+use super::link::Link;
+use super::tls::{Keys, Session};
 
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -79,7 +80,7 @@ impl Address {
             .map_err(self.failed("look up"))
     }
 
-    /// Connects to who listens there; the host must be a number, see [`Address::resolved`].
+    /// Connects to who listens there, whoever it is; the host must be a number, see [`Address::resolved`].
     ///
     /// # Errors
     /// When nobody does, or not in time.
@@ -93,16 +94,28 @@ impl Address {
             .map_err(self.failed("connect to"))
     }
 
+    /// The host's name or number, if it is one.
+    pub(super) fn host(&self) -> Option<&str> {
+        match self {
+            Self::Tcp(address) => {
+                let (host, _) = address.rsplit_once(':')?;
+                Some(host.trim_start_matches('[').trim_end_matches(']'))
+            }
+            Self::Unix(_) => None,
+        }
+    }
+
     /// Listens there.
     ///
     /// # Errors
     /// When the address is taken or not this host's.
     pub fn listen(&self) -> Result<Listener, MigrationError> {
         let listening = match self {
-            Self::Tcp(address) => TcpListener::bind(address).map(Listener::Tcp),
-            Self::Unix(path) => listen_unix(path).map(|l| Listener::Unix(l, path.clone())),
+            Self::Tcp(address) => TcpListener::bind(address).map(Socket::Tcp),
+            Self::Unix(path) => listen_unix(path).map(|l| Socket::Unix(l, path.clone())),
         };
-        listening.map_err(self.failed("listen on"))
+        let socket = listening.map_err(self.failed("listen on"))?;
+        Ok(Listener { socket, keys: None })
     }
 }
 
@@ -131,37 +144,62 @@ fn connect_tcp(address: &str) -> io::Result<TcpStream> {
 
 /// Who waits for a source.
 #[derive(Debug)]
-pub enum Listener {
-    /// By TCP.
+pub struct Listener {
+    socket: Socket,
+    keys: Option<Keys>,
+}
+
+#[derive(Debug)]
+enum Socket {
     Tcp(TcpListener),
-    /// On a unix socket, which goes with the listener.
+    /// It goes with the listener.
     Unix(UnixListener, PathBuf),
 }
 
 impl Listener {
+    /// Whoever connects by TCP must be verified by `keys`, if there are some.
+    #[must_use]
+    pub fn verifying(self, keys: Option<Keys>) -> Self {
+        Self {
+            socket: self.socket,
+            keys,
+        }
+    }
+
     /// Waits for a connection.
     ///
     /// # Errors
     /// When the host has no descriptors left.
-    pub fn accept(&self) -> io::Result<Link> {
-        match self {
-            Self::Tcp(listener) => Link::Tcp(listener.accept()?.0).prepared(),
-            Self::Unix(listener, _) => Link::Unix(listener.accept()?.0).prepared(),
-        }
+    pub fn accept(&self) -> io::Result<Caller> {
+        let (link, from) = match &self.socket {
+            Socket::Tcp(listener) => {
+                let (stream, from) = listener.accept()?;
+                (Link::Tcp(stream), from.to_string())
+            }
+            Socket::Unix(listener, path) => {
+                let (stream, _) = listener.accept()?;
+                (Link::Unix(stream), path.display().to_string())
+            }
+        };
+        Ok(Caller {
+            link: link.prepared()?,
+            from,
+            keys: self.keys.clone(),
+        })
     }
 
     /// Where it listens, with the port that the host chose.
     pub fn address(&self) -> String {
-        match self {
-            Self::Tcp(listener) => listener
+        match &self.socket {
+            Socket::Tcp(listener) => listener
                 .local_addr()
                 .map_or_else(|_| "?".into(), |address| address.to_string()),
-            Self::Unix(_, path) => path.display().to_string(),
+            Socket::Unix(_, path) => path.display().to_string(),
         }
     }
 }
 
-impl Drop for Listener {
+impl Drop for Socket {
     fn drop(&mut self) {
         if let Self::Unix(_, path) = self {
             // It may have been removed by others.
@@ -170,83 +208,26 @@ impl Drop for Listener {
     }
 }
 
-/// A connection to the other side.
+/// Who connected, whoever it is.
 #[derive(Debug)]
-pub enum Link {
-    /// By TCP.
-    Tcp(TcpStream),
-    /// By a unix socket.
-    Unix(UnixStream),
+pub struct Caller {
+    link: Link,
+    from: String,
+    keys: Option<Keys>,
 }
 
-impl Link {
-    fn prepared(self) -> io::Result<Self> {
-        let timeout = Some(LINK_TIMEOUT);
-        match &self {
-            Self::Tcp(stream) => {
-                stream.set_nodelay(true)?;
-                stream.set_read_timeout(timeout)?;
-                stream.set_write_timeout(timeout)?;
-            }
-            Self::Unix(stream) => {
-                stream.set_read_timeout(timeout)?;
-                stream.set_write_timeout(timeout)?;
-            }
-        }
-        Ok(self)
-    }
-}
-
-impl Link {
-    /// The same connection again, for another thread.
+impl Caller {
+    /// The link with who connected, if it is who it must be.
     ///
     /// # Errors
-    /// When the host has no descriptors left.
-    pub fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Self::Tcp(stream) => Self::Tcp(stream.try_clone()?),
-            Self::Unix(stream) => Self::Unix(stream.try_clone()?),
-        })
-    }
-
-    /// Ends the connection in both directions, whoever else holds it.
-    pub fn shut_down(&self) {
-        // It may have ended already.
-        let _ = match self {
-            Self::Tcp(stream) => stream.shutdown(Shutdown::Both),
-            Self::Unix(stream) => stream.shutdown(Shutdown::Both),
-        };
-    }
-}
-
-impl AsFd for Link {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(stream) => stream.as_fd(),
-            Self::Unix(stream) => stream.as_fd(),
+    /// Why it is not.
+    pub fn verified(self) -> Result<Link, MigrationError> {
+        match (self.link, self.keys) {
+            (Link::Tcp(stream), Some(keys)) => Session::accept(stream, &keys.current())
+                .map(Link::Tls)
+                .map_err(MigrationError::unverified(self.from)),
+            (link, _) => Ok(link),
         }
-    }
-}
-
-impl Read for Link {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.read(buffer),
-            Self::Unix(stream) => stream.read(buffer),
-        }
-    }
-}
-
-impl Write for Link {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(stream) => stream.write(buffer),
-            Self::Unix(stream) => stream.write(buffer),
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

@@ -4,6 +4,7 @@ use std::io;
 
 use super::VERSION;
 use super::protocol::End;
+use super::tls::{KeysError, Refusal};
 use crate::snapshot::SnapshotError;
 
 /// Why a guest could not be migrated.
@@ -25,6 +26,22 @@ pub enum MigrationError {
         /// Why not.
         source: io::Error,
     },
+    /// The keys for encrypted links cannot be used.
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    /// The other side is not who it must be, or takes this side for nobody.
+    #[error("no link with {peer}")]
+    Unverified {
+        /// Where it is.
+        peer: String,
+        /// Why not.
+        source: Refusal,
+    },
+    /// The other side speaks TLS, and this one does not.
+    #[error(
+        "the other side wants an encrypted link: allowed is --tls DIR on both sides, or on none"
+    )]
+    WantsTls,
     /// The link failed, or the other side was silent for too long.
     #[error("the link failed")]
     Broken(#[source] io::Error),
@@ -63,6 +80,10 @@ pub enum MigrationError {
 }
 
 impl MigrationError {
+    pub(super) fn unverified(peer: String) -> impl FnOnce(Refusal) -> Self {
+        move |source| Self::Unverified { peer, source }
+    }
+
     /// How a source's words ended. A reset proves nothing: something in between may have sent it.
     pub(super) fn end_of_source(&self) -> End {
         match self {

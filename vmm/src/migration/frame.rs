@@ -180,7 +180,7 @@ pub fn send_preface(link: &mut impl Write, purpose: Purpose) -> Result<(), Migra
 /// When it is for something else, or the other side has another version.
 pub fn receive_preface(link: &mut impl Read, wanted: Purpose) -> Result<(), MigrationError> {
     let mut preface = [0; 12];
-    link.read_exact(&mut preface).map_err(broken)?;
+    receive_head(link, &mut preface)?;
     let purpose = Purpose::ALL.into_iter().find(|p| preface[..8] == p.magic());
     let what = match purpose {
         Some(found) if found == wanted => String::new(),
@@ -196,6 +196,29 @@ pub fn receive_preface(link: &mut impl Read, wanted: Purpose) -> Result<(), Migr
         VERSION => Ok(()),
         found => Err(MigrationError::Version { found }),
     }
+}
+
+/// Whether what came first is a handshake or an alert of TLS (RFC 8446, section 5.1).
+fn is_tls(bytes: &[u8]) -> bool {
+    matches!(bytes, [0x15 | 0x16, 3, 0..=4, ..])
+}
+
+/// Fills `head`, unless the other side speaks TLS; its alerts are shorter.
+fn receive_head(link: &mut impl Read, head: &mut [u8]) -> Result<(), MigrationError> {
+    let mut came = 0;
+    while came < head.len() {
+        match link.read(&mut head[came..]) {
+            Ok(0) if is_tls(&head[..came]) => return Err(MigrationError::WantsTls),
+            Ok(0) => return Err(broken(io::ErrorKind::UnexpectedEof.into())),
+            Ok(count) => came += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(broken(error)),
+        }
+    }
+    if is_tls(head) {
+        return Err(MigrationError::WantsTls);
+    }
+    Ok(())
 }
 
 fn checksum(head: &[u8], payload: &[u8]) -> [u8; 8] {
@@ -243,7 +266,7 @@ pub fn refuse(link: &mut impl Write, reason: &str) {
 /// When the link is broken, the other side refuses, or what it sent is no frame.
 pub fn receive(link: &mut impl Read, payload: &mut Vec<u8>) -> Result<Kind, MigrationError> {
     let mut header = [0; HEADER_SIZE];
-    link.read_exact(&mut header).map_err(broken)?;
+    receive_head(link, &mut header)?;
     let word = |at: usize| {
         let mut bytes = [0; 4];
         bytes.copy_from_slice(&header[at..at + 4]);

@@ -26,22 +26,27 @@
 //! and about 15 KiB per vCPU of state are sent, and the target opens devices, creates a virtual
 //! machine and sets its state: 2 to 4 ms and two trips over the link, besides the pages.
 //!
-//! Frames are checked against damage. They are neither encrypted nor signed: the network in between
-//! must be trusted, or be tunnelled.
+//! Frames are checked against damage. By TCP they are neither encrypted nor signed without [`tls`]: the network in
+//! between must be trusted, or be tunnelled.
 
 pub mod address;
 mod error;
 pub mod frame;
+mod link;
 pub mod pages;
+mod peer;
 pub mod protocol;
 pub mod source;
 pub mod target;
 #[cfg(test)]
 mod tests;
+pub mod tls;
 
-pub use address::{Address, Link};
+pub use address::Address;
 pub use error::MigrationError;
 pub use frame::Hello;
+pub use link::Link;
+pub use peer::{Peer, PeerTls, Route};
 
 /// Version of what goes over the link.
 pub const VERSION: u32 = 2;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::frame::{self, Hello, Kind, Purpose};
 use super::pages::PageSender;
 use super::protocol::{End, SourceFate, SourcePhase, source_fate};
-use super::{Address, Link, MigrationError};
+use super::{Link, MigrationError, Route};
 use crate::control::{FreezeTimes, Handle};
 use crate::snapshot::save::{Precopy, Session};
 
@@ -38,7 +38,7 @@ pub struct Report {
 /// [`MigrationError::InDoubt`] and [`MigrationError::Lost`].
 pub fn migrate(
     guest: &Handle,
-    to: &Address,
+    to: &Route,
     description: &str,
     budget: Duration,
 ) -> Result<Report, MigrationError> {

@@ -12,6 +12,10 @@ pub(super) const API: &[Rule] = &[
     allow(Sysno::accept4, "clients of the API and of the console"),
     allow(Sysno::read, "wakes of the runtime").rare("only when there are too many to count"),
     allow(Sysno::recvfrom, "requests; bytes that signals sent"),
+    allow(
+        Sysno::ppoll,
+        "waits for what a target says on an encrypted link",
+    ),
     allow(Sysno::writev, "answers of several parts"),
     allow(Sysno::shutdown, "ends of connections"),
     allow_if(
