@@ -100,6 +100,7 @@ impl Pair {
             delays.held.join(&net.held);
             delays.matched.join(&net.matched);
         }
+        status.summarize();
         status.added_latency_us = delays.held.percentiles();
         status.secondary_lag_us = delays.matched.percentiles();
         let lease = self.permit.left(Instant::now());

@@ -133,6 +133,10 @@ impl Status {
     /// Counts the figures of a network device in.
     pub(super) fn add(&mut self, figures: &NetFigures) {
         self.matched_outputs += figures.released;
+    }
+
+    /// What was measured so far, in figures.
+    pub(super) fn summarize(&mut self) {
         self.pause_us = self.pauses.percentiles();
         self.resync_us = self.resync_times.percentiles();
     }
