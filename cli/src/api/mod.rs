@@ -22,9 +22,10 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use serde::Serialize;
+use tandem_ft::runtime::STANDBYS_MAX;
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState, StopMode};
-use tandem_vmm::migration::MigrationError;
+use tandem_vmm::migration::{Address, MigrationError};
 
 use crate::control::Control;
 use crate::settings::describe;
@@ -271,16 +272,18 @@ impl Guest {
     fn protect(&self, body: &[u8]) -> Result<Response, ErrorBody> {
         let bad = |reason: String| {
             let message = format!(
-                "the body must be {{\"to\": \"ADDRESS\", \"arbiter\": \"/PATH\"}}, and may have \
-                 {{\"resync\": \"running\"|\"stopped\"}}: {reason}"
+                "the body must be {{\"to\": \"ADDRESS\"|[\"ADDRESS\", ...], \"arbiter\": \"/PATH\"}}, and \
+                 may have {{\"resync\": \"running\"|\"stopped\"}}: {reason}"
             );
             ErrorBody::new(ErrorCode::BadBody, message)
         };
         let body: ProtectBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
-        let to = body
-            .to
-            .parse()
-            .map_err(|e: MigrationError| bad(e.to_string()))?;
+        let to = body.to.all().iter().map(|place| place.parse());
+        let to = to.collect::<Result<Vec<Address>, MigrationError>>();
+        let to = to.map_err(|e| bad(e.to_string()))?;
+        if !(1..=STANDBYS_MAX).contains(&to.len()) {
+            return Err(bad(format!("there must be 1 to {STANDBYS_MAX} addresses")));
+        }
         if !body.arbiter.is_absolute() {
             return Err(bad("the path is relative".into()));
         }

@@ -204,12 +204,32 @@ impl ErrorCode {
     }
 }
 
+/// One address, or several in an order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Places {
+    /// One.
+    One(String),
+    /// Several.
+    Several(Vec<String>),
+}
+
+impl Places {
+    /// All of them.
+    pub fn all(&self) -> &[String] {
+        match self {
+            Self::One(place) => std::slice::from_ref(place),
+            Self::Several(places) => places,
+        }
+    }
+}
+
 /// How a guest is to be protected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProtectBody {
-    /// Where a standby listens.
-    pub to: String,
+    /// Where standbys listen.
+    pub to: Places,
     /// The directory that decides who owns the guest.
     pub arbiter: PathBuf,
     /// What of a resync it waits for.

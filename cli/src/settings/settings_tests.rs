@@ -298,7 +298,7 @@ prop_compose! {
             Just(Enforcement::Off),
         ]),
         user in proptest::option::of((1u32.., any::<u32>())),
-        protect in proptest::option::of(some_path()),
+        protect in proptest::option::of(proptest::collection::vec(some_path(), 1..4)),
         arbiter in proptest::option::of(some_path()),
         resync in proptest::option::of(prop_oneof![
             Just(ResyncMode::Running),
@@ -324,7 +324,10 @@ prop_compose! {
             boot: Some(Located::flag(BootProtocol::Pvh)),
             confine: confine.map(Located::flag),
             user: user.map(|(uid, gid)| Located::flag(User { uid, gid })),
-            protect: protect.map(|path| Located::flag(Address::Unix(Path::new("/").join(path)))),
+            protect: protect.map(|paths| {
+                let absolute = |path| Address::Unix(Path::new("/").join(path));
+                Located::flag(paths.into_iter().map(absolute).collect())
+            }),
             arbiter: arbiter.map(Located::flag),
             resync: resync.map(Located::flag),
             disks,

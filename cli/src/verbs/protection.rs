@@ -11,7 +11,7 @@ use tandem_vmm::migration::Address;
 
 use super::Style;
 use super::change::tell_plan;
-use crate::api::types::{FailOverAnswer, FailOverBody, ProtectBody};
+use crate::api::types::{FailOverAnswer, FailOverBody, Places, ProtectBody};
 use crate::args::ChangeArgs;
 use crate::client::Client;
 use crate::failure::Failure;
@@ -28,8 +28,8 @@ const EVENTS_LOOK: Duration = Duration::from_millis(200);
 /// How a guest is to be protected.
 #[derive(Clone, Debug)]
 pub(super) struct Ask {
-    /// Where a standby listens.
-    pub(super) to: Address,
+    /// Where standbys listen.
+    pub(super) to: Vec<Address>,
     /// The directory that decides who owns the guest.
     pub(super) arbiter: PathBuf,
     /// What of a resync it waits for.
@@ -66,8 +66,12 @@ pub(super) fn protect(
         return tell_plan(guest, "protect", style);
     }
     let directory = std::path::absolute(&ask.arbiter);
+    let mut to = Vec::new();
+    for place in &ask.to {
+        to.push(place.resolved()?.to_string());
+    }
     let body = ProtectBody {
-        to: ask.to.resolved()?.to_string(),
+        to: Places::Several(to),
         arbiter: directory.map_err(Failure::host("find the working directory"))?,
         resync: ask.resync,
     };
@@ -191,6 +195,11 @@ fn status_table(status: &Status) -> String {
         Some(left) => format!("{left} ms left"),
         None => "no end".to_owned(),
     };
+    let looking = match (&status.looking_at, status.next_try_ms) {
+        (Some(place), None | Some(0)) => place.clone(),
+        (Some(place), Some(left)) => format!("{place}, in {left} ms"),
+        (None, _) => String::new(),
+    };
     let role = match status.role {
         Role::Primary => "primary",
         Role::Secondary => "secondary",
@@ -211,6 +220,7 @@ fn status_table(status: &Status) -> String {
         ("term", status.term.to_string()),
         ("epoch", status.epoch.to_string()),
         ("peer", status.peer.clone().unwrap_or_default()),
+        ("looks for one at", looking),
         ("lease", lease),
         ("added latency", times(&status.added_latency_us)),
         ("secondary's lag", times(&status.secondary_lag_us)),

@@ -22,6 +22,10 @@ pub struct Offer {
     pub disks: Vec<(u8, u64)>,
     /// Number of the guest's owner.
     pub term: u64,
+    /// Where its standbys listen, for whoever owns it next; see [`super::Standbys`].
+    pub standbys: Vec<String>,
+    /// Which of them the primary says this to.
+    pub here: u64,
     /// What of a resync the guest waits for: if for all of it, it can be asked for pages meanwhile.
     pub mode: ResyncMode,
     /// The guest.
@@ -111,6 +115,8 @@ pub(super) struct Receiver {
     payload: Vec<u8>,
     state: Option<Box<GuestState>>,
     cut: Option<PairCut>,
+    /// Whether a primary that says nothing for a while is lost.
+    hurried: bool,
 }
 
 impl Receiver {
@@ -120,7 +126,14 @@ impl Receiver {
             payload: Vec::new(),
             state: None,
             cut: None,
+            hurried: false,
         }
+    }
+
+    /// Whether a primary that says nothing for a while is lost: one that sends a first checkpoint has something to
+    /// say all the time.
+    pub(super) fn expect_no_silence(&mut self, hurried: bool) {
+        self.hurried = hurried;
     }
 
     pub(super) fn link(&mut self) -> &mut Link {
@@ -132,7 +145,7 @@ impl Receiver {
         loop {
             let kind = match frame::receive(&mut self.link, &mut self.payload) {
                 Ok(kind) => kind,
-                Err(error) if is_silence(&error) && !over() => continue,
+                Err(error) if is_silence(&error) && !self.hurried && !over() => continue,
                 Err(error) => return Err(error.into()),
             };
             match kind {

@@ -20,9 +20,12 @@ use tandem_vmm::migration::{Address, Hello, Link};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::{PageSink, Session};
 
+use super::calls::call;
 use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
+use super::retry::{Attempt, Retry};
+use super::standbys::Standbys;
 use super::wanted::give;
 use super::{Pair, ProtectionError, lock};
 use crate::delta::{Ahead, Encoder, Staging};
@@ -47,8 +50,6 @@ const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
 const WRITTEN_BLOCKS_MAX: u64 = 256 << 10;
 /// How long the secondary may take to load a checkpoint.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pause before a secondary that could not be reached is tried again.
-const RETRY: Duration = Duration::from_secs(1);
 /// How often a thread that waits looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -72,7 +73,7 @@ enum Copying {
 
 pub(super) struct Driver<'a> {
     core: Arc<Core>,
-    to: Address,
+    standbys: Standbys,
     mode: ResyncMode,
     guest: &'a Guest,
     shared: Arc<Shared>,
@@ -105,7 +106,7 @@ impl Connected<'_> {
 impl<'a> Driver<'a> {
     pub(super) fn new(guest: &'a Guest, protect: Protect, shared: &Arc<Shared>) -> Self {
         let Protect {
-            to,
+            to: standbys,
             claims,
             term,
             mode,
@@ -121,7 +122,7 @@ impl<'a> Driver<'a> {
         drop(status);
         Self {
             core,
-            to,
+            standbys,
             mode,
             guest,
             shared: Arc::clone(shared),
@@ -130,21 +131,45 @@ impl<'a> Driver<'a> {
 
     /// Protects the guest until that is not wanted any more, or it ends.
     pub(super) fn run(&self) {
-        while !self.stopped() {
-            match self.connect() {
-                Ok(connected) => self.serve(connected),
-                Err(error) => {
-                    let why = causes(&error);
-                    tracing::debug!(%why, "the guest is not protected yet");
-                    self.core.pair.lock_status().reason = format!("no secondary: {why}");
-                }
+        let others = self.standbys.others();
+        let mut retry = Retry::new(others.len());
+        while !self.stopped() && !others.is_empty() {
+            let attempt = retry.next(chance());
+            let (number, place) = &others[attempt.place];
+            if !self.rest_before(attempt, place) {
+                break;
             }
-            self.rest();
+            if let Some(lasted) = self.try_standby(*number, place) {
+                retry.ended_after(lasted);
+            }
         }
+        let mut status = self.core.pair.lock_status();
+        status.trying = None;
         if self.dismissed() {
-            let mut status = self.core.pair.lock_status();
             status.reason = "protection was ended".into();
             status.peer = None;
+        }
+    }
+
+    /// Protects the guest by who stands by at `place`. How long that lasted, if it came about.
+    fn try_standby(&self, number: usize, place: &Address) -> Option<Duration> {
+        let pair = &self.core.pair;
+        match self.connect(number, place) {
+            Ok(connected) => {
+                pair.happened("joined", format!("a secondary at {place} joined"));
+                let joined = Instant::now();
+                self.serve(connected);
+                if !self.stopped() {
+                    pair.happened("lost", format!("the secondary at {place} is lost"));
+                }
+                Some(joined.elapsed())
+            }
+            Err(error) => {
+                let why = causes(&error);
+                tracing::debug!(%place, %why, "the guest is not protected yet");
+                pair.lock_status().reason = format!("no secondary: {why}");
+                None
+            }
         }
     }
 
@@ -160,17 +185,26 @@ impl<'a> Driver<'a> {
         over || self.dismissed() || self.shared.stop.load(Ordering::SeqCst)
     }
 
-    fn rest(&self) {
-        let until = Instant::now() + RETRY;
-        while Instant::now() < until && !self.stopped() {
-            std::thread::sleep(LOOK);
+    /// Waits until `place` is to be tried. False if it is not to be any more.
+    fn rest_before(&self, attempt: Attempt, place: &Address) -> bool {
+        let until = Instant::now() + attempt.pause;
+        let pair = &self.core.pair;
+        pair.lock_status().trying = Some((place.to_string(), until));
+        if attempt.round == 0 {
+            pair.happened("trying", format!("a secondary is looked for at {place}"));
         }
+        while !self.stopped() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            std::thread::sleep(left.min(LOOK));
+        }
+        false
     }
 
-    fn connect(&self) -> Result<Connected<'_>, ProtectionError> {
+    fn connect(&self, number: usize, to: &Address) -> Result<Connected<'_>, ProtectionError> {
         let core = &self.core;
-        let mut checkpoints = self.to.connect()?;
-        let session = Session::begin(&core.handle)?;
         let token = token();
         let images = core.pair.images();
         if let Some(image) = images.iter().find(|image| image.bytes() > DISK_MAX) {
@@ -180,6 +214,9 @@ impl<'a> Driver<'a> {
             );
             return Err(ProtectionError::Disk(why));
         }
+        let mut checkpoints = call(to, token)?;
+        let session = Session::begin(&core.handle)?;
+        let (standbys, here) = self.standbys.tell(number);
         let offer = Offer {
             token,
             keeper: self.guest.keeper.is_some(),
@@ -188,6 +225,8 @@ impl<'a> Driver<'a> {
                 .map(|image| (image.disk, image.bytes()))
                 .collect(),
             term: core.term().0,
+            standbys,
+            here,
             mode: self.mode,
             hello: Hello {
                 description: self.guest.description.clone(),
@@ -196,10 +235,10 @@ impl<'a> Driver<'a> {
         };
         greet(&mut checkpoints, Purpose::Protection, &offer)?;
         frame::expect(&mut checkpoints, FrameKind::Accept)?;
-        let mut link = self.to.connect()?;
+        let mut link = call(to, token)?;
         greet(&mut link, Purpose::Pairing, &Greeting { token })?;
         if let Some(keeper) = &self.guest.keeper {
-            self.entrust(keeper, token)?;
+            self.entrust(keeper, to, token)?;
         }
         let share = |link: &Link| {
             link.try_clone()
@@ -209,7 +248,11 @@ impl<'a> Driver<'a> {
         *lock(&core.link) = Some(share(&checkpoints)?);
         let (tell, orders) = channel();
         *lock(&core.orders) = Some(tell);
-        core.pair.lock_status().peer = Some(self.to.to_string());
+        {
+            let mut status = core.pair.lock_status();
+            status.peer = Some(to.to_string());
+            status.trying = None;
+        }
         core.event(PrimaryEvent::Joined);
         let talking = Arc::clone(core);
         let thread = std::thread::Builder::new()
@@ -229,8 +272,8 @@ impl<'a> Driver<'a> {
     }
 
     /// Gives the guest's taps to its keeper, with a connection of its own.
-    fn entrust(&self, keeper: &Keeper, token: u128) -> Result<(), ProtectionError> {
-        let mut link = self.to.connect()?;
+    fn entrust(&self, keeper: &Keeper, to: &Address, token: u128) -> Result<(), ProtectionError> {
+        let mut link = call(to, token)?;
         greet(&mut link, Purpose::Keeping, &Greeting { token })?;
         let taps = self.core.pair.descriptors();
         if let Err(error) = keeper.entrust(link.as_fd(), &taps) {
@@ -569,6 +612,14 @@ fn copy_while_much(
 
 /// A number that no other pair of connections has.
 fn token() -> u128 {
-    let part = || u128::from(RandomState::new().build_hasher().finish());
-    part() << 64 | part()
+    u128::from(random()) << 64 | u128::from(random())
+}
+
+/// A number for [`Retry::next`].
+fn chance() -> u32 {
+    random() as u32
+}
+
+fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
 }

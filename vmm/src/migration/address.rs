@@ -3,11 +3,13 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
+
+use rustix::net::AddressFamily;
 
 use super::MigrationError;
 
@@ -161,6 +163,15 @@ impl Listener {
     }
 }
 
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(listener, _) => listener.as_fd(),
+        }
+    }
+}
+
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Self::Unix(_, path) = self {
@@ -180,6 +191,17 @@ pub enum Link {
 }
 
 impl Link {
+    /// A connection that another process made, and prepared.
+    ///
+    /// # Errors
+    /// When it is no socket.
+    pub fn of(socket: OwnedFd) -> io::Result<Self> {
+        Ok(match rustix::net::sockopt::socket_domain(&socket)? {
+            AddressFamily::UNIX => Self::Unix(socket.into()),
+            _ => Self::Tcp(socket.into()),
+        })
+    }
+
     fn prepared(self) -> io::Result<Self> {
         let timeout = Some(LINK_TIMEOUT);
         match &self {
