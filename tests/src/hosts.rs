@@ -9,8 +9,10 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
-use crate::network::Network;
+use crate::network::{self, Network};
 
+/// Where host 0 stands by, by TCP; others have the next ports.
+const PORT: usize = 7000;
 /// Pause before something is looked at again.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -20,6 +22,8 @@ pub struct Hosts {
     taps: Vec<String>,
     place: TempDir,
     namespace: String,
+    /// Whether they reach each other by TCP rather than by unix sockets.
+    by_tcp: bool,
 }
 
 impl Hosts {
@@ -33,7 +37,15 @@ impl Hosts {
             taps: taps.collect(),
             place,
             namespace: network.namespace().to_owned(),
+            by_tcp: false,
         }
+    }
+
+    /// Lets them reach each other by TCP.
+    #[must_use]
+    pub fn by_tcp(mut self) -> Self {
+        self.by_tcp = true;
+        self
     }
 
     /// The directory that decides.
@@ -43,7 +55,10 @@ impl Hosts {
 
     /// Where a host stands by.
     pub fn socket(&self, host: usize) -> PathBuf {
-        self.place.path().join(format!("standby{host}"))
+        match self.by_tcp {
+            true => format!("{}:{}", network::HOST, PORT + host).into(),
+            false => self.place.path().join(format!("standby{host}")),
+        }
     }
 
     /// Runs `guest` on a host, protected by one of all.

@@ -39,7 +39,10 @@ fn guest() -> GuestBuilder {
 
 /// A guest on host 0, with all other hosts standing by.
 fn protected(network: &Network, count: usize, mode: &[&str]) -> (Hosts, Value) {
-    let mut hosts = Hosts::new(network, count);
+    protected_on(Hosts::new(network, count), count, mode)
+}
+
+fn protected_on(mut hosts: Hosts, count: usize, mode: &[&str]) -> (Hosts, Value) {
     for host in 1..count {
         hosts.stand_by(host, mode);
     }
@@ -55,13 +58,13 @@ fn term(status: &Value) -> u64 {
 
 /// The guest's owner is ended by `kill` over and over, and `mend` does what is left to the operator.
 fn outlive(
-    count: usize,
-    mode: &[&str],
+    hosts: fn(&Network) -> Hosts,
+    (count, mode): (usize, &[&str]),
     kill: fn(&mut Hosts, usize),
     mend: fn(&mut Hosts, usize),
 ) -> (Network, Hosts, Load) {
     let network = Network::new();
-    let (mut hosts, mut status) = protected(&network, count, mode);
+    let (mut hosts, mut status) = protected_on(hosts(&network), count, mode);
     let recording = Recording::start(&network);
     let load = Load::start(&network, KV, NATIVE);
     let mut owner = 0;
@@ -149,7 +152,8 @@ fn a_guest_outlives_its_owner_again_and_again() {
     }
     let kill = |hosts: &mut Hosts, lost| hosts.kill(lost);
     let mend = |hosts: &mut Hosts, lost| hosts.stand_by(lost, ONCE);
-    let (_network, _hosts, load) = outlive(3, ONCE, kill, mend);
+    let hosts = |network: &Network| Hosts::new(network, 3);
+    let (_network, _hosts, load) = outlive(hosts, (3, ONCE), kill, mend);
     load.finish();
 }
 
@@ -162,7 +166,8 @@ fn standbys_take_a_guest_again_that_ended_there() {
         0 => hosts.kill(0),
         lost => hosts.signal(lost, "guest", Signal::KILL),
     };
-    let (_network, mut hosts, load) = outlive(4, ALWAYS, kill, |_, _| {});
+    let hosts = |network: &Network| Hosts::new(network, 4).by_tcp();
+    let (_network, mut hosts, load) = outlive(hosts, (4, ALWAYS), kill, |_, _| {});
     // Who only listens is not needed by those that it started.
     let (owner, _) = hosts.wait_owner(|_| true);
     hosts.on(owner).signal(Signal::TERM);
@@ -196,6 +201,50 @@ fn another_standby_of_the_list_is_used_when_one_is_lost() {
     for event in ["trying", "joined", "lost"] {
         assert!(events.contains(event), "{events}");
     }
+    load.finish();
+}
+
+#[test]
+fn a_guest_that_was_taken_over_does_what_any_other_does() {
+    if cannot_run() {
+        return;
+    }
+    let network = Network::new();
+    let mut hosts = Hosts::new(&network, 3);
+    // Its own list goes before that of the primary, and nobody is there.
+    let nowhere = hosts.arbiter().join("nowhere");
+    hosts.stand_by(1, &["--once", "--protect", word(&nowhere)]);
+    hosts.run(0, guest());
+    hosts.on(0).wait_for("kv: ready");
+    hosts.wait_protected_after(0);
+    let asked = hosts.on(1).tandem(&["resync", "guest"]);
+    assert!(!asked.status.success(), "a copy is asked");
+    let load = Load::start(&network, KV, NATIVE);
+    hosts.kill(0);
+    hosts.wait_owner(|status| status["looking_at"] == word(&nowhere));
+    hosts.on(1).succeed(&["unprotect", "guest"]);
+
+    hosts.stand_by(2, ONCE);
+    let (to, arbiter) = (hosts.socket(2), hosts.arbiter());
+    let survivor = hosts.on(1);
+    survivor.succeed(&[
+        "protect",
+        "guest",
+        "--to",
+        word(&to),
+        "--arbiter",
+        word(&arbiter),
+    ]);
+    survivor.succeed(&["resync", "guest"]);
+    load.expect_progress();
+    survivor.succeed(&["failover", "guest"]);
+    let deadline = Instant::now() + PATIENCE;
+    while hosts.on(1).runs() {
+        assert!(Instant::now() < deadline, "{}", hosts.account());
+    }
+    let (owner, _) = hosts.wait_owner(|_| true);
+    assert_eq!(owner, 2);
+    load.expect_progress();
     load.finish();
 }
 
