@@ -265,7 +265,7 @@ fn make_way(
         status.term
     ));
     // It may have ended by itself.
-    drop(client.post("/api/v1/stop", &json!({"mode": "force"})));
+    drop(client.post("/api/v1/stop", &json!({"force": true})));
     let deadline = Instant::now() + OLD_END;
     while root.find(name).is_ok() {
         if Instant::now() >= deadline {

@@ -266,6 +266,42 @@ fn a_copy_that_is_left_over_does_not_keep_a_new_one_from_its_host() {
     load.finish();
 }
 
+#[test]
+fn the_copy_of_an_earlier_owner_gives_way_to_that_of_a_later_one() {
+    if cannot_run() {
+        return;
+    }
+    let network = Network::new();
+    let (mut hosts, _) = protected(&network, 2, ALWAYS);
+    // Somebody starts the guest once more, which takes it from who has it.
+    let own = tempfile::tempdir().unwrap();
+    let other = guest().in_namespace(network.namespace());
+    let other = other
+        .arg("--net")
+        .arg(format!("tap={}", network.nth_tap(2)))
+        .arg("--arbiter")
+        .arg(hosts.arbiter())
+        .arg("--protect")
+        .arg(own.path().join("nowhere"))
+        .arg("--protect")
+        .arg(hosts.socket(1))
+        .start();
+    let status = wait_status(&other, "guest", |status| status["protected"] == true);
+    assert_eq!(term(&status), 2);
+    let said = hosts.on(1).messages();
+    assert!(
+        said.iter().any(|said| said.contains("gives way")),
+        "{said:#?}"
+    );
+    let deadline = Instant::now() + PATIENCE;
+    while hosts.on(0).runs() {
+        assert!(Instant::now() < deadline, "{}", hosts.account());
+    }
+    drop(other);
+    // The later one is whole.
+    hosts.wait_owner(|status| status["term"].as_u64() == Some(3));
+}
+
 fn status_of(host: &Guest, name: &str) -> Option<Value> {
     let asked = host.tandem(&["status", name, "--format", "json"]);
     let said = asked.status.success().then_some(asked.stdout)?;
