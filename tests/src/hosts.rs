@@ -115,12 +115,17 @@ impl Hosts {
         kill_guests(&killed);
     }
 
+    /// The process of the guest `name` on a host.
+    pub fn vmm(&mut self, host: usize, name: &str) -> Option<Pid> {
+        vmm(self.on(host), name)
+    }
+
     /// Sends a signal to the VMM of the guest `name` on a host, and to nothing else.
     ///
     /// # Panics
     /// When there is none.
     pub fn signal(&mut self, host: usize, name: &str, signal: Signal) {
-        let vmm = vmm(self.on(host), name).expect("a guest runs there");
+        let vmm = self.vmm(host, name).expect("a guest runs there");
         kill_process(vmm, signal).expect("it runs");
     }
 

@@ -108,7 +108,8 @@ pub(super) fn unprotect(guest: &Guest, change: &ChangeArgs, style: Style) -> Res
         return tell_plan(guest, "unprotect", style);
     }
     Client::new(guest)?.post("/api/v1/unprotect", &json!({}))?;
-    let over = |status: &Status| !status.protected && status.peer.is_none();
+    let over =
+        |status: &Status| !status.protected && status.peer.is_none() && status.looking_at.is_none();
     let status = wait_until(guest, Duration::from_secs(10), over)?;
     print_status(&status, style)
 }

@@ -143,9 +143,8 @@ impl<'a> Driver<'a> {
                 retry.ended_after(lasted);
             }
         }
-        let mut status = self.core.pair.lock_status();
-        status.trying = None;
         if self.dismissed() {
+            let mut status = self.core.pair.lock_status();
             status.reason = "protection was ended".into();
             status.peer = None;
         }

@@ -297,6 +297,8 @@ fn supervise(
         if let Some(protect) = protect.take() {
             Driver::new(guest, protect, shared).run();
             *lock(&shared.core) = None;
+            // From now on protection may be asked for anew.
+            guest.pair.lock_status().trying = None;
         }
         if shared.stop.load(Ordering::SeqCst) {
             return;

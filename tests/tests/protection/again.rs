@@ -354,17 +354,22 @@ fn a_standby_serves_guests_at_once_and_the_end_of_one_is_not_that_of_others() {
     drop(full);
 
     // The end of one copy is not that of the others, and its guest gets another.
+    let beside = hosts.vmm(1, "third");
     hosts.signal(1, "second", Signal::KILL);
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(hosts.vmm(1, "third"), beside);
     wait_status(&second, "second", |status| {
         status["protected"] == true && term(status) > 1
     });
-    assert_eq!(status_of(&third, "third").unwrap()["term"], 1);
+    // On a busy machine it may have found another meanwhile too.
+    wait_status(&third, "third", |status| status["protected"] == true);
     assert!(hosts.on(1).runs());
     load.expect_progress();
     third.succeed(&["stop", "third", "--force"]);
 
     // One that wants what another has is told what that is.
-    let rival = GuestBuilder::image(KV.image, CMDLINE).named("rival");
+    let elsewhere = "ip=10.99.0.3/24 gw=10.99.0.1 ip6=fd99::3/64";
+    let rival = GuestBuilder::image(KV.image, elsewhere).named("rival");
     let rival = rival
         .in_namespace(network.namespace())
         .arg("--net")
