@@ -198,9 +198,10 @@ pub enum Verb {
         /// Guest and dry run.
         #[command(flatten)]
         change: ChangeArgs,
-        /// Where the standby listens: HOST:PORT or the path of a unix socket
-        #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
-        to: Address,
+        /// Where the standby listens: HOST:PORT or the path of a unix socket; repeatable: all are tried in
+        /// their order
+        #[arg(long, value_name = "ADDRESS", value_parser = value::address, required = true)]
+        to: Vec<Address>,
         /// The directory that decides who owns the guest; on storage that both hosts share
         #[arg(long, value_name = "DIR", value_parser = value::path)]
         arbiter: PathBuf,
@@ -406,9 +407,10 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Host")]
     pub dry_run: bool,
     /// Protect the guest by a copy of it that runs where `tandem standby` listens: HOST:PORT, or the
-    /// path of a unix socket
+    /// path of a unix socket; repeatable: all are tried in their order, and whoever takes the guest
+    /// over goes on with the others
     #[arg(long, value_name = "ADDRESS", value_parser = value::address, help_heading = "Protection")]
-    pub protect: Option<Address>,
+    pub protect: Option<Vec<Address>>,
     /// The directory that decides who owns the guest; on storage that both hosts share
     #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
     pub arbiter: Option<PathBuf>,
@@ -434,6 +436,23 @@ pub struct StandbyArgs {
     /// Take only who is verified by the keys in this directory: see `tandem keys --help`
     #[arg(long, value_name = "DIR", value_parser = value::path)]
     pub tls: Option<PathBuf>,
+    /// Where others stand by for a guest that was taken over here, instead of where its lost owner had them:
+    /// HOST:PORT, or the path of a unix socket; repeatable
+    #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
+    pub protect: Vec<Address>,
+    /// Directory of files, NAME.toml each, with what is another here for the guest NAME than at its primary;
+    /// the flags below are for all guests
+    #[arg(long, value_name = "DIR", conflicts_with = "once")]
+    pub guests: Option<PathBuf>,
+    /// Guests at once [default: 16]
+    #[arg(long, value_name = "N", value_parser = value::guests_max, conflicts_with = "once")]
+    pub guests_max: Option<usize>,
+    /// Take one guest, in this process, and end with it
+    #[arg(long)]
+    pub once: bool,
+    /// Take the guest whose connections come by standard input.
+    #[arg(long, hide = true)]
+    pub handed: bool,
     /// What is another here than at the primary.
     #[command(flatten)]
     pub place: PlaceArgs,

@@ -135,9 +135,8 @@ fn flags(settings: &Settings) -> Vec<String> {
     flag(&mut all, "user", settings.user.as_ref(), |u| {
         value::user_text(*u)
     });
-    flag(&mut all, "protect", settings.protect.as_ref(), |to| {
-        to.to_string()
-    });
+    let protect = settings.protect.iter().flat_map(|all| &all.value);
+    all.extend(protect.map(|to| format!("--protect={to}")));
     flag(&mut all, "arbiter", settings.arbiter.as_ref(), |path| {
         path.display().to_string()
     });

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
-use tandem_ft::runtime::{Desk, Pair, ResyncMode};
+use tandem_ft::runtime::{Desk, Pair, ResyncMode, Standbys};
 use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
+use tandem_vmm::error::causes;
 use tandem_vmm::migration::{MigrationError, Peer, source};
 use tandem_vmm::snapshot::{SnapshotError, directory};
 
@@ -35,8 +36,8 @@ pub trait Control: Send + Sync + 'static {
     fn protection(&self) -> Status;
     /// What happened to the guest's protection lately.
     fn events(&self) -> Vec<Event>;
-    /// Protects the guest by who stands by at `to`.
-    fn protect(&self, to: &Peer, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError>;
+    /// Protects the guest by one who stands by at one of `to`.
+    fn protect(&self, to: &[Peer], arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError>;
     /// Protects the guest no longer.
     fn unprotect(&self) -> Result<(), ControlError>;
     /// Makes the guest's copy the same once more.
@@ -82,7 +83,7 @@ impl Commander {
 impl Commander {
     fn desk(&self) -> Result<&Desk, ControlError> {
         self.desk.as_ref().ok_or_else(|| {
-            let why = "this guest cannot be protected: it was not started by `tandem run`";
+            let why = "this guest cannot be protected: it was not started by `tandem run` or `tandem standby`";
             ControlError::Failed(why.into())
         })
     }
@@ -119,8 +120,10 @@ impl Control for Commander {
         pair.map_or_else(Vec::new, |pair| pair.events(0))
     }
 
-    fn protect(&self, to: &Peer, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
-        let asked = self.desk()?.protect(to.clone(), arbiter.to_owned(), mode);
+    fn protect(&self, to: &[Peer], arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+        let routes = to.iter().map(Peer::open).collect::<Result<_, _>>();
+        let to = Standbys::new(routes.map_err(|e| ControlError::Failed(causes(&e)))?);
+        let asked = self.desk()?.protect(to, arbiter.to_owned(), mode);
         asked.map_err(ControlError::Failed)
     }
 

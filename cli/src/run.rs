@@ -93,7 +93,9 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
             "log_level": launch.log_level.to_string(),
             "confine": value::confine_text(launch.confine),
             "user": launch.user.map(value::user_text),
-            "protect": launch.protection.as_ref().map(|p| p.to.to_string()),
+            "protect": launch.protection.as_ref().map(|p| {
+                p.to.iter().map(ToString::to_string).collect::<Vec<_>>()
+            }),
             "arbiter": launch.protection.as_ref().map(|p| &p.arbiter),
             "tls": launch.protection.as_ref().and_then(|p| p.tls.as_ref()),
         })),

@@ -120,9 +120,11 @@ impl Control for Fake {
         vec![event]
     }
 
-    fn protect(&self, to: &Peer, arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+    fn protect(&self, to: &[Peer], arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+        let to: Vec<String> = to.iter().map(ToString::to_string).collect();
         self.ask(&format!(
-            "protect {to} {} {}",
+            "protect {} {} {}",
+            to.join(","),
             arbiter.display(),
             mode.name()
         ))

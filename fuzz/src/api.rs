@@ -141,8 +141,9 @@ impl Control for Machine {
         vec![event]
     }
 
-    fn protect(&self, to: &Peer, arbiter: &Path, _mode: ResyncMode) -> Result<(), ControlError> {
-        match (to.to_string().len(), arbiter.is_absolute()) {
+    fn protect(&self, to: &[Peer], arbiter: &Path, _mode: ResyncMode) -> Result<(), ControlError> {
+        assert!(to.iter().all(|place| !place.to_string().is_empty()));
+        match (to.len(), arbiter.is_absolute()) {
             (0, _) | (_, false) => Err(ControlError::Gone),
             _ => Ok(()),
         }

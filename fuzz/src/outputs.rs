@@ -10,7 +10,7 @@ const EPOCH: u64 = 7;
 
 /// Gates as a primary has them.
 pub(crate) fn gates() -> Pair {
-    Pair::new("fuzz", NETS).expect("gates")
+    Pair::new("fuzz", NETS, 0).expect("gates")
 }
 
 pub(crate) fn run(data: &[u8]) {

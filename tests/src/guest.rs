@@ -114,13 +114,34 @@ impl GuestBuilder {
 
     /// A standby on the socket `listen` for this guest, beside it and on its network.
     pub fn standby(&self, listen: &Path, arbiter: &Path) -> Self {
-        let mut standby = Self::verb("standby").arg("--listen").arg(listen);
-        standby = standby.arg("--arbiter").arg(arbiter);
+        let mut standby = Self::standing_by(listen, arbiter).arg("--once");
         standby.namespace.clone_from(&self.namespace);
         match &self.copy_tap {
             Some(tap) => standby.arg("--net").arg(format!("tap={tap}")),
             None => standby,
         }
+    }
+
+    /// A standby on the socket `listen` for guests of any kind.
+    pub fn standing_by(listen: &Path, arbiter: &Path) -> Self {
+        let standby = Self::verb("standby").arg("--listen").arg(listen);
+        standby.arg("--arbiter").arg(arbiter)
+    }
+
+    /// Runs it in a network namespace.
+    #[must_use]
+    pub fn in_namespace(mut self, namespace: &str) -> Self {
+        self.namespace = Some(namespace.to_owned());
+        self
+    }
+
+    /// Gives the guest another name than `guest`.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        let flag = self.arguments.iter().position(|word| word == "--name");
+        let at = flag.expect("the guest is started by `run`") + 1;
+        self.arguments[at] = name.into();
+        self
     }
 
     /// The namespace of the guest's network.

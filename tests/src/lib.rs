@@ -8,6 +8,7 @@
 
 pub mod emulated;
 pub mod guest;
+pub mod hosts;
 pub mod images;
 pub mod keys;
 pub mod link;

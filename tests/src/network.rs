@@ -82,6 +82,17 @@ impl Network {
         COPY_TAP
     }
 
+    /// Name of the tap of host `number`, which is made if it is not there.
+    pub fn nth_tap(&self, number: usize) -> String {
+        let tap = format!("tap{number}");
+        if ![TAP, COPY_TAP].contains(&tap.as_str()) {
+            self.make(&format!(
+                "tuntap add {tap} mode tap vnet_hdr\nlink set {tap} master br0 up\n"
+            ));
+        }
+        tap
+    }
+
     /// From now on every frame for the guest comes out of all taps.
     pub fn flood(&self) {
         self.make("link set br0 type bridge ageing_time 0\n");

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod protection {
+    mod again;
     pub(crate) mod clients;
     pub(crate) mod history;
 }

@@ -165,7 +165,9 @@ impl Host {
 
     fn standby(&self) -> String {
         let address = self.place.address();
-        format!("standby --listen {address}:7000 --arbiter {SHARED} --net tap=tap0 --console stdio")
+        format!(
+            "standby --once --listen {address}:7000 --arbiter {SHARED} --net tap=tap0 --console stdio"
+        )
     }
 
     /// Asks that the guest here be protected by the other host, and waits a little.

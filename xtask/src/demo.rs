@@ -110,7 +110,7 @@ impl Stage<'_> {
 
     /// Starts the standby on host b.
     fn standby(&self) -> Result<Background> {
-        let mut command = self.tandem("b", &["standby", "--listen", STANDBY]);
+        let mut command = self.tandem("b", &["standby", "--once", "--listen", STANDBY]);
         command.arg("--arbiter").arg(self.arbiter());
         command.args(["--net", &format!("tap={TAP}"), "--console", "off"]);
         println!("\nhost b$ {}", self.shown(&command));

@@ -22,6 +22,7 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use serde::Serialize;
+use tandem_ft::runtime::STANDBYS_MAX;
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState, StopMode};
 
@@ -270,14 +271,17 @@ impl Guest {
     fn protect(&self, body: &[u8]) -> Result<Response, ErrorBody> {
         let bad = |reason: String| {
             let message = format!(
-                "the body must be {{\"to\": \"ADDRESS\", \"arbiter\": \"/PATH\"}}, and may have \
-                 {{\"resync\": \"running\"|\"stopped\", \"tls\": {{\"directory\": \"/PATH\", \
-                 \"name\": \"HOST\"}}}}: {reason}"
+                "the body must be {{\"to\": \"ADDRESS\"|[\"ADDRESS\", ...], \"arbiter\": \"/PATH\"}}, and \
+                 may have {{\"resync\": \"running\"|\"stopped\", \"tls\": {{\"directory\": \"/PATH\", \
+                 \"name\": \"HOST\"|[\"HOST\", ...]}}}}: {reason}"
             );
             ErrorBody::new(ErrorCode::BadBody, message)
         };
         let body: ProtectBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
-        let to = TlsBody::peer(&body.to, body.tls).map_err(bad)?;
+        let to = TlsBody::peers(body.to.all(), body.tls).map_err(bad)?;
+        if !(1..=STANDBYS_MAX).contains(&to.len()) {
+            return Err(bad(format!("there must be 1 to {STANDBYS_MAX} addresses")));
+        }
         if !body.arbiter.is_absolute() {
             return Err(bad("the path is relative".into()));
         }

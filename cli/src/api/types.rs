@@ -207,12 +207,32 @@ impl ErrorCode {
     }
 }
 
+/// One address, or several in an order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Places {
+    /// One.
+    One(String),
+    /// Several.
+    Several(Vec<String>),
+}
+
+impl Places {
+    /// All of them.
+    pub fn all(&self) -> &[String] {
+        match self {
+            Self::One(place) => std::slice::from_ref(place),
+            Self::Several(places) => places,
+        }
+    }
+}
+
 /// How a guest is to be protected.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProtectBody {
-    /// Where a standby listens.
-    pub to: String,
+    /// Where standbys listen.
+    pub to: Places,
     /// How the links are encrypted, if they are.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tls: Option<TlsBody>,
@@ -229,30 +249,58 @@ pub struct ProtectBody {
 pub struct TlsBody {
     /// The directory of the keys, as `tandem keys new-host` makes it.
     pub directory: PathBuf,
-    /// What the other side's certificate must be for: a host's name or number.
-    pub name: String,
+    /// What the other sides' certificates must be for, as many as there are: a host's name or number.
+    pub name: Places,
 }
 
 impl TlsBody {
-    /// What it says of `peer`.
-    pub fn of(peer: &Peer) -> Option<Self> {
-        peer.tls.as_ref().map(|tls| Self {
-            directory: tls.directory.clone(),
-            name: tls.name.clone(),
-        })
+    /// What it says of `peers`, which have the same keys.
+    pub fn of(peers: &[Peer]) -> Option<Self> {
+        let all: Option<Vec<_>> = peers.iter().map(|peer| peer.tls.as_ref()).collect();
+        let all = all?;
+        let name = match &all[..] {
+            [tls] => Places::One(tls.name.clone()),
+            all => Places::Several(all.iter().map(|tls| tls.name.clone()).collect()),
+        };
+        let directory = all.first()?.directory.clone();
+        Some(Self { directory, name })
     }
 
-    /// Who listens at `to`, if `tls` says how it is known.
+    /// Who listens at `to`, if `tls` says how they are known.
     ///
     /// # Errors
-    /// When `to` is no address, or the directory is not absolute.
-    pub fn peer(to: &str, tls: Option<Self>) -> Result<Peer, String> {
-        let address = to.parse().map_err(|e: MigrationError| e.to_string())?;
-        if tls.as_ref().is_some_and(|tls| !tls.directory.is_absolute()) {
+    /// When one is no address, there are not as many names, or the directory is not absolute.
+    pub fn peers(to: &[String], tls: Option<Self>) -> Result<Vec<Peer>, String> {
+        let addresses = to.iter().map(|to| to.parse());
+        let addresses = addresses
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|e: MigrationError| e.to_string())?;
+        let Some(Self { directory, name }) = tls else {
+            return Ok(addresses.into_iter().map(Peer::from).collect());
+        };
+        if !directory.is_absolute() {
             return Err("the path of `tls` is relative".into());
         }
-        let tls = tls.map(|Self { directory, name }| PeerTls { directory, name });
-        Ok(Peer { address, tls })
+        if name.all().len() != to.len() {
+            return Err("`tls` must have a name for each address".into());
+        }
+        let peers = addresses.into_iter().zip(name.all());
+        Ok(peers
+            .map(|(address, name)| {
+                let (directory, name) = (directory.clone(), name.clone());
+                let tls = Some(PeerTls { directory, name });
+                Peer { address, tls }
+            })
+            .collect())
+    }
+
+    /// As [`TlsBody::peers`], of one.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn peer(to: &str, tls: Option<Self>) -> Result<Peer, String> {
+        let mut peers = Self::peers(&[to.to_owned()], tls)?;
+        peers.pop().ok_or_else(|| "there is no address".into())
     }
 }
 

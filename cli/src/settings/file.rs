@@ -113,7 +113,7 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         log_level: root.text("log-level", value::log_level),
         confine: root.text("confine", value::confine),
         user: root.text("user", value::user),
-        protect: root.text("protect", value::address),
+        protect: root.texts("protect", value::address),
         arbiter: root.text("arbiter", value::path),
         resync: root.text("resync", value::resync),
         tls: root.text("tls", value::path),
@@ -323,6 +323,38 @@ impl<'a, 'i> Section<'a, 'i> {
             numbers.push(self.keep(key, at, &text, parse(&text))?.value);
         }
         Some(Located { value: numbers, at })
+    }
+
+    /// One text, or a list of them.
+    fn texts<T>(
+        &mut self,
+        key: &'static str,
+        parse: fn(&str) -> Result<T, ValueError>,
+    ) -> Option<Located<Vec<T>>> {
+        const WANTED: &str = "text in quotes, or a list of such";
+        let (value, at) = self.get(key)?;
+        let items = match value {
+            DeValue::String(text) => {
+                let one = self.keep(key, at, text, parse(text))?;
+                let value = vec![one.value];
+                return Some(Located { value, at });
+            }
+            DeValue::Array(items) if !items.is_empty() => items,
+            other => {
+                self.wrong_type(key, at, WANTED, other);
+                return None;
+            }
+        };
+        let mut texts = Vec::new();
+        for item in items.iter() {
+            let at = place(self.text, item.span().start);
+            let DeValue::String(text) = item.get_ref() else {
+                self.wrong_type(key, at, WANTED, item.get_ref());
+                return None;
+            };
+            texts.push(self.keep(key, at, text, parse(text))?.value);
+        }
+        Some(Located { value: texts, at })
     }
 
     fn table<T>(

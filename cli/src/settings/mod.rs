@@ -93,7 +93,7 @@ pub struct Settings {
     pub log_level: Option<Located<LevelFilter>>,
     pub confine: Option<Located<Enforcement>>,
     pub user: Option<Located<User>>,
-    pub protect: Option<Located<Address>>,
+    pub protect: Option<Located<Vec<Address>>>,
     pub arbiter: Option<Located<PathBuf>>,
     pub resync: Option<Located<ResyncMode>>,
     pub tls: Option<Located<PathBuf>>,
@@ -155,8 +155,8 @@ pub struct Launch {
 /// How a guest is protected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Protection {
-    /// Where a standby listens.
-    pub to: Address,
+    /// Where standbys listen, in the order in which they are tried.
+    pub to: Vec<Address>,
     /// The directory that decides who owns the guest.
     pub arbiter: PathBuf,
     /// What of a resync it waits for.
@@ -244,6 +244,28 @@ impl Settings {
             self.nets.clear();
         }
         self.merge(over)
+    }
+
+    /// Those of them that may be another on each host on which a guest runs.
+    #[must_use]
+    pub fn of_place(&self) -> Self {
+        let all = self.clone();
+        Self {
+            name: all.name,
+            console: all.console,
+            no_reboot: all.no_reboot,
+            pin: all.pin,
+            realtime: all.realtime,
+            api: all.api,
+            log_level: all.log_level,
+            confine: all.confine,
+            user: all.user,
+            protect: all.protect,
+            disks: all.disks,
+            nets: all.nets,
+            vsock: all.vsock,
+            ..Self::default()
+        }
     }
 
     /// Makes the machine's description; the guest is called `default_name` if it has no name.

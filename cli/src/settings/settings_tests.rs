@@ -63,6 +63,44 @@ fn a_full_file_is_read() {
 }
 
 #[test]
+fn standbys_are_one_or_a_list_of_bounded_length() {
+    let places = |text: &str| {
+        let (settings, problems) = file::parse(text);
+        assert_eq!(problems, [], "{text}");
+        let protect = settings.protect.expect("it is said").value;
+        protect.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(places("protect = \"h:1\""), ["h:1"]);
+    assert_eq!(places("protect = [\"h:1\", \"/run/x\"]"), ["h:1", "/run/x"]);
+    for wrong in ["[]", "7", "[\"h:1\", 7]", "[\"nowhere\"]", "{}"] {
+        let lines = lines(&format!("protect = {wrong}"));
+        assert!(lines[0].starts_with("vm.toml:1:"), "{lines:?}");
+        assert!(lines[0].contains("protect"), "{lines:?}");
+    }
+    let many = vec!["\"h:1\""; 17].join(", ");
+    let text = format!("kernel = \"x\"\narbiter = \"a\"\nprotect = [{many}]");
+    let problems = file::parse(&text)
+        .0
+        .launch("web".into())
+        .expect_err("too many");
+    let told = problems.iter().map(|problem| problem.message.as_str());
+    assert!(
+        told.collect::<String>().contains("at most 16"),
+        "{problems:?}"
+    );
+}
+
+#[test]
+fn what_may_differ_per_host_is_told_from_the_rest() {
+    let parse = |text| file::parse(text).0;
+    let place = parse("console = \"off\"\nprotect = \"h:1\"\n[[net]]\ntap = \"tap7\"\n");
+    assert_eq!(place.of_place(), place);
+    for other in ["kernel = \"x\"", "memory = \"1GiB\"", "arbiter = \"a\""] {
+        assert_ne!(parse(other).of_place(), parse(other), "{other}");
+    }
+}
+
+#[test]
 fn every_problem_is_named_with_its_place() {
     let text = "memroy = \"1GiB\"\ncpus = 99\nmemory = 512\nkernel = [\n\"x\"]\n\
                 [[disk]]\nid = \"a,b\"\n[[net]]\nmac = 3\n[[net]]\ntap = \"a\"\nsocket = \"b\"\n";
@@ -298,7 +336,7 @@ prop_compose! {
             Just(Enforcement::Off),
         ]),
         user in proptest::option::of((1u32.., any::<u32>())),
-        protect in proptest::option::of(some_path()),
+        protect in proptest::option::of(proptest::collection::vec(some_path(), 1..4)),
         arbiter in proptest::option::of(some_path()),
         resync in proptest::option::of(prop_oneof![
             Just(ResyncMode::Running),
@@ -325,7 +363,10 @@ prop_compose! {
             boot: Some(Located::flag(BootProtocol::Pvh)),
             confine: confine.map(Located::flag),
             user: user.map(|(uid, gid)| Located::flag(User { uid, gid })),
-            protect: protect.map(|path| Located::flag(Address::Unix(Path::new("/").join(path)))),
+            protect: protect.map(|paths| {
+                let absolute = |path| Address::Unix(Path::new("/").join(path));
+                Located::flag(paths.into_iter().map(absolute).collect())
+            }),
             arbiter: arbiter.map(Located::flag),
             resync: resync.map(Located::flag),
             tls: tls.map(Located::flag),

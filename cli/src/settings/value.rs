@@ -256,6 +256,18 @@ pub fn confine_text(enforcement: Enforcement) -> &'static str {
     }
 }
 
+/// How many guests a standby takes at once.
+///
+/// # Errors
+/// When it is no such number.
+pub fn guests_max(text: &str) -> Result<usize, ValueError> {
+    let most = crate::reception::GUESTS_MAX;
+    match text.parse() {
+        Ok(number) if (1..=most).contains(&number) => Ok(number),
+        _ => allowed(format!("must be 1 to {most}")),
+    }
+}
+
 /// What of a resync a protected guest waits for.
 ///
 /// # Errors

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use rustix::thread::{CpuSet, sched_getaffinity};
+use tandem_ft::runtime::STANDBYS_MAX;
 use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
 use tandem_vmm::confinement::credentials;
 use tandem_vmm::error::causes;
@@ -302,6 +303,13 @@ fn protection(settings: &Settings, problems: &mut Problems) {
         }
         (Some(_), Some(_)) => protected_devices(settings, problems),
         (None, None) => {}
+    }
+    if let Some(to) = &settings.protect
+        && to.value.len() > STANDBYS_MAX
+    {
+        let count = to.value.len();
+        let message = format!("{count} standbys; must be at most {STANDBYS_MAX}");
+        problems.add(to.at, "protect", message);
     }
     if let (None, Some(resync)) = (&settings.protect, &settings.resync) {
         let message = "a guest that is not protected has no resyncs; allowed with `protect`";

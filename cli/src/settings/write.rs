@@ -93,8 +93,15 @@ impl Settings {
         out.text("confine", confine);
         let user = self.user.as_ref().map(|u| value::user_text(u.value));
         out.text("user", user.as_deref());
-        let protect = self.protect.as_ref().map(|to| to.value.to_string());
-        out.text("protect", protect.as_deref());
+        if let Some(protect) = &self.protect {
+            match &protect.value[..] {
+                [one] => out.text("protect", Some(&one.to_string())),
+                all => {
+                    let all: Vec<String> = all.iter().map(ToString::to_string).collect();
+                    out.line("protect", toml::Value::from(all));
+                }
+            }
+        }
         out.path("arbiter", self.arbiter.as_ref().map(|p| p.value.as_path()));
         out.text("resync", self.resync.as_ref().map(|mode| mode.value.name()));
         out.path("tls", self.tls.as_ref().map(|p| p.value.as_path()));

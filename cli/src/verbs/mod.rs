@@ -16,11 +16,11 @@ use crate::args::{Cli, Format, Verb};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
-use crate::protect;
 use crate::receive;
 use crate::restore;
 use crate::run::{self, RunContext};
 use crate::runtime_dir::Root;
+use crate::standby;
 
 /// What the global flags say.
 #[derive(Clone, Copy, Debug)]
@@ -119,7 +119,7 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
         }
         Verb::Standby(args) => {
             let context = context(started, &cli.runtime_dir, style);
-            return protect::standby(&args, &context);
+            return standby::standby(&args, &context);
         }
         Verb::Protect {
             change,

@@ -11,7 +11,7 @@ use tandem_vmm::migration::{Address, Peer};
 
 use super::Style;
 use super::change::tell_plan;
-use crate::api::types::{FailOverAnswer, FailOverBody, ProtectBody, TlsBody};
+use crate::api::types::{FailOverAnswer, FailOverBody, Places, ProtectBody, TlsBody};
 use crate::args::ChangeArgs;
 use crate::client::Client;
 use crate::failure::Failure;
@@ -29,8 +29,8 @@ const EVENTS_LOOK: Duration = Duration::from_millis(200);
 /// How a guest is to be protected.
 #[derive(Clone, Debug)]
 pub(super) struct Ask {
-    /// Where a standby listens.
-    pub(super) to: Address,
+    /// Where standbys listen.
+    pub(super) to: Vec<Address>,
     /// The directory of the keys by which its links are encrypted, if they are.
     pub(super) tls: Option<PathBuf>,
     /// The directory that decides who owns the guest.
@@ -68,12 +68,15 @@ pub(super) fn protect(
     if change.dry_run {
         return tell_plan(guest, "protect", style);
     }
-    tell_of_plain_link(&ask.to, ask.tls.as_deref(), style.quiet);
-    let peer = peer(&ask.to, ask.tls.as_deref())?;
+    for to in &ask.to {
+        tell_of_plain_link(to, ask.tls.as_deref(), style.quiet);
+    }
+    let peers = ask.to.iter().map(|to| peer(to, ask.tls.as_deref()));
+    let peers = peers.collect::<Result<Vec<_>, _>>()?;
     let directory = std::path::absolute(&ask.arbiter);
     let body = ProtectBody {
-        to: peer.to_string(),
-        tls: TlsBody::of(&peer),
+        to: Places::Several(peers.iter().map(ToString::to_string).collect()),
+        tls: TlsBody::of(&peers),
         arbiter: directory.map_err(Failure::host("find the working directory"))?,
         resync: ask.resync,
     };
@@ -124,7 +127,8 @@ pub(super) fn unprotect(guest: &Guest, change: &ChangeArgs, style: Style) -> Res
         return tell_plan(guest, "unprotect", style);
     }
     Client::new(guest)?.post("/api/v1/unprotect", &json!({}))?;
-    let over = |status: &Status| !status.protected && status.peer.is_none();
+    let over =
+        |status: &Status| !status.protected && status.peer.is_none() && status.looking_at.is_none();
     let status = wait_until(guest, Duration::from_secs(10), over)?;
     print_status(&status, style)
 }
@@ -211,6 +215,11 @@ fn status_table(status: &Status) -> String {
         Some(left) => format!("{left} ms left"),
         None => "no end".to_owned(),
     };
+    let looking = match (&status.looking_at, status.next_try_ms) {
+        (Some(place), None | Some(0)) => place.clone(),
+        (Some(place), Some(left)) => format!("{place}, in {left} ms"),
+        (None, _) => String::new(),
+    };
     let role = match status.role {
         Role::Primary => "primary",
         Role::Secondary => "secondary",
@@ -231,6 +240,7 @@ fn status_table(status: &Status) -> String {
         ("term", status.term.to_string()),
         ("epoch", status.epoch.to_string()),
         ("peer", status.peer.clone().unwrap_or_default()),
+        ("looks for one at", looking),
         ("lease", lease),
         ("added latency", times(&status.added_latency_us)),
         ("secondary's lag", times(&status.secondary_lag_us)),

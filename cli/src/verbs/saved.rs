@@ -99,7 +99,7 @@ pub(super) fn migrate(
     let peer = peer(to, tls.as_deref())?;
     let body = MigrateBody {
         to: peer.to_string(),
-        tls: TlsBody::of(&peer),
+        tls: TlsBody::of(std::slice::from_ref(&peer)),
         downtime_us: downtime.as_micros() as u64,
     };
     let name = guest.name();

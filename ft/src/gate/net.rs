@@ -695,13 +695,13 @@ impl State {
 
     /// Room that the next frame for the guest may need.
     pub(super) fn next_room(&mut self, gate: &NetGate) -> Option<usize> {
-        if let Some(frame) = self.left.front() {
-            return Some(frame.len());
-        }
         match &self.side {
             Side::Secondary(secondary) => secondary.inbox.front().map(Vec::len),
             Side::Primary(_) if gate.outbox.is_full() => None,
-            _ => self.outside.as_mut()?.next_room(),
+            _ => match self.left.front() {
+                Some(frame) => Some(frame.len()),
+                None => self.outside.as_mut()?.next_room(),
+            },
         }
     }
 
@@ -714,6 +714,7 @@ impl State {
                 secondary.before_cut = secondary.before_cut.map(|n| n.saturating_sub(1));
                 Some(frame)
             }
+            Side::Primary(_) if gate.outbox.is_full() => return None,
             _ => self.left.pop_front(),
         };
         let len = match waiting {
@@ -721,14 +722,11 @@ impl State {
                 self.room[..frame.len()].copy_from_slice(&frame);
                 frame.len()
             }
-            None => {
-                let len = self.outside.as_mut()?.take(&mut self.room)?;
-                if matches!(self.side, Side::Primary(_)) {
-                    gate.outbox.put(Kind::Input, gate.device, &self.room[..len]);
-                }
-                len
-            }
+            None => self.outside.as_mut()?.take(&mut self.room)?,
         };
+        if matches!(self.side, Side::Primary(_)) {
+            gate.outbox.put(Kind::Input, gate.device, &self.room[..len]);
+        }
         self.mapper.inbound(&mut self.room[..len]);
         if let Side::Primary(primary) = &mut self.side {
             primary.comparator.inbound(&self.room[..len]);

@@ -37,7 +37,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-pub use replica::ReplicaError;
+pub use replica::{ReplicaError, make};
 pub(crate) use replica::{Staging, answer, open};
 use roaring::RoaringBitmap;
 pub(crate) use source::{all_of, reconcile};

@@ -43,6 +43,22 @@ pub enum ReplicaError {
     },
 }
 
+/// Makes an empty replica of `bytes` at `path`, if there is nothing.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn make(path: &Path, bytes: u64) -> Result<(), ReplicaError> {
+    let made = match File::options().write(true).create_new(true).open(path) {
+        Ok(file) => file.set_len(bytes),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(error) => Err(error),
+    };
+    made.map_err(|source| ReplicaError::Make {
+        path: path.to_owned(),
+        source,
+    })
+}
+
 /// Opens the replica at `path` of disk `disk`, which has `bytes`; an empty one is made if there is none. The
 /// image is locked for as long as the first that is returned lives.
 ///
@@ -53,11 +69,7 @@ pub(crate) fn open(path: &Path, disk: u8, bytes: u64) -> Result<(DiskFile, Image
         path: path.to_owned(),
         source,
     };
-    match File::options().write(true).create_new(true).open(path) {
-        Ok(file) => file.set_len(bytes).map_err(failed)?,
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(failed(error)),
-    }
+    make(path, bytes)?;
     let lock = DiskFile::open(path, false, false)?;
     if lock.bytes() != bytes {
         return Err(ReplicaError::Size {

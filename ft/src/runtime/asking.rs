@@ -4,7 +4,9 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use super::{ProtectionError, lock};
-use crate::arbiter::{Arbiter, ArbiterError, Claim, Claimant, DirectoryArbiter, Owner, Term};
+use crate::arbiter::{
+    Arbiter, ArbiterError, Claim, Claimant, DirectoryArbiter, Owner, Tenure, Term,
+};
 use crate::pair::Outcome;
 
 /// An arbiter and who asks it. Cheap to clone.
@@ -49,6 +51,14 @@ impl Claims {
     pub fn claim(&self, term: Term) -> Result<Claim, ArbiterError> {
         let arbiter = lock(&self.arbiter);
         arbiter.claim(&self.guest, term, &self.owner)
+    }
+
+    /// The newest term and who owns it; nothing if nobody ever did. Blocks on storage.
+    ///
+    /// # Errors
+    /// As [`Arbiter::current`].
+    pub fn current(&self) -> Result<Option<Tenure>, ArbiterError> {
+        lock(&self.arbiter).current(&self.guest)
     }
 
     /// Wins the next term, which takes the guest from whoever owned it before; none if somebody else won it

@@ -23,6 +23,10 @@ pub struct Offer {
     pub disks: Vec<(u8, u64)>,
     /// Number of the guest's owner.
     pub term: u64,
+    /// Where its standbys listen, for whoever owns it next; see [`super::Standbys`].
+    pub standbys: Vec<super::Place>,
+    /// Which of them the primary says this to.
+    pub here: u64,
     /// What of a resync the guest waits for: if for all of it, it can be asked for pages meanwhile.
     pub mode: ResyncMode,
     /// The guest.
@@ -112,6 +116,8 @@ pub(super) struct Receiver {
     payload: Vec<u8>,
     state: Option<Box<GuestState>>,
     cut: Option<PairCut>,
+    /// Whether a primary that says nothing for a while is lost.
+    hurried: bool,
 }
 
 impl Receiver {
@@ -121,7 +127,14 @@ impl Receiver {
             payload: Vec::new(),
             state: None,
             cut: None,
+            hurried: false,
         }
+    }
+
+    /// Whether a primary that says nothing for a while is lost: one that sends a first checkpoint has something to
+    /// say all the time.
+    pub(super) fn expect_no_silence(&mut self, hurried: bool) {
+        self.hurried = hurried;
     }
 
     pub(super) fn link(&mut self) -> &mut Link {
@@ -133,7 +146,7 @@ impl Receiver {
         loop {
             let kind = match frame::receive(&mut self.link, &mut self.payload) {
                 Ok(kind) => kind,
-                Err(error) if is_silence(&error) && !over() => continue,
+                Err(error) if is_silence(&error) && !self.hurried && !over() => continue,
                 Err(error) => return Err(error.into()),
             };
             match kind {

@@ -21,9 +21,12 @@ use tandem_vmm::migration::{Hello, Link, Route};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::{PageSink, Session};
 
+use super::calls::{call, call_of};
 use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
+use super::retry::{Attempt, Retry};
+use super::standbys::Standbys;
 use super::wanted::give;
 use super::{Pair, ProtectionError, lock};
 use crate::delta::{Ahead, Encoder, Staging};
@@ -48,8 +51,6 @@ const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
 const WRITTEN_BLOCKS_MAX: u64 = 256 << 10;
 /// How long the secondary may take to load a checkpoint.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Pause before a secondary that could not be reached is tried again.
-const RETRY: Duration = Duration::from_secs(1);
 /// How often a thread that waits looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -73,7 +74,7 @@ enum Copying {
 
 pub(super) struct Driver<'a> {
     core: Arc<Core>,
-    to: Route,
+    standbys: Standbys,
     mode: ResyncMode,
     guest: &'a Guest,
     shared: Arc<Shared>,
@@ -106,7 +107,7 @@ impl Connected<'_> {
 impl<'a> Driver<'a> {
     pub(super) fn new(guest: &'a Guest, protect: Protect, shared: &Arc<Shared>) -> Self {
         let Protect {
-            to,
+            to: standbys,
             claims,
             term,
             mode,
@@ -122,7 +123,7 @@ impl<'a> Driver<'a> {
         drop(status);
         Self {
             core,
-            to,
+            standbys,
             mode,
             guest,
             shared: Arc::clone(shared),
@@ -131,21 +132,44 @@ impl<'a> Driver<'a> {
 
     /// Protects the guest until that is not wanted any more, or it ends.
     pub(super) fn run(&self) {
-        while !self.stopped() {
-            match self.connect() {
-                Ok(connected) => self.serve(connected),
-                Err(error) => {
-                    let why = causes(&error);
-                    tracing::debug!(%why, "the guest is not protected yet");
-                    self.core.pair.lock_status().reason = format!("no secondary: {why}");
-                }
+        let others = self.standbys.others();
+        let mut retry = Retry::new(others.len());
+        while !self.stopped() && !others.is_empty() {
+            let attempt = retry.next(chance());
+            let (number, place) = &others[attempt.place];
+            if !self.rest_before(attempt, place) {
+                break;
             }
-            self.rest();
+            if let Some(lasted) = self.try_standby(*number, place) {
+                retry.ended_after(lasted);
+            }
         }
         if self.dismissed() {
             let mut status = self.core.pair.lock_status();
             status.reason = "protection was ended".into();
             status.peer = None;
+        }
+    }
+
+    /// Protects the guest by who stands by at `place`. How long that lasted, if it came about.
+    fn try_standby(&self, number: usize, place: &Route) -> Option<Duration> {
+        let pair = &self.core.pair;
+        match self.connect(number, place) {
+            Ok(connected) => {
+                pair.happened("joined", format!("a secondary at {place} joined"));
+                let joined = Instant::now();
+                self.serve(connected);
+                if !self.stopped() {
+                    pair.happened("lost", format!("the secondary at {place} is lost"));
+                }
+                Some(joined.elapsed())
+            }
+            Err(error) => {
+                let why = causes(&error);
+                tracing::debug!(%place, %why, "the guest is not protected yet");
+                pair.lock_status().reason = format!("no secondary: {why}");
+                None
+            }
         }
     }
 
@@ -161,17 +185,26 @@ impl<'a> Driver<'a> {
         over || self.dismissed() || self.shared.stop.load(Ordering::SeqCst)
     }
 
-    fn rest(&self) {
-        let until = Instant::now() + RETRY;
-        while Instant::now() < until && !self.stopped() {
-            std::thread::sleep(LOOK);
+    /// Waits until `place` is to be tried. False if it is not to be any more.
+    fn rest_before(&self, attempt: Attempt, place: &Route) -> bool {
+        let until = Instant::now() + attempt.pause;
+        let pair = &self.core.pair;
+        pair.lock_status().trying = Some((place.to_string(), until));
+        if attempt.round == 0 {
+            pair.happened("trying", format!("a secondary is looked for at {place}"));
         }
+        while !self.stopped() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            std::thread::sleep(left.min(LOOK));
+        }
+        false
     }
 
-    fn connect(&self) -> Result<Connected<'_>, ProtectionError> {
+    fn connect(&self, number: usize, to: &Route) -> Result<Connected<'_>, ProtectionError> {
         let core = &self.core;
-        let mut checkpoints = self.to.connect()?;
-        let session = Session::begin(&core.handle)?;
         let token = token();
         let images = core.pair.images();
         if let Some(image) = images.iter().find(|image| image.bytes() > DISK_MAX) {
@@ -181,6 +214,9 @@ impl<'a> Driver<'a> {
             );
             return Err(ProtectionError::Disk(why));
         }
+        let mut checkpoints = call(to, token)?;
+        let session = Session::begin(&core.handle)?;
+        let (standbys, here) = self.standbys.tell(number);
         let offer = Offer {
             token,
             keeper: self.guest.keeper.is_some(),
@@ -189,6 +225,8 @@ impl<'a> Driver<'a> {
                 .map(|image| (image.disk, image.bytes()))
                 .collect(),
             term: core.term().0,
+            standbys,
+            here,
             mode: self.mode,
             hello: Hello {
                 description: self.guest.description.clone(),
@@ -197,10 +235,10 @@ impl<'a> Driver<'a> {
         };
         greet(&mut checkpoints, Purpose::Protection, &offer)?;
         frame::expect(&mut checkpoints, FrameKind::Accept)?;
-        let mut link = self.to.connect()?;
+        let mut link = call(to, token)?;
         greet(&mut link, Purpose::Pairing, &Greeting { token })?;
         if let Some(keeper) = &self.guest.keeper {
-            self.entrust(keeper, token)?;
+            self.entrust(keeper, to, token)?;
         }
         let share = |link: &Link| {
             link.try_clone()
@@ -210,7 +248,11 @@ impl<'a> Driver<'a> {
         *lock(&core.link) = Some(share(&checkpoints)?);
         let (tell, orders) = channel();
         *lock(&core.orders) = Some(tell);
-        core.pair.lock_status().peer = Some(self.to.to_string());
+        {
+            let mut status = core.pair.lock_status();
+            status.peer = Some(to.to_string());
+            status.trying = None;
+        }
         core.event(PrimaryEvent::Joined);
         let talking = Arc::clone(core);
         let thread = std::thread::Builder::new()
@@ -231,55 +273,25 @@ impl<'a> Driver<'a> {
 
     /// Gives the guest's taps to its keeper, with a connection of its own. Without a keeper what waits in them is
     /// lost when this process dies, as on a host that dies.
-    fn entrust(&self, keeper: &Keeper, token: u128) -> Result<(), ProtectionError> {
+    fn entrust(&self, keeper: &Keeper, to: &Route, token: u128) -> Result<(), ProtectionError> {
         let taps = self.core.pair.descriptors();
         let untold = |error: &dyn std::error::Error| {
             tracing::warn!(why = %causes(error), "the guest's taps have no keeper");
         };
-        let Some((keys, name)) = self.to.keys() else {
-            let link = self.keeping(token)?;
+        let Some((keys, name)) = to.keys() else {
+            let link = keeping(to, token)?;
             let entrusted = link.plain().map(|link| keeper.entrust(link, &taps));
             if let Some(Err(error)) = entrusted {
                 untold(&error);
             }
             return Ok(());
         };
-        if let Err(error) = self.introduce(keeper, &taps, token, keys, name) {
+        if let Err(error) = introduce(keeper, to, &taps, token, keys, name) {
             untold(&error);
             // The secondary waits for a connection.
-            self.keeping(token)?;
+            keeping(to, token)?;
         }
         Ok(())
-    }
-
-    /// A connection for a keeper.
-    fn keeping(&self, token: u128) -> Result<Link, ProtectionError> {
-        let mut link = self.to.connect()?;
-        greet(&mut link, Purpose::Keeping, &Greeting { token })?;
-        Ok(link)
-    }
-
-    /// Lets the keeper make an encrypted connection: what is agreed on by one process
-    /// is not known to another.
-    fn introduce(
-        &self,
-        keeper: &Keeper,
-        taps: &[(u8, OwnedFd)],
-        token: u128,
-        keys: &Keys,
-        name: &str,
-    ) -> Result<(), ProtectionError> {
-        let stream = self.to.dial()?;
-        let mut greeting = Vec::new();
-        greet(&mut greeting, Purpose::Keeping, &Greeting { token })?;
-        let verification = Verification {
-            material: keys.current().as_ref().clone(),
-            name: name.to_owned(),
-            greeting,
-        };
-        keeper
-            .introduce(stream.as_fd(), taps, &verification)
-            .map_err(ProtectionError::host("let the keeper connect"))
     }
 
     /// Makes checkpoints until the secondary is lost or the guest is to end.
@@ -595,6 +607,35 @@ impl Drop for DisksStand<'_> {
     }
 }
 
+/// A connection for a keeper to the standby at `to`.
+fn keeping(to: &Route, token: u128) -> Result<Link, ProtectionError> {
+    let mut link = call(to, token)?;
+    greet(&mut link, Purpose::Keeping, &Greeting { token })?;
+    Ok(link)
+}
+
+/// Lets the keeper make an encrypted connection: what is agreed on by one process is not known to another.
+fn introduce(
+    keeper: &Keeper,
+    to: &Route,
+    taps: &[(u8, OwnedFd)],
+    token: u128,
+    keys: &Keys,
+    name: &str,
+) -> Result<(), ProtectionError> {
+    let stream = to.dial(&call_of(token))?;
+    let mut greeting = Vec::new();
+    greet(&mut greeting, Purpose::Keeping, &Greeting { token })?;
+    let verification = Verification {
+        material: keys.current().as_ref().clone(),
+        name: name.to_owned(),
+        greeting,
+    };
+    keeper
+        .introduce(stream.as_fd(), taps, &verification)
+        .map_err(ProtectionError::host("let the keeper connect"))
+}
+
 /// Copies what the guest writes while it runs, until that is little.
 fn copy_while_much(
     session: &mut Session<'_>,
@@ -611,6 +652,14 @@ fn copy_while_much(
 
 /// A number that no other pair of connections has.
 fn token() -> u128 {
-    let part = || u128::from(RandomState::new().build_hasher().finish());
-    part() << 64 | part()
+    u128::from(random()) << 64 | u128::from(random())
+}
+
+/// A number for [`Retry::next`].
+fn chance() -> u32 {
+    random() as u32
+}
+
+fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
 }

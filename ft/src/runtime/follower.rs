@@ -130,6 +130,8 @@ fn finish(
     // If the primary was lost meanwhile the guest goes live by this.
     core.event(SecondaryEvent::Loaded(epoch));
     match core.handle() {
+        // That let it run, and another copy of it may be made by now, for which it stands.
+        Some(_) if core.is_over() => {}
         // It may run already.
         Some(handle) => drop(handle.resume()),
         None => return Err(ControlError::Gone.into()),

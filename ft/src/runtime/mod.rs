@@ -13,6 +13,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod asking;
+mod calls;
 mod checkpoint;
 mod driver;
 mod eagerness;
@@ -26,16 +27,20 @@ mod pair;
 mod primary;
 mod protector;
 mod replicas;
+mod retry;
 mod secondary;
+mod standbys;
 pub mod status;
 mod wanted;
 
 pub use asking::Claims;
+pub use calls::{CALL_SIZE, CALLS_TIMEOUT, Calls, Giver, Taker, handing_over, token_of};
 pub use checkpoint::{Offer, encode_outputs, load_outputs};
 pub use error::ProtectionError;
 pub use pair::Pair;
 pub use protector::{Desk, Guest, Protect, Protector, ResyncMode};
 pub use secondary::{Invitation, Joined, Standby};
+pub use standbys::{Place, STANDBYS_MAX, Standbys};
 
 /// Locks what no panic leaves half done.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -103,7 +103,9 @@ impl Pair {
         status.summarize();
         status.added_latency_us = delays.held.percentiles();
         status.secondary_lag_us = delays.matched.percentiles();
-        let lease = self.permit.left(Instant::now());
+        let now = Instant::now();
+        status.tell_trying(now);
+        let lease = self.permit.left(now);
         status.lease_ms = lease.map(|left| left.as_millis() as u64);
         status.protection_memory_bytes = self.memory_bytes();
         status

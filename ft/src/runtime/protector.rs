@@ -11,11 +11,12 @@ use serde::{Deserialize, Serialize};
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, StopMode};
 use tandem_vmm::error::causes;
-use tandem_vmm::migration::{Peer, Route};
 
 use super::asking::Claims;
 use super::driver::Driver;
 use super::primary::Core;
+use super::standbys::Standbys;
+use super::status::Role;
 use super::{Pair, ProtectionError, lock};
 use crate::arbiter::Term;
 use crate::keeper::Keeper;
@@ -52,8 +53,8 @@ impl ResyncMode {
 
 /// How a guest is to be protected.
 pub struct Protect {
-    /// The way to where a standby listens.
-    pub to: Route,
+    /// Where standbys listen: there is one at least.
+    pub to: Standbys,
     /// Who decides who owns the guest.
     pub claims: Claims,
     /// Number of this owner.
@@ -79,11 +80,13 @@ pub struct Guest {
 /// What is asked of a protector.
 enum Request {
     Protect {
-        to: Peer,
+        to: Standbys,
         arbiter: PathBuf,
         mode: ResyncMode,
         answer: SyncSender<Result<(), String>>,
     },
+    /// The guest was a copy and is the guest now.
+    Succeed(Box<Protect>),
     /// The guest has ended.
     End,
 }
@@ -171,12 +174,13 @@ impl Protector {
 }
 
 impl Desk {
-    /// Protects the guest by who stands by at `to`; the directory `arbiter` decides who owns it. Returns when
+    /// Protects the guest by one who stands by at `to`; the directory `arbiter` decides who owns it. Returns when
     /// its term is won, or it cannot be.
     ///
     /// # Errors
     /// Why not, in words.
-    pub fn protect(&self, to: Peer, arbiter: PathBuf, mode: ResyncMode) -> Result<(), String> {
+    pub fn protect(&self, to: Standbys, arbiter: PathBuf, mode: ResyncMode) -> Result<(), String> {
+        self.expect_owner()?;
         let (answer, answered) = sync_channel(1);
         let gone = "the guest has ended".to_owned();
         if lock(&self.shared.core).is_some() {
@@ -192,11 +196,28 @@ impl Desk {
         answered.recv_timeout(ANSWER_TIMEOUT).map_err(|_| gone)?
     }
 
+    /// The guest is not a copy any more: it is protected as `protect` says.
+    pub(super) fn succeed(&self, protect: Protect) {
+        // It may have ended.
+        drop(self.requests.send(Request::Succeed(Box::new(protect))));
+    }
+
+    /// What is asked for here is the owner's matter.
+    fn expect_owner(&self) -> Result<(), String> {
+        match self.pair.lock_status().role {
+            Role::Primary => Ok(()),
+            Role::Secondary => {
+                Err("this is the guest's copy: ask where the guest itself runs".into())
+            }
+        }
+    }
+
     /// Protects the guest no longer: its secondary is dismissed.
     ///
     /// # Errors
     /// When it is not protected.
     pub fn unprotect(&self) -> Result<(), String> {
+        self.expect_owner()?;
         if lock(&self.shared.core).is_none() {
             return Err("the guest is not protected".into());
         }
@@ -209,6 +230,7 @@ impl Desk {
     /// # Errors
     /// When no secondary runs.
     pub fn resync(&self) -> Result<(), String> {
+        self.expect_owner()?;
         let core = lock(&self.shared.core);
         let Some(core) = core.as_ref() else {
             return Err("the guest is not protected".into());
@@ -227,6 +249,7 @@ impl Desk {
     /// # Errors
     /// Why not.
     pub fn may_fail_over(&self) -> Result<String, String> {
+        self.expect_owner()?;
         let state = lock(&self.shared.core).as_ref().map(|core| core.state());
         match state {
             Some(PrimaryState::Protected(_)) => {
@@ -274,20 +297,26 @@ fn supervise(
         if let Some(protect) = protect.take() {
             Driver::new(guest, protect, shared).run();
             *lock(&shared.core) = None;
+            // From now on protection may be asked for anew.
+            guest.pair.lock_status().trying = None;
         }
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
-        let Ok(Request::Protect {
-            to,
-            arbiter,
-            mode,
-            answer,
-        }) = requests.recv()
-        else {
-            return;
+        let (to, arbiter, mode, answer) = match requests.recv() {
+            Ok(Request::Protect {
+                to,
+                arbiter,
+                mode,
+                answer,
+            }) => (to, arbiter, mode, answer),
+            Ok(Request::Succeed(succeeded)) => {
+                protect = Some(*succeeded);
+                continue;
+            }
+            Ok(Request::End) | Err(_) => return,
         };
-        let opened = open(guest, &to, &arbiter, mode);
+        let opened = open(guest, to, &arbiter, mode);
         let told = opened.map(|opened| protect = Some(opened));
         // Whoever asked may have stopped waiting.
         drop(answer.send(told.map_err(|error| causes(&error))));
@@ -296,12 +325,11 @@ fn supervise(
 
 fn open(
     guest: &Guest,
-    to: &Peer,
+    to: Standbys,
     arbiter: &Path,
     mode: ResyncMode,
 ) -> Result<Protect, ProtectionError> {
     let name = guest.pair.status().name;
-    let to = to.open()?;
     let claims = Claims::open(arbiter, &name)?;
     let term = claims.claim_next()?;
     let term = term.ok_or_else(|| ProtectionError::Garbled("that another won the guest".into()))?;

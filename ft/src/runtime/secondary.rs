@@ -13,19 +13,22 @@ use tandem_devices::GuestMemory;
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, StopMode};
 use tandem_vmm::error::causes;
-use tandem_vmm::migration::address::Listener;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
+use tandem_vmm::migration::tls::Keys;
 use tandem_vmm::migration::{Link, MigrationError};
 use tandem_vmm::snapshot::GuestState;
 
 use super::asking::Claims;
+use super::calls::{CALLS_TIMEOUT, Calls};
 use super::checkpoint::{Greeting, Offer, Part, Receiver, hear};
 use super::follower::follow;
 use super::image::Image;
 use super::late;
 use super::link_thread::{Talk, listen};
 use super::pair::PairCut;
+use super::protector::{Desk, Protect};
 use super::replicas::Replicas;
+use super::standbys::Standbys;
 use super::status::Role;
 use super::{Pair, ProtectionError, ResyncMode, lock};
 use crate::arbiter::Term;
@@ -50,8 +53,9 @@ impl Invitation {
     ///
     /// # Errors
     /// When it is no primary, or of another version; it is told so.
-    pub fn hear(mut link: Link) -> Result<Self, ProtectionError> {
-        match hear(&mut link, Purpose::Protection) {
+    pub fn hear((token, mut link): (u128, Link)) -> Result<Self, ProtectionError> {
+        let heard = hear(&mut link, Purpose::Protection);
+        match heard.and_then(|offer: Offer| expect_token(token, offer.token).map(|()| offer)) {
             Ok(offer) => Ok(Self { link, offer }),
             Err(error) => {
                 frame::refuse(&mut link, &error.to_string());
@@ -77,7 +81,7 @@ impl Invitation {
     /// When the primary gives up or something breaks.
     pub fn accept(
         mut self,
-        listener: &Listener,
+        calls: &dyn Calls,
         memory: &Arc<GuestMemory>,
         beside: Arc<GuestMemory>,
         standby: Standby,
@@ -92,14 +96,16 @@ impl Invitation {
         };
         frame::send(&mut self.link, FrameKind::Accept, &[])?;
         let token = self.offer.token;
-        let link = next_connection(listener, token, Purpose::Pairing)?;
+        let link = next_connection(calls, token, Purpose::Pairing)?;
         let keeper = match self.offer.keeper {
-            true => Some(next_connection(listener, token, Purpose::Keeping)?),
+            true => Some(next_connection(calls, token, Purpose::Keeping)?),
             false => None,
         };
         pair.become_secondary();
-        let core = Core::start(&self.offer, standby, pair, link, keeper)?;
+        let checkpoints = share(&self.link)?;
+        let core = Core::start(&self.offer, standby, pair, (checkpoints, link), keeper)?;
         let mut receiver = Receiver::new(self.link);
+        receiver.expect_no_silence(true);
         let mut image = Image::new(self.offer.mode, memory, beside);
         loop {
             match receiver.next(&|| core.is_over())? {
@@ -112,6 +118,7 @@ impl Invitation {
                     replicas.close()?;
                     image.begin(memory)?;
                     pair.set_checkpoint_memory(image.memory_bytes());
+                    receiver.expect_no_silence(false);
                     return Ok(Joined {
                         receiver,
                         image,
@@ -128,24 +135,28 @@ impl Invitation {
 
 /// The next of the connections by which a primary's guest and its copy are joined.
 fn next_connection(
-    listener: &Listener,
+    calls: &dyn Calls,
     token: u128,
     purpose: Purpose,
 ) -> Result<Link, ProtectionError> {
-    let mut link = loop {
-        let failed = ProtectionError::host("wait for the next connection");
-        match listener.accept().map_err(failed)?.verified() {
-            Ok(link) => break link,
-            // Strangers do not keep the primary away.
-            Err(error) => tracing::warn!(why = %causes(&error), "a connection was refused"),
-        }
-    };
+    let (called, mut link) = calls.next(Some(Instant::now() + CALLS_TIMEOUT))?;
+    expect_token(called, token)?;
     let greeting: Greeting = hear(&mut link, purpose)?;
-    if greeting.token != token {
-        let what = "a connection of another guest".to_owned();
-        return Err(MigrationError::Garbled { what }.into());
-    }
+    expect_token(greeting.token, token)?;
     Ok(link)
+}
+
+fn expect_token(found: u128, wanted: u128) -> Result<(), ProtectionError> {
+    if found == wanted {
+        return Ok(());
+    }
+    let what = "a connection of another guest".to_owned();
+    Err(MigrationError::Garbled { what }.into())
+}
+
+fn share(link: &Link) -> Result<Link, ProtectionError> {
+    link.try_clone()
+        .map_err(ProtectionError::host("share a connection"))
 }
 
 /// What a standby needs besides the guest.
@@ -154,6 +165,10 @@ pub struct Standby {
     pub claims: Claims,
     /// Images of the guest's disks here, in their order.
     pub disks: Vec<PathBuf>,
+    /// Where others stand by for the guest once it is this one's, instead of where its primary says.
+    pub standbys: Option<Standbys>,
+    /// By what those are verified that the primary told of, if they are.
+    pub keys: Option<Keys>,
     /// What its threads may still do.
     pub confinement: Entry,
 }
@@ -175,11 +190,12 @@ impl Joined {
         frame::refuse(self.receiver.link(), reason);
     }
 
-    /// Runs the guest of `handle` as a copy, and as the guest when the primary is gone.
+    /// Runs the guest of `handle` as a copy, and as the guest when the primary is gone: its protection is asked
+    /// for at `desk` then.
     ///
     /// # Errors
     /// When the host has no threads left.
-    pub fn start(self, handle: Handle) -> Result<JoinHandle<()>, ProtectionError> {
+    pub fn start(self, handle: Handle, desk: Desk) -> Result<JoinHandle<()>, ProtectionError> {
         let Self {
             receiver,
             image,
@@ -188,7 +204,7 @@ impl Joined {
             core,
             ..
         } = self;
-        if core.handle.set(handle).is_err() {
+        if core.desk.set(desk).is_err() || core.handle.set(handle).is_err() {
             return Err(ProtectionError::Garbled("a guest twice".into()));
         }
         std::thread::Builder::new()
@@ -216,7 +232,10 @@ pub(super) struct Core {
     this: Weak<Self>,
     pub(super) pair: Arc<Pair>,
     handle: OnceLock<Handle>,
+    desk: OnceLock<Desk>,
     claims: Claims,
+    standbys: Standbys,
+    mode: ResyncMode,
     pub(super) confinement: Entry,
     machine: Mutex<pair::Secondary>,
     /// The newest mark, and whether more may come.
@@ -226,6 +245,8 @@ pub(super) struct Core {
     heard: Mutex<Instant>,
     /// The connection to the primary's keeper.
     keeper: Mutex<Option<Link>>,
+    /// The connection by which checkpoints come.
+    checkpoints: Link,
 }
 
 impl Core {
@@ -233,35 +254,39 @@ impl Core {
         offer: &Offer,
         standby: Standby,
         pair: &Arc<Pair>,
-        link: Link,
+        (checkpoints, link): (Link, Link),
         keeper: Option<Link>,
     ) -> Result<Arc<Self>, ProtectionError> {
         let term = Term(offer.term);
-        let share = |link: &Link| {
-            link.try_clone()
-                .map_err(ProtectionError::host("share a connection"))
+        let standbys = match standby.standbys {
+            Some(standbys) => standbys,
+            None => Standbys::told(&offer.standbys, offer.here, standby.keys.as_ref())?,
         };
         pair.outbox().connect(share(&link)?);
         let kept = keeper.as_ref().map(share).transpose()?;
         {
             let mut status = pair.lock_status();
             status.role = Role::Secondary;
-            status.mode = offer.mode.name().into();
             status.reason = "it gets its first checkpoint".into();
             status.term = term.0;
+            status.mode = offer.mode.name().into();
         }
         let now = Instant::now();
         let core = Arc::new_cyclic(|this| Self {
             this: this.clone(),
             pair: Arc::clone(pair),
             handle: OnceLock::new(),
+            desk: OnceLock::new(),
             claims: standby.claims,
+            standbys,
+            mode: offer.mode,
             confinement: standby.confinement,
             machine: Mutex::new(pair::Secondary::new(now, term, Scheduling::Normal)),
             mark: Mutex::new((None, true)),
             marked: Condvar::new(),
             heard: Mutex::new(now),
             keeper: Mutex::new(kept),
+            checkpoints,
         });
         if let Some(link) = keeper {
             late::listen(Arc::clone(&core), link)?;
@@ -354,6 +379,22 @@ impl Core {
             begun.elapsed().as_micros(),
         );
         self.pair.happened("took-over", text);
+        self.checkpoints.shut_down();
+        self.protect_again(term);
+    }
+
+    /// The guest is this one's: it is to have a copy again, if it is known where.
+    fn protect_again(&self, term: Term) {
+        if let Some(desk) = self.desk.get()
+            && !self.standbys.others().is_empty()
+        {
+            desk.succeed(Protect {
+                to: self.standbys.clone(),
+                claims: self.claims.clone(),
+                term,
+                mode: self.mode,
+            });
+        }
     }
 
     /// The primary's keeper is to send what still comes there.
@@ -378,6 +419,7 @@ impl Core {
     /// Ends the copy.
     fn stop(&self) {
         self.no_more_marks();
+        self.checkpoints.shut_down();
         match self.handle.get() {
             // It may have ended by itself.
             Some(handle) => drop(handle.stop(StopMode::Force)),

@@ -38,6 +38,10 @@ pub struct Status {
     pub epoch: u64,
     /// Where the other side is.
     pub peer: Option<String>,
+    /// Where a standby is looked for; none while there is a secondary, or nobody looks.
+    pub looking_at: Option<String>,
+    /// How soon it is, in milliseconds; 0 while it is tried.
+    pub next_try_ms: Option<u64>,
     /// Frames that were compared and left.
     pub matched_outputs: u64,
     /// Checkpoints after the first of a protection.
@@ -63,6 +67,9 @@ pub struct Status {
     pub bytes_per_dirty_page: u64,
     /// Bytes of this host's memory that protection costs besides the guest's own.
     pub protection_memory_bytes: u64,
+    /// Where a standby is looked for, and when next.
+    #[serde(skip)]
+    pub(super) trying: Option<(String, Instant)>,
     /// Bytes sent for pages.
     #[serde(skip)]
     pub(super) page_bytes: u64,
@@ -96,6 +103,9 @@ impl Status {
             term: 0,
             epoch: 0,
             peer: None,
+            looking_at: None,
+            next_try_ms: None,
+            trying: None,
             matched_outputs: 0,
             resyncs: 0,
             last_resync: None,
@@ -113,6 +123,14 @@ impl Status {
             resync_times: Samples::default(),
             resync_began: None,
         }
+    }
+
+    /// Says where a standby is looked for, as of `now`.
+    pub(super) fn tell_trying(&mut self, now: Instant) {
+        let trying = self.trying.as_ref();
+        let left = trying.map(|(_, at)| at.saturating_duration_since(now));
+        self.next_try_ms = left.map(|left| left.as_millis() as u64);
+        self.looking_at = trying.map(|(place, _)| place.clone());
     }
 
     /// A resync was sent: so many pages in so many bytes, and the rest.

@@ -12,6 +12,7 @@ use super::Machine;
 use crate::boot::layout::VirtioSlot;
 use crate::build;
 use crate::config::MachineConfig;
+use crate::confinement::Confinement;
 use crate::control::MachineState;
 use crate::error::Error;
 use crate::gates::Surroundings;
@@ -60,9 +61,34 @@ impl Machine {
         surroundings: impl Into<Surroundings>,
         started: Instant,
     ) -> Result<Self, Error> {
-        config.check()?;
         let surroundings = surroundings.into();
-        let resources = Resources::open(&config, &surroundings.confinement)?;
+        let resources = Self::reserve(&config, &surroundings.confinement)?;
+        Self::restore_on(resources, config, state, saved, surroundings, started)
+    }
+
+    /// Opens everything that a guest needs whose state has yet to come: what is missing or in use is known before
+    /// that is sent.
+    ///
+    /// # Errors
+    /// When something is missing or refused.
+    pub fn reserve(config: &MachineConfig, confinement: &Confinement) -> Result<Resources, Error> {
+        config.check()?;
+        Resources::open(config, confinement)
+    }
+
+    /// As [`Machine::restore`], with what [`Machine::reserve`] opened.
+    ///
+    /// # Errors
+    /// When something is refused, or the state is not one of such a guest.
+    pub fn restore_on(
+        resources: Resources,
+        config: MachineConfig,
+        state: &GuestState,
+        saved: SavedMemory,
+        surroundings: impl Into<Surroundings>,
+        started: Instant,
+    ) -> Result<Self, Error> {
+        let surroundings = surroundings.into();
         let mut machine = Self::assemble(
             config,
             resources,

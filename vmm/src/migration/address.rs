@@ -1,12 +1,15 @@
 //! Where the other side is.
 
 use std::fmt;
-use std::io;
+use std::io::{self, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
+
+use rustix::net::AddressFamily;
 
 use super::MigrationError;
 use super::link::Link;
@@ -199,6 +202,15 @@ impl Listener {
     }
 }
 
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.as_fd(),
+            Socket::Unix(listener, _) => listener.as_fd(),
+        }
+    }
+}
+
 impl Drop for Socket {
     fn drop(&mut self) {
         if let Self::Unix(_, path) = self {
@@ -217,6 +229,35 @@ pub struct Caller {
 }
 
 impl Caller {
+    /// One who connected to another process, which `keys` verify if there are some.
+    ///
+    /// # Errors
+    /// When it is no socket.
+    pub fn of(socket: OwnedFd, keys: Option<Keys>) -> io::Result<Self> {
+        let (link, from) = match rustix::net::sockopt::socket_domain(&socket)? {
+            AddressFamily::UNIX => (Link::Unix(socket.into()), "a unix socket".into()),
+            _ => {
+                let stream = TcpStream::from(socket);
+                let from = stream.peer_addr()?.to_string();
+                (Link::Tcp(stream), from)
+            }
+        };
+        Ok(Self { link, from, keys })
+    }
+
+    /// What is said before it is known who it is: as much as there is room.
+    ///
+    /// # Errors
+    /// When that does not come.
+    pub fn read_exact(&mut self, room: &mut [u8]) -> io::Result<()> {
+        self.link.read_exact(room)
+    }
+
+    /// The link, with whoever it is.
+    pub fn unverified(&mut self) -> &mut Link {
+        &mut self.link
+    }
+
     /// The link with who connected, if it is who it must be.
     ///
     /// # Errors

@@ -1,9 +1,11 @@
 //! Whom to connect to, and how it is verified.
 
 use std::fmt;
+use std::io::Write;
 use std::net::TcpStream;
 use std::path::PathBuf;
 
+use super::frame::broken;
 use super::link::Link;
 use super::tls::{Keys, Session};
 use super::{Address, MigrationError};
@@ -75,28 +77,59 @@ pub struct Route {
 }
 
 impl Route {
+    /// The way to `address`, over which who listens is verified by keys, for a name.
+    pub fn new(address: Address, tls: Option<(Keys, String)>) -> Self {
+        let tls = tls.filter(|_| matches!(address, Address::Tcp(_)));
+        Self { address, tls }
+    }
+
+    /// Where it leads.
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// What the host is called there: its name, by which it is verified, or its number.
+    pub fn name(&self) -> Option<&str> {
+        let verified = self.tls.as_ref().map(|(_, name)| name.as_str());
+        verified.or_else(|| self.address.host())
+    }
+
     /// Connects, by the keys as they are now.
     ///
     /// # Errors
     /// When nobody listens, or it is not who it must be.
     pub fn connect(&self) -> Result<Link, MigrationError> {
+        self.connect_saying(&[])
+    }
+
+    /// As [`Route::connect`]; `first` is said as it is, before it is known who listens.
+    ///
+    /// # Errors
+    /// As [`Route::connect`].
+    pub fn connect_saying(&self, first: &[u8]) -> Result<Link, MigrationError> {
         let Some((keys, name)) = &self.tls else {
-            return self.address.connect();
+            let mut link = self.address.connect()?;
+            link.write_all(first).map_err(broken)?;
+            return Ok(link);
         };
         let material = keys.current();
-        let session = Session::connect(self.dial()?, &material, name);
+        let session = Session::connect(self.dial(first)?, &material, name);
         session
             .map(Link::Tls)
             .map_err(MigrationError::unverified(self.address.to_string()))
     }
 
-    /// Connects for another process, which is to verify who listens; [`Route::keys`] tells by what.
+    /// Connects for another process, which is to verify who listens; [`Route::keys`] tells by what. `first` is said
+    /// before.
     ///
     /// # Errors
     /// When nobody listens.
-    pub fn dial(&self) -> Result<TcpStream, MigrationError> {
+    pub fn dial(&self, first: &[u8]) -> Result<TcpStream, MigrationError> {
         match self.address.connect()? {
-            Link::Tcp(stream) => Ok(stream),
+            Link::Tcp(mut stream) => {
+                stream.write_all(first).map_err(broken)?;
+                Ok(stream)
+            }
             Link::Unix(_) | Link::Tls(_) => Err(MigrationError::Closed),
         }
     }

@@ -92,7 +92,10 @@ impl Pair {
 
 fn standby(bench: &Bench, link: &Path, arbiter: &Path) -> Command {
     let mut command = bench.tandem_on(CLIENT_CPU, RUNTIME);
-    command.arg("standby").arg("--listen").arg(link);
+    command
+        .args(["standby", "--once"])
+        .arg("--listen")
+        .arg(link);
     command.arg("--arbiter").arg(arbiter);
     command.args(["--net", &format!("tap={}", network::SECONDARY)]);
     command.args(["--console", "off"]);

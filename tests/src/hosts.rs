@@ -1,0 +1,199 @@
+//! Several hosts that a protected guest may run on: each with a runtime directory, a tap and a socket on which it
+//! stands by, on one network, and with an arbiter that all reach.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
+use crate::network::{self, Network};
+
+/// Where host 0 stands by, by TCP; others have the next ports.
+const PORT: usize = 7000;
+/// Pause before something is looked at again.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Hosts by their numbers; what runs there is killed when dropped.
+pub struct Hosts {
+    running: Vec<Option<Guest>>,
+    taps: Vec<String>,
+    place: TempDir,
+    namespace: String,
+    /// Whether they reach each other by TCP rather than by unix sockets.
+    by_tcp: bool,
+}
+
+impl Hosts {
+    /// `count` hosts in `network`, on which nothing runs.
+    pub fn new(network: &Network, count: usize) -> Self {
+        let place = temporary();
+        std::fs::create_dir(place.path().join("arbiter")).expect("the directory is new");
+        let taps = (0..count).map(|number| network.nth_tap(number));
+        Self {
+            running: (0..count).map(|_| None).collect(),
+            taps: taps.collect(),
+            place,
+            namespace: network.namespace().to_owned(),
+            by_tcp: false,
+        }
+    }
+
+    /// Lets them reach each other by TCP.
+    #[must_use]
+    pub fn by_tcp(mut self) -> Self {
+        self.by_tcp = true;
+        self
+    }
+
+    /// The directory that decides.
+    pub fn arbiter(&self) -> PathBuf {
+        self.place.path().join("arbiter")
+    }
+
+    /// Where a host stands by.
+    pub fn socket(&self, host: usize) -> PathBuf {
+        match self.by_tcp {
+            true => format!("{}:{}", network::HOST, PORT + host).into(),
+            false => self.place.path().join(format!("standby{host}")),
+        }
+    }
+
+    /// Runs `guest` on a host, protected by one of all.
+    pub fn run(&mut self, host: usize, guest: GuestBuilder) {
+        let mut guest = guest
+            .in_namespace(&self.namespace)
+            .arg("--net")
+            .arg(format!("tap={}", self.taps[host]))
+            .arg("--arbiter")
+            .arg(self.arbiter());
+        for other in (0..self.taps.len()).filter(|other| *other != host) {
+            guest = guest.arg("--protect").arg(self.socket(other));
+        }
+        let guest = guest.arg("--protect").arg(self.socket(host));
+        self.running[host] = Some(guest.start());
+    }
+
+    /// Lets a host stand by for a guest that is plugged into its tap, as `mode` says; waits until it does.
+    pub fn stand_by(&mut self, host: usize, mode: &[&str]) {
+        let net = format!("tap={}", self.taps[host]);
+        self.stand_by_with(host, &[mode, &["--net", &net]].concat());
+    }
+
+    /// Lets a host stand by with `arguments`; waits until it does.
+    pub fn stand_by_with(&mut self, host: usize, arguments: &[&str]) {
+        let standby = GuestBuilder::standing_by(&self.socket(host), &self.arbiter());
+        let standby = standby.in_namespace(&self.namespace);
+        let mut standby = arguments.iter().fold(standby, GuestBuilder::arg).start();
+        let deadline = Instant::now() + PATIENCE;
+        while !standby
+            .messages()
+            .iter()
+            .any(|said| said.contains("standing by"))
+        {
+            let said = standby.messages();
+            assert!(standby.runs() && Instant::now() < deadline, "{said:#?}");
+            std::thread::sleep(LOOK);
+        }
+        self.running[host] = Some(standby);
+    }
+
+    /// What runs on a host.
+    ///
+    /// # Panics
+    /// When nothing does.
+    pub fn on(&mut self, host: usize) -> &mut Guest {
+        self.running[host].as_mut().expect("something runs there")
+    }
+
+    /// Ends what runs on a host, as the end of its host would.
+    pub fn kill(&mut self, host: usize) {
+        let killed = self.running[host].take().expect("something runs there");
+        killed.signal(Signal::KILL);
+        kill_guests(&killed);
+    }
+
+    /// The process of the guest `name` on a host.
+    pub fn vmm(&mut self, host: usize, name: &str) -> Option<Pid> {
+        vmm(self.on(host), name)
+    }
+
+    /// Sends a signal to the VMM of the guest `name` on a host, and to nothing else.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn signal(&mut self, host: usize, name: &str, signal: Signal) {
+        let vmm = self.vmm(host, name).expect("a guest runs there");
+        kill_process(vmm, signal).expect("it runs");
+    }
+
+    /// The host on which the guest is, by what its own VMM says, and that.
+    pub fn owner(&mut self) -> Option<(usize, Value)> {
+        let running = self.running.iter_mut().enumerate();
+        let mut said = running.filter_map(|(host, guest)| Some((host, guest.as_mut()?.status()?)));
+        said.find(|(_, status)| status["role"] == "primary")
+    }
+
+    /// Waits until the guest is on a host and its status is as `wanted`.
+    pub fn wait_owner(&mut self, wanted: impl Fn(&Value) -> bool) -> (usize, Value) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(found) = self.owner().filter(|(_, status)| wanted(status)) {
+                return found;
+            }
+            assert!(Instant::now() < deadline, "{}", self.account());
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Waits until the guest is protected under a term after `term`.
+    pub fn wait_protected_after(&mut self, term: u64) -> (usize, Value) {
+        self.wait_owner(|status| {
+            status["protected"] == true && status["term"].as_u64() > Some(term)
+        })
+    }
+
+    /// What all hosts say and said.
+    pub fn account(&mut self) -> String {
+        let running = self.running.iter_mut().enumerate();
+        let all = running.map(|(host, guest)| match guest {
+            Some(guest) => {
+                let (status, runs, said) = (guest.status(), guest.runs(), guest.messages());
+                let log = guest.log();
+                format!("host {host}: runs: {runs}, {status:#?}, said {said:#?}, logged {log}")
+            }
+            None => format!("host {host}: nothing"),
+        });
+        all.collect::<Vec<_>>().join("\n")
+    }
+}
+
+impl Drop for Hosts {
+    fn drop(&mut self) {
+        self.running.iter().flatten().for_each(kill_guests);
+    }
+}
+
+/// The VMM of the guest `name` in a runtime directory.
+fn vmm(host: &Guest, name: &str) -> Option<Pid> {
+    let text = std::fs::read_to_string(host.runtime().join(name).join("pid")).ok()?;
+    Pid::from_raw(text.trim().parse().ok()?)
+}
+
+/// Guests of a standby are processes of their own.
+fn kill_guests(host: &Guest) {
+    let names = std::fs::read_dir(host.runtime()).into_iter().flatten();
+    for name in names.flatten() {
+        if let Some(vmm) = vmm(host, &name.file_name().to_string_lossy()) {
+            // It may have ended.
+            let _ = kill_process(vmm, Signal::KILL);
+        }
+    }
+}
+
+/// The words that a path is in a list of arguments.
+pub fn word(path: &Path) -> &str {
+    path.to_str().expect("paths of tests are text")
+}
