@@ -1,4 +1,4 @@
-//! `tandem standby`: the copy of one guest. [`crate::reception`] starts a process for each.
+//! `tandem standby`: the copy of one guest. `reception` starts a process for each.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -16,6 +16,7 @@ use tandem_ft::runtime::{
 };
 use tandem_vmm::config::ConsoleConfig;
 use tandem_vmm::confinement::ThreadKind;
+use tandem_vmm::error::causes;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
 use tandem_vmm::migration::MigrationError;
@@ -66,7 +67,10 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
     let invitation = loop {
         match listener.next(None).and_then(Invitation::hear) {
             Ok(invitation) => break invitation,
-            Err(error) => output::tell(&format!("tandem: a primary was refused: {error}")),
+            Err(error) => {
+                let why = causes(&error);
+                output::tell(&format!("tandem: a primary was refused: {why}"));
+            }
         }
     };
     one(args, context, invitation, Box::new(listener))

@@ -58,6 +58,8 @@ pub struct Pair {
     network: Option<String>,
     /// Sides that stand still, which answer nobody.
     frozen: Vec<Side>,
+    /// Whose keys the links are encrypted by, if nobody else keeps it.
+    _authority: Option<Authority>,
 }
 
 fn arbiter_in(place: &Path) -> PathBuf {
@@ -108,7 +110,10 @@ impl Pair {
 
     /// As [`Pair::start_over_tcp`], by links that are encrypted by new keys.
     pub fn start_over_tls(guest: GuestBuilder) -> Self {
-        Self::start_with_keys(guest, &Authority::new(), |standby| standby)
+        let authority = Authority::new();
+        let mut pair = Self::start_with_keys(guest, &authority, |standby| standby);
+        pair._authority = Some(authority);
+        pair
     }
 
     /// As [`Pair::start_over_tcp`], by links that are encrypted by keys of `authority`. It must outlive the pair, or
@@ -153,6 +158,7 @@ impl Pair {
             place,
             network,
             frozen: Vec::new(),
+            _authority: None,
         }
     }
 

@@ -189,6 +189,7 @@ fn garbled(what: &str) -> ProtectionError {
     MigrationError::Garbled { what }.into()
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "errors are mapped by it")]
 fn failed(error: io::Error) -> ProtectionError {
     ProtectionError::Disk(format!("a replica failed: {error}"))
 }

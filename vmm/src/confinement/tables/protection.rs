@@ -44,7 +44,8 @@ pub(super) const PAIR: &[Rule] = &[
     allow(
         Sysno::fdatasync,
         "a replica of a disk is durable before its guest goes on",
-    ),
+    )
+    .rare("only for a copy that wrote otherwise to its disk than its primary"),
 ];
 
 /// The process that holds a guest's taps.
