@@ -5,6 +5,7 @@
 
 mod protection {
     pub(crate) mod clients;
+    mod disks;
     pub(crate) mod history;
 }
 
