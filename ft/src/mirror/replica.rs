@@ -201,6 +201,7 @@ fn garbled(what: &str) -> ProtectionError {
     MigrationError::Garbled { what }.into()
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "used as a map_err function")]
 fn failed(error: io::Error) -> ProtectionError {
     ProtectionError::Disk(format!("a replica failed: {error}"))
 }
