@@ -87,9 +87,17 @@ fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
 impl Pair {
     /// Starts a guest and its copy.
     pub fn start(guest: GuestBuilder) -> Self {
+        Self::start_prepared(guest, |standby| standby)
+    }
+
+    /// As [`Pair::start`]; `prepare` adds to the copy's what the test wants.
+    pub fn start_prepared(
+        guest: GuestBuilder,
+        prepare: impl FnOnce(GuestBuilder) -> GuestBuilder,
+    ) -> Self {
         let place = temporary();
         let (far, near) = (place.path().join("standby"), place.path().join("link"));
-        let standby = guest.standby(&far, &make_arbiter(&place));
+        let standby = prepare(guest.standby(&far, &make_arbiter(&place)));
         let link = Link::new(&near, &far);
         Self {
             link: Some(link),

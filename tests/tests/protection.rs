@@ -6,6 +6,7 @@
 mod protection {
     mod again;
     pub(crate) mod clients;
+    mod disks;
     pub(crate) mod history;
 }
 

@@ -1,9 +1,10 @@
 //! The gate of a disk: it knows which blocks the guest wrote since the last checkpoint, and lets writes wait
 //! while the other side's replica is made the same.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
+use std::ops::RangeInclusive;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use roaring::RoaringBitmap;
@@ -22,6 +23,8 @@ struct State {
     image: Option<(Arc<File>, u64)>,
     /// Blocks that were written, if that matters.
     written: Option<RoaringBitmap>,
+    /// Blocks of each request that writes and is not done, by its token.
+    under_way: HashMap<usize, RangeInclusive<u32>>,
     /// Writes wait.
     holds: bool,
     /// Why the host failed a request of a guest that has a copy.
@@ -64,9 +67,14 @@ impl DiskGate {
         Some(Image::new(self.number, Arc::clone(file), *bytes))
     }
 
-    /// From now on it is known what is written.
+    /// From now on it is known what is written: what was begun before may yet be.
     pub(crate) fn track(&self) {
-        self.lock().written = Some(RoaringBitmap::new());
+        let mut state = self.lock();
+        let mut written = RoaringBitmap::new();
+        for blocks in state.under_way.values() {
+            written.insert_range(blocks.clone());
+        }
+        state.written = Some(written);
     }
 
     /// What was written since this was asked last, or since [`DiskGate::track`].
@@ -117,14 +125,20 @@ impl DiskGate {
 
     /// Notes that `io` is about to be carried out.
     fn note(&self, io: &BlockIo) {
+        // The device checked the range, and disks that have a copy are not larger than there are numbers.
+        let first = io.offset / BLOCK;
+        let last = (io.offset + io.len).saturating_sub(1) / BLOCK;
+        let [first, last] = [first, last].map(|block| u32::try_from(block).unwrap_or(u32::MAX));
         let mut state = self.lock();
         if let Some(written) = &mut state.written {
-            // The device checked the range, and disks that have a copy are not larger than there are numbers.
-            let first = io.offset / BLOCK;
-            let last = (io.offset + io.len).saturating_sub(1) / BLOCK;
-            let [first, last] = [first, last].map(|block| u32::try_from(block).unwrap_or(u32::MAX));
             written.insert_range(first..=last);
         }
+        state.under_way.insert(io.token, first..=last);
+    }
+
+    /// The request `token` is done.
+    fn done(&self, token: usize) {
+        self.lock().under_way.remove(&token);
     }
 
     /// The host failed a request.
@@ -239,6 +253,7 @@ impl BlockBackend for GatedDisk {
         }
         let (token, result) = self.outside.next_completed()?;
         self.in_flight = self.in_flight.saturating_sub(1);
+        self.gate.done(token);
         if let Err(error) = &result {
             self.gate.failed(error);
         }
@@ -251,5 +266,123 @@ impl BlockBackend for GatedDisk {
             self.pass_held()?;
         }
         self.outside.wait()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code fails by panicking")]
+mod tests {
+    use std::sync::LazyLock;
+
+    use tandem_devices::GuestMemory;
+    use tandem_devices::virtio::block::SECTOR;
+    use tandem_devices::virtio::buffers::Buffers;
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    /// Requests that are done when a test says so.
+    #[derive(Clone, Default)]
+    struct Outside(Arc<Mutex<VecDeque<usize>>>);
+
+    impl BlockBackend for Outside {
+        fn sectors(&self) -> u64 {
+            1 << 20
+        }
+
+        fn block_size(&self) -> u32 {
+            SECTOR as u32
+        }
+
+        fn is_readonly(&self) -> bool {
+            false
+        }
+
+        fn start(&mut self, _poller: &mut dyn Poller, _token: u32) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn stop(&mut self, _poller: &mut dyn Poller) {}
+
+        fn has_room(&self) -> bool {
+            true
+        }
+
+        fn submit(&mut self, io: BlockIo) {
+            self.0.lock().unwrap().push_back(io.token);
+        }
+
+        fn flush_batch(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn next_completed(&mut self) -> Option<(usize, io::Result<()>)> {
+            Some((self.0.lock().unwrap().pop_front()?, Ok(())))
+        }
+
+        fn wait(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn disk() -> (Arc<DiskGate>, GatedDisk) {
+        let permit = Permit::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let gate = Arc::new(DiskGate::new(0, Arc::new(permit)).unwrap());
+        let image = tempfile::tempfile().unwrap();
+        let disk = GatedDisk::new(Arc::clone(&gate), Box::new(Outside::default()), image);
+        (gate, disk)
+    }
+
+    /// A request for two blocks from `block` on.
+    fn request(token: usize, operation: Operation, block: u64) -> BlockIo {
+        BlockIo {
+            token,
+            operation,
+            offset: block * BLOCK,
+            len: 2 * BLOCK,
+            buffers: Buffers::new(&MEMORY),
+        }
+    }
+
+    fn blocks(gate: &DiskGate) -> Vec<u32> {
+        gate.take_written().iter().collect()
+    }
+
+    static MEMORY: LazyLock<Arc<GuestMemory>> =
+        LazyLock::new(|| Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap()));
+
+    const WRITE: Operation = Operation::Write { durable: false };
+
+    #[test]
+    fn writes_that_are_not_done_when_tracking_begins_count() {
+        let (gate, mut disk) = disk();
+        disk.submit(request(1, WRITE, 10));
+        disk.submit(request(2, Operation::Read, 20));
+        disk.submit(request(3, Operation::Discard, 30));
+        disk.submit(request(4, Operation::Flush, 40));
+        assert!(matches!(disk.next_completed(), Some((1, Ok(())))));
+        gate.track();
+        assert_eq!(blocks(&gate), [30, 31]);
+        while disk.next_completed().is_some() {}
+        gate.track();
+        assert!(blocks(&gate).is_empty());
+    }
+
+    #[test]
+    fn writes_wait_in_order_while_they_are_held_and_reads_do_not() {
+        let (gate, mut disk) = disk();
+        gate.track();
+        gate.hold();
+        disk.submit(request(1, WRITE, 1));
+        disk.submit(request(2, Operation::Read, 1));
+        disk.submit(request(3, WRITE, 5));
+        assert!(matches!(disk.next_completed(), Some((2, Ok(())))));
+        assert!(disk.next_completed().is_none());
+        assert_eq!(blocks(&gate), [1, 2, 5, 6]);
+        gate.let_go();
+        disk.submit(request(4, WRITE, 8));
+        let done: Vec<_> = std::iter::from_fn(|| disk.next_completed()).collect();
+        assert!(matches!(done[..], [(1, Ok(())), (3, Ok(())), (4, Ok(()))]));
+        assert_eq!(blocks(&gate), [8, 9]);
     }
 }

@@ -10,6 +10,7 @@
 //!      | ---- Digests ... Digests, empty ------> |  compares with its replica
 //!      | <--- Wanted ... Wanted, empty --------- |
 //!      | ---- Blocks ... Blocks ---------------> |  puts them aside
+//!      | <--- Wanted, empty -------------------- |  has all of them, if there were any
 //!      | ---- Synced --------------------------> |  writes them to its replica, loads the checkpoint
 //!   writes go on
 //! ```
@@ -17,6 +18,8 @@
 //! The first checkpoint is preceded by the same conversation over the whole disk, piece by piece while the guest
 //! runs: replicas that are alike already are read, not sent. What the guest writes meanwhile is known, and
 //! belongs to the first checkpoint.
+//!
+//! A secondary that cannot read or keep parts refuses instead, and says why.
 //!
 //! The guest that runs on waits with writes, not with reads, until `Synced` is sent, so that parts are those of
 //! the checkpoint. A secondary whose primary is lost before `Synced` has not touched its replica; later it

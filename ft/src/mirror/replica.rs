@@ -86,29 +86,53 @@ pub(crate) fn open(path: &Path, disk: u8, bytes: u64) -> Result<(DiskFile, Image
 /// for what only this side wrote (`own`, by disk). Parts that come are given to `take`.
 ///
 /// # Errors
-/// When the connection breaks, the other side says what does not fit, or an image cannot be read.
+/// When the connection breaks, the other side says what does not fit, or an image or `take` fails, which the
+/// other side is told.
 pub(crate) fn answer(
     link: &mut (impl Read + Write),
     images: &[Image],
     seed: u64,
     first: Option<Vec<u8>>,
     own: Vec<(u8, RoaringBitmap)>,
+    take: impl FnMut(&Image, Extent, &[u8]) -> io::Result<()>,
+) -> Result<(), ProtectionError> {
+    let answered = compare(link, images, seed, first, own)
+        .and_then(|wanted| fetch(link, images, &wanted, take));
+    if let Err(ProtectionError::Disk(why)) = &answered {
+        frame::refuse(link, why);
+    }
+    answered?;
+    Ok(frame::expect(link, Kind::Synced)?)
+}
+
+/// Gets the parts in `wanted`, and says that they are here.
+fn fetch(
+    link: &mut (impl Read + Write),
+    images: &[Image],
+    wanted: &[Extent],
     mut take: impl FnMut(&Image, Extent, &[u8]) -> io::Result<()>,
 ) -> Result<(), ProtectionError> {
-    let wanted = compare(link, images, seed, first, own)?;
     for list in wanted.chunks(LIST_MAX) {
         let bytes: Vec<_> = list.iter().flat_map(|extent| extent.to_bytes()).collect();
         frame::send(link, Kind::WantedBlocks, &bytes)?;
     }
     frame::send(link, Kind::WantedBlocks, &[])?;
     let mut payload = Vec::new();
+    let mut taken = Ok(());
     for extent in wanted {
         expect(link, Kind::Blocks, &mut payload)?;
-        let image = image_of(images, extent).ok_or_else(|| garbled("no part of a disk"))?;
-        let content = content_of(&payload, image, extent)?;
-        take(image, extent, &content).map_err(failed)?;
+        let image = image_of(images, *extent).ok_or_else(|| garbled("no part of a disk"))?;
+        let content = content_of(&payload, image, *extent)?;
+        // The primary listens when it has sent all.
+        if taken.is_ok() {
+            taken = take(image, *extent, &content);
+        }
     }
-    Ok(frame::expect(link, Kind::Synced)?)
+    taken.map_err(failed)?;
+    if !wanted.is_empty() {
+        frame::send(link, Kind::WantedBlocks, &[])?;
+    }
+    Ok(())
 }
 
 /// What the replicas have otherwise than the primary.
@@ -189,7 +213,7 @@ fn garbled(what: &str) -> ProtectionError {
     MigrationError::Garbled { what }.into()
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "errors are mapped by it")]
+#[expect(clippy::needless_pass_by_value, reason = "used as a map_err function")]
 fn failed(error: io::Error) -> ProtectionError {
     ProtectionError::Disk(format!("a replica failed: {error}"))
 }

@@ -27,7 +27,8 @@ pub(crate) fn all_of(image: &Image) -> impl Iterator<Item = Extent> + use<> {
 /// the end `holds` says whether the images are still what they were. Gives the bytes of disks that were sent.
 ///
 /// # Errors
-/// When the connection breaks, the other side asks for what there is not, or an image cannot be read.
+/// When the connection breaks, the other side asks for what there is not or cannot keep what it gets, or an
+/// image cannot be read.
 pub(crate) fn reconcile(
     link: &mut (impl Read + Write),
     images: &[Image],
@@ -38,8 +39,11 @@ pub(crate) fn reconcile(
     tell_digests(link, images, seed, parts)?;
     let wanted = hear_wanted(link, images)?;
     let mut sent = 0;
-    for extent in wanted {
-        sent += send_part(link, images, extent)?;
+    for extent in &wanted {
+        sent += send_part(link, images, *extent)?;
+    }
+    if !wanted.is_empty() && !hear_wanted(link, images)?.is_empty() {
+        return Err(garbled("a wish after all wishes".into()));
     }
     if !holds() {
         return Err(ProtectionError::Disk(

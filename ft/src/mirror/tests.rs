@@ -6,6 +6,7 @@ use std::path::Path;
 use std::thread;
 
 use proptest::prelude::*;
+use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind};
 
 use super::*;
@@ -151,6 +152,33 @@ fn a_disk_that_was_written_meanwhile_is_not_said_to_be_whole() {
     told.join().unwrap().unwrap_err();
 }
 
+#[test]
+fn a_primary_is_told_why_its_secondary_cannot_keep_parts() {
+    let (mut near, mut far) = UnixStream::pair().unwrap();
+    let mine = [image(0)];
+    let other = [image(0)];
+    other[0].file.write_all_at(&[1; 9], 0).unwrap();
+    other[0].file.write_all_at(&[1; 9], 9 * BLOCK).unwrap();
+    let told = thread::spawn(move || {
+        let parts = [0, 9].map(|first| Extent {
+            disk: 0,
+            blocks: 1,
+            first,
+        });
+        reconcile(&mut near, &mine, SEED, parts.into_iter(), || true)
+    });
+    let mut tries = 0;
+    let full = |_: &Image, _, _: &[u8]| {
+        tries += 1;
+        Err(std::io::ErrorKind::StorageFull.into())
+    };
+    let error = answer(&mut far, &other, SEED, None, Vec::new(), full).unwrap_err();
+    assert!(error.to_string().contains("no storage space"), "{error}");
+    assert_eq!(tries, 1, "nothing follows what failed");
+    let error = causes(&told.join().unwrap().unwrap_err());
+    assert!(error.contains("no storage space"), "{error}");
+}
+
 /// What a primary does whose secondary says `wishes`.
 fn asked(wishes: &[&[u8]]) -> Result<u64, String> {
     let (mut near, mut far) = UnixStream::pair().unwrap();
@@ -172,7 +200,9 @@ fn wishes_that_cannot_be_are_refused() {
         }
         .to_bytes()
     };
-    assert!(asked(&[&wish(2, 1, 300), &[]]).unwrap() > 0);
+    assert!(asked(&[&wish(2, 1, 300), &[], &[]]).unwrap() > 0);
+    asked(&[&wish(2, 1, 300), &[], &wish(2, 1, 300), &[]]).unwrap_err();
+    asked(&[&wish(2, 1, 300), &[]]).unwrap_err();
     for wrong in [
         wish(2, 1, 301),
         wish(2, 2, 300),
