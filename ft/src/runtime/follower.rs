@@ -77,7 +77,10 @@ fn load(
     let Some(stood) = core.wait_mark(epoch) else {
         return Err(ProtectionError::Garbled("no mark of its checkpoint".into()));
     };
-    core.handle().ok_or(ControlError::Gone)?.settle()?;
+    let handle = core.handle().ok_or(ControlError::Gone)?;
+    // The mark may have come between the last load and the resume that followed it.
+    drop(handle.halt());
+    handle.settle()?;
     replicas.stage(&core.pair, receiver.link())?;
     if let Image::Staged(stage) = image {
         complete(core, receiver, stage)?;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,8 @@ pub struct Pair {
     nets: Vec<Arc<NetGate>>,
     console: Arc<ConsoleGate>,
     disks: Vec<Arc<DiskGate>>,
+    /// There is another copy, or is to be.
+    paired: AtomicBool,
     outbox: Arc<Outbox>,
     status: Mutex<Status>,
     epoch: AtomicU64,
@@ -78,6 +80,7 @@ impl Pair {
         Ok(Self {
             nets,
             disks: disks.collect::<io::Result<_>>()?,
+            paired: AtomicBool::new(false),
             console: Arc::new(ConsoleGate::new(Arc::clone(&outbox), Arc::clone(&permit))),
             outbox,
             status: Mutex::new(Status::unprotected(name)),
@@ -179,6 +182,7 @@ impl Pair {
     }
 
     pub(super) fn cut(&self, epoch: u64, patience: Duration) -> PairCut {
+        self.paired.store(true, Ordering::SeqCst);
         PairCut {
             epoch,
             age: Duration::ZERO,
@@ -261,6 +265,7 @@ impl Pair {
 
     /// Nobody compares any more: all that is held leaves.
     pub(super) fn open(&self) {
+        self.paired.store(false, Ordering::SeqCst);
         self.outbox.disconnect();
         self.console.open();
         self.disks.iter().for_each(|disk| disk.open());
@@ -316,6 +321,7 @@ impl Pair {
 
     /// Nothing of the guest leaves from now on.
     pub fn become_secondary(&self) {
+        self.paired.store(true, Ordering::SeqCst);
         self.disks.iter().for_each(|disk| disk.track());
         self.console.become_secondary();
         self.nets.iter().for_each(|net| net.become_secondary());
@@ -386,6 +392,7 @@ impl Pair {
     /// The guest is the only one now; the primary was `heard` last then. Returns how many frames left that it
     /// had kept.
     pub(super) fn go_live(&self, heard: Instant) -> usize {
+        self.paired.store(false, Ordering::SeqCst);
         self.outbox.disconnect();
         self.disks.iter().for_each(|disk| disk.open());
         self.console.go_live();
@@ -404,6 +411,10 @@ impl Gates for Pair {
             Some(gate) => Box::new(GatedBackend::new(Arc::clone(gate), outside)),
             None => outside,
         }
+    }
+
+    fn compare(&self) -> bool {
+        self.paired.load(Ordering::Relaxed)
     }
 
     fn disk(

@@ -169,6 +169,9 @@ impl Machine {
         let mut times = FreezeTimes::default();
         if ran {
             self.stop_guest(&mut times);
+        } else {
+            // Who halted it did not wait for its requests.
+            self.shared.model().quiesce();
         }
         StoppedGuest { began, ran, times }
     }

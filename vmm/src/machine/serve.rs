@@ -134,7 +134,7 @@ impl Machine {
 
     /// Lets events gather while the guest is at work.
     fn rest(&self) {
-        let moderation = self.moderation.as_ref();
+        let moderation = self.moderation.as_ref().filter(|_| self.gates.compare());
         if let Some(rest) = moderation.and_then(|m| m.rest(Instant::now())) {
             std::thread::sleep(rest);
         }
@@ -142,7 +142,8 @@ impl Machine {
 
     /// A round of the loop begins with `events` to look at.
     fn begin_round(&mut self, events: usize) {
-        let Some(moderation) = self.moderation.as_mut().filter(|_| events > 0) else {
+        let moderation = self.moderation.as_mut().filter(|_| events > 0);
+        let Some(moderation) = moderation.filter(|_| self.gates.compare()) else {
             return;
         };
         let vcpus = self.running.iter().flat_map(|running| &running.vcpus);

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, SeekFrom, flock, seek};
 
@@ -13,6 +14,11 @@ use crate::virtio::buffers::Buffers;
 
 /// Largest block of a disk that bypasses the page cache, in bytes; memory is aligned to it.
 pub(super) const BLOCK_SIZE_MAX: usize = 4096;
+
+/// How long a lock of another is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
+/// How often it is tried.
+const LOCK_LOOK: Duration = Duration::from_millis(2);
 
 /// Why a disk cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -79,11 +85,9 @@ fn access(readonly: bool) -> &'static str {
 /// An opened and locked disk image.
 #[derive(Debug)]
 pub struct DiskFile {
-    /// The image.
+    /// The image. It holds the lock: io_uring keeps it open after the end of a process until the writes are done
+    /// that it had begun, and a guest that is started again must not run before that.
     pub file: File,
-    /// Holds the lock. Not `file` itself: io_uring keeps that open for a while after the end of a
-    /// process, and a guest that is started again at once would find its own disk locked.
-    _lock: File,
     /// Its path, for messages.
     pub path: PathBuf,
     /// Whether it may only be read.
@@ -117,7 +121,7 @@ impl DiskFile {
             .custom_flags(flags)
             .open(path)
             .map_err(open_failed)?;
-        let lock = lock(path, readonly)?;
+        lock(&file, path, readonly)?;
         let bytes = seek(&file, SeekFrom::End(0)).map_err(|e| open_failed(e.into()))?;
         let block_size = if direct {
             direct_block_size(&file)
@@ -138,7 +142,6 @@ impl DiskFile {
         }
         Ok(Self {
             file,
-            _lock: lock,
             path: path.to_owned(),
             readonly,
             direct,
@@ -210,24 +213,36 @@ fn check_kind(path: &Path, metadata: &std::fs::Metadata) -> Result<(), DiskError
     })
 }
 
-fn lock(path: &Path, readonly: bool) -> Result<File, DiskError> {
-    let failed = |source| DiskError::Open {
-        path: path.to_owned(),
-        readonly,
-        source,
-    };
-    let file = File::open(path).map_err(failed)?;
+/// Locks `file`. Whoever has it locked may be a process that was killed, and whose writes are being finished: so
+/// it is tried for [`LOCK_PATIENCE`].
+fn lock(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match try_lock(file, path, readonly) {
+            Err(DiskError::Locked { .. }) if Instant::now() < deadline => {
+                std::thread::sleep(LOCK_LOOK);
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+fn try_lock(file: &File, path: &Path, readonly: bool) -> Result<(), DiskError> {
     let operation = if readonly {
         FlockOperation::NonBlockingLockShared
     } else {
         FlockOperation::NonBlockingLockExclusive
     };
-    match flock(&file, operation).map_err(io::Error::from) {
-        Ok(()) => Ok(file),
+    match flock(file, operation).map_err(io::Error::from) {
+        Ok(()) => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::WouldBlock => Err(DiskError::Locked {
             path: path.to_owned(),
             readonly,
         }),
-        Err(source) => Err(failed(source)),
+        Err(source) => Err(DiskError::Open {
+            path: path.to_owned(),
+            readonly,
+            source,
+        }),
     }
 }
