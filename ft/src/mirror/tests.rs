@@ -282,7 +282,7 @@ fn a_replica_is_made_and_one_of_another_size_refused() {
     assert!(content(&made) == vec![0; BYTES as usize]);
     let error = open(&path, 0, BYTES).unwrap_err().to_string();
     assert!(error.contains("locked"), "{error}");
-    drop(lock);
+    drop((lock, made));
     let error = open(&path, 0, BYTES + 512).unwrap_err().to_string();
     assert!(error.contains("the guest's disk has"), "{error}");
     open(Path::new("/nowhere/replica"), 0, BYTES).unwrap_err();
