@@ -306,11 +306,7 @@ impl Machine {
     }
 
     fn pause(&mut self) -> Result<Answer, ControlError> {
-        if let SavePhase::Frozen { goes_on, .. } = &mut self.saving
-            && *goes_on
-        {
-            // It stands already, and does not go on when it is saved.
-            *goes_on = false;
+        if self.stays_frozen() {
             return Ok(Answer::Done);
         }
         self.expect_state("pause", MachineState::Running, "running")?;
@@ -318,7 +314,18 @@ impl Machine {
         Ok(Answer::Done)
     }
 
+    /// Whether the guest stands to be saved; it will not go on when it is, then.
+    fn stays_frozen(&mut self) -> bool {
+        match &mut self.saving {
+            SavePhase::Frozen { goes_on, .. } => std::mem::take(goes_on),
+            _ => false,
+        }
+    }
+
     fn halt(&mut self) -> Result<Answer, ControlError> {
+        if self.stays_frozen() {
+            return Ok(Answer::Done);
+        }
         self.expect_state("halt", MachineState::Running, "running")?;
         self.halt_guest();
         self.state = MachineState::Paused;
