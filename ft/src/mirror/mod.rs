@@ -8,9 +8,9 @@
 //!   primary                                  secondary
 //!   stands, its I/O done; writes wait          stands, its I/O done
 //!      | ---- Digests ... Digests, empty ------> |  compares with its replica
-//!      | <--- Wanted ... Wanted, empty --------- |
+//!      | <--- WantedBlocks ... , empty --------- |
 //!      | ---- Blocks ... Blocks ---------------> |  puts them aside
-//!      | <--- Wanted, empty -------------------- |  has all of them, if there were any
+//!      | <--- WantedBlocks, empty -------------- |  has all of them, if there were any
 //!      | ---- Synced --------------------------> |  writes them to its replica, loads the checkpoint
 //!   writes go on
 //! ```
@@ -156,9 +156,15 @@ impl Image {
         self.file.read_exact_at(content, range.start)
     }
 
-    fn write(&self, extent: Extent, content: &[u8]) -> io::Result<()> {
+    /// Writes a part of it.
+    pub(crate) fn write(&self, extent: Extent, content: &[u8]) -> io::Result<()> {
         let range = self.range(extent).ok_or(io::ErrorKind::InvalidInput)?;
         self.file.write_all_at(content, range.start)
+    }
+
+    /// Makes what was written durable.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        self.file.sync_data()
     }
 }
 

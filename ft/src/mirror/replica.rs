@@ -145,22 +145,20 @@ fn compare(
 ) -> Result<Vec<Extent>, ProtectionError> {
     let mut wanted = Vec::new();
     let mut content = Vec::new();
-    let mut payload = match first {
-        Some(payload) => payload,
-        None => {
-            let mut payload = Vec::new();
-            expect(link, Kind::Digests, &mut payload)?;
-            payload
-        }
-    };
+    let came = first.is_some();
+    let mut payload = first.unwrap_or_default();
+    if !came {
+        expect(link, Kind::Digests, &mut payload)?;
+    }
     while !payload.is_empty() {
         let (parts, []) = payload.as_chunks::<DIGEST_SIZE>() else {
             return Err(garbled("half a digest"));
         };
         for part in parts {
-            let (extent, theirs) = part.split_at(EXTENT_SIZE);
-            let extent = <[u8; EXTENT_SIZE]>::try_from(extent);
-            let extent = Extent::from_bytes(extent.map_err(|_| garbled("half a digest"))?);
+            let Some((extent, theirs)) = part.split_first_chunk() else {
+                return Err(garbled("half a digest"));
+            };
+            let extent = Extent::from_bytes(*extent);
             let image = image_of(images, extent).ok_or_else(|| garbled("no part of a disk"))?;
             image.read(extent, &mut content).map_err(failed)?;
             if digest(&content, seed) != theirs {
@@ -271,18 +269,6 @@ impl Staging {
             0 => Ok(()),
             _ => self.file.set_len(0).map_err(failed),
         }
-    }
-}
-
-impl Image {
-    /// Writes a part of it at once.
-    pub(crate) fn take(&self, extent: Extent, content: &[u8]) -> io::Result<()> {
-        self.write(extent, content)
-    }
-
-    /// Makes what was written durable.
-    pub(crate) fn sync(&self) -> io::Result<()> {
-        self.file.sync_data()
     }
 }
 

@@ -231,7 +231,7 @@ fn answered(frames: &[(Kind, &[u8])]) -> Result<(), String> {
         SEED,
         None,
         Vec::new(),
-        |image, extent, bytes| image.take(extent, bytes),
+        |image, extent, bytes| image.write(extent, bytes),
     )
     .map_err(|error| error.to_string())
 }

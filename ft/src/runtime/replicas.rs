@@ -62,7 +62,7 @@ impl Replicas {
             self.seed,
             first,
             Vec::new(),
-            |image, extent, content| image.take(extent, content),
+            |image, extent, content| image.write(extent, content),
         )
     }
 
