@@ -23,6 +23,9 @@ use crate::trace;
 /// Longest wait for anything that a guest should do.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Longest wait for what an API says of a guest.
+const ANSWER_MAX: Duration = Duration::from_secs(1);
+
 /// What a guest has been through before a test looks at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Life {
@@ -440,6 +443,20 @@ impl Guest {
         let output = self.tandem(&["status", "guest", "--format", "json"]);
         let said = output.status.success().then_some(output.stdout)?;
         Some(serde_json::from_slice(&said).expect("it is JSON"))
+    }
+
+    /// The same as its API says it, which costs less: for tests that look often.
+    pub fn protection(&self) -> Option<Value> {
+        const ASK: &[u8] =
+            b"GET /api/v1/protection HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n";
+        let mut api = UnixStream::connect(self.file("api.sock")).ok()?;
+        api.set_read_timeout(Some(ANSWER_MAX)).ok()?;
+        api.write_all(ASK).ok()?;
+        let mut said = String::new();
+        api.read_to_string(&mut said).ok()?;
+        let (head, body) = said.split_once("\r\n\r\n")?;
+        let found = head.starts_with("HTTP/1.1 200 ");
+        found.then(|| serde_json::from_str(body).expect("it is JSON"))
     }
 
     /// Lets the console go on where that of `before`, which ends, is left off.

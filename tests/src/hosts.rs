@@ -9,6 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
+use crate::link::Link;
 use crate::network::{self, Network};
 
 /// Where host 0 stands by, by TCP; others have the next ports.
@@ -24,6 +25,10 @@ pub struct Hosts {
     namespace: String,
     /// Whether they reach each other by TCP rather than by unix sockets.
     by_tcp: bool,
+    /// The network to each, if it can be cut.
+    links: Vec<Link>,
+    /// Hosts whose guests stand still, which answer nobody.
+    frozen: Vec<usize>,
 }
 
 impl Hosts {
@@ -38,6 +43,8 @@ impl Hosts {
             place,
             namespace: network.namespace().to_owned(),
             by_tcp: false,
+            links: Vec::new(),
+            frozen: Vec::new(),
         }
     }
 
@@ -48,13 +55,52 @@ impl Hosts {
         self
     }
 
+    /// Lets them reach each other by networks that can be cut.
+    #[must_use]
+    pub fn linked(mut self) -> Self {
+        let hosts = 0..self.taps.len();
+        let link = |host| Link::new(&self.near(host), &self.listens(host));
+        self.links = hosts.map(link).collect();
+        self
+    }
+
+    /// The network to a host.
+    pub fn link(&self, host: usize) -> &Link {
+        &self.links[host]
+    }
+
+    /// Where others reach a host whose network can be cut.
+    fn near(&self, host: usize) -> PathBuf {
+        self.place.path().join(format!("near{host}"))
+    }
+
     /// The directory that decides.
     pub fn arbiter(&self) -> PathBuf {
         self.place.path().join("arbiter")
     }
 
-    /// Where a host stands by.
+    /// Takes the directory that decides away from all.
+    pub fn hide_arbiter(&self) {
+        let there = self.arbiter();
+        std::fs::rename(&there, there.with_extension("away")).expect("it is there");
+    }
+
+    /// Gives it back.
+    pub fn show_arbiter(&self) {
+        let there = self.arbiter();
+        std::fs::rename(there.with_extension("away"), &there).expect("it is away");
+    }
+
+    /// Where others reach the standby of a host.
     pub fn socket(&self, host: usize) -> PathBuf {
+        match self.links.is_empty() {
+            true => self.listens(host),
+            false => self.near(host),
+        }
+    }
+
+    /// Where a host stands by.
+    fn listens(&self, host: usize) -> PathBuf {
         match self.by_tcp {
             true => format!("{}:{}", network::HOST, PORT + host).into(),
             false => self.place.path().join(format!("standby{host}")),
@@ -84,7 +130,7 @@ impl Hosts {
 
     /// Lets a host stand by with `arguments`; waits until it does.
     pub fn stand_by_with(&mut self, host: usize, arguments: &[&str]) {
-        let standby = GuestBuilder::standing_by(&self.socket(host), &self.arbiter());
+        let standby = GuestBuilder::standing_by(&self.listens(host), &self.arbiter());
         let standby = standby.in_namespace(&self.namespace);
         let mut standby = arguments.iter().fold(standby, GuestBuilder::arg).start();
         let deadline = Instant::now() + PATIENCE;
@@ -129,11 +175,34 @@ impl Hosts {
         kill_process(vmm, signal).expect("it runs");
     }
 
+    /// Lets the guest `name` on a host stand still.
+    pub fn freeze(&mut self, host: usize, name: &str) {
+        self.signal(host, name, Signal::STOP);
+        self.frozen.push(host);
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&mut self, host: usize, name: &str) {
+        self.signal(host, name, Signal::CONT);
+        self.frozen.retain(|other| *other != host);
+    }
+
     /// The host on which the guest is, by what its own VMM says, and that.
     pub fn owner(&mut self) -> Option<(usize, Value)> {
-        let running = self.running.iter_mut().enumerate();
-        let mut said = running.filter_map(|(host, guest)| Some((host, guest.as_mut()?.status()?)));
-        said.find(|(_, status)| status["role"] == "primary")
+        self.whose_role_is("primary")
+    }
+
+    /// The host on which the guest's copy is, by what that says, and that.
+    pub fn copy(&mut self) -> Option<(usize, Value)> {
+        self.whose_role_is("secondary")
+    }
+
+    fn whose_role_is(&mut self, role: &str) -> Option<(usize, Value)> {
+        let running = self.running.iter().enumerate();
+        let mut said = running
+            .filter(|(host, _)| !self.frozen.contains(host))
+            .filter_map(|(host, guest)| Some((host, guest.as_ref()?.protection()?)));
+        said.find(|(_, status)| status["role"] == role)
     }
 
     /// Waits until the guest is on a host and its status is as `wanted`.
@@ -160,7 +229,9 @@ impl Hosts {
         let running = self.running.iter_mut().enumerate();
         let all = running.map(|(host, guest)| match guest {
             Some(guest) => {
-                let (status, runs, said) = (guest.status(), guest.runs(), guest.messages());
+                let answers = !self.frozen.contains(&host);
+                let status = answers.then(|| guest.status());
+                let (runs, said) = (guest.runs(), guest.messages());
                 let log = guest.log();
                 format!("host {host}: runs: {runs}, {status:#?}, said {said:#?}, logged {log}")
             }

@@ -8,6 +8,7 @@ mod protection {
     pub(crate) mod clients;
     mod disks;
     pub(crate) mod history;
+    mod storm;
 }
 
 use std::path::Path;

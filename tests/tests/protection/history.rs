@@ -92,6 +92,11 @@ pub(crate) struct Recording {
 impl Recording {
     /// Lets clients ask the store in the guest in `network`.
     pub(crate) fn start(network: &Network) -> Self {
+        Self::start_next(network, 0)
+    }
+
+    /// As [`Recording::start`], and the keys are other ones than those of recordings of other numbers.
+    pub(crate) fn start_next(network: &Network, recording: usize) -> Self {
         let stop = Arc::<AtomicBool>::default();
         let history = Arc::<Mutex<History>>::default();
         let clients = (0..CLIENTS).map(|number| {
@@ -99,6 +104,7 @@ impl Recording {
             let (stop, history) = (Arc::clone(&stop), Arc::clone(&history));
             std::thread::spawn(move || {
                 let client = Client {
+                    recording,
                     number,
                     kv: Kv::new(&connection),
                     chance: Chance(number as u64),
@@ -129,6 +135,7 @@ impl Recording {
 }
 
 struct Client<'a> {
+    recording: usize,
     number: usize,
     kv: Kv<'a>,
     chance: Chance,
@@ -153,7 +160,7 @@ impl Client<'_> {
     fn ask(&mut self) -> Result<(), String> {
         self.asked += 1;
         let key = self.chance.below(KEYS);
-        let name = format!("register-{key}");
+        let name = format!("register-{}-{key}", self.recording);
         // Nobody else sets this number, and counting up does not reach it.
         let value = (self.asked << 32) | ((self.number as u64) << 24);
         let number = |reply: Option<String>| {
