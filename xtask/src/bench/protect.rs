@@ -5,6 +5,7 @@
 //! measured in the same turn, has the monitor's. Disks are read-only, and the two copies talk by unix sockets.
 
 mod asking;
+mod busy;
 mod colo;
 mod load;
 mod network;
@@ -111,12 +112,12 @@ fn measure(bench: &Bench, engine: Engine, server: &Server, loads: &[Load]) -> Re
     let protected = protected.into_iter().chain(iter::repeat(None));
     let measured = loads.iter().zip(alone).zip(protected);
     let samples = measured.flat_map(|((load, alone), protected)| {
-        let unprotected = alone.map(|alone| alone.unprotected(load));
+        let unprotected = alone.map(|(alone, bound)| alone.unprotected(load, bound));
+        let alone = alone.map(|(alone, _)| alone);
         let protected =
             protected.map(|(measured, resyncs)| measured.protected(load, alone, resyncs));
-        unprotected
-            .into_iter()
-            .chain(protected.into_iter().flatten())
+        let unprotected = unprotected.into_iter().flatten();
+        unprotected.chain(protected.into_iter().flatten())
     });
     Ok(samples.collect())
 }
@@ -170,13 +171,14 @@ fn protected_load(
     Ok(measured.map(|measured| (measured, resyncs)))
 }
 
-/// What each load gives without protection.
+/// What each load gives without protection, and which part of it is left if the copy costs nothing but its own
+/// CPU time.
 fn alone(
     bench: &Bench,
     engine: Engine,
     server: &Server,
     loads: &[Load],
-) -> Result<Vec<Option<Measured>>> {
+) -> Result<Vec<Option<(Measured, f64)>>> {
     let mut guest = Guest::start(&mut match engine {
         Engine::Tandem => {
             let machine = server.machine.clone().on_tap(network::PRIMARY);
@@ -189,7 +191,12 @@ fn alone(
     let how = format!("{engine} unprotected");
     let measured = loads
         .iter()
-        .map(|load| attempt(bench, &how, load))
+        .map(|load| {
+            let watch = busy::Watch::begin()?;
+            let measured = attempt(bench, &how, load)?;
+            let bound = watch.bound()?;
+            Ok(measured.map(|measured| (measured, bound)))
+        })
         .collect();
     guest.kill();
     measured

@@ -163,10 +163,17 @@ fn only(results: Vec<RedisResult>) -> Result<RedisResult> {
 }
 
 impl Measured {
-    /// What is reported of a guest without protection.
-    pub(super) fn unprotected(&self, load: &Load) -> Sample {
-        let what = format!("{}, unprotected", load.name);
-        Sample::new(&what, "1/s", Better::Higher, self.rate).over(self.requests)
+    /// What is reported of a guest without protection, of whose rate the CPUs leave `bound` to a pair.
+    pub(super) fn unprotected(&self, load: &Load, bound: f64) -> Vec<Sample> {
+        let figures = [
+            ("unprotected", "1/s", self.rate),
+            ("what the CPUs let a pair keep", "", bound),
+        ];
+        let samples = figures.map(|(what, unit, value)| {
+            let what = format!("{}, {what}", load.name);
+            Sample::new(&what, unit, Better::Higher, value).over(self.requests)
+        });
+        samples.into()
     }
 
     /// What is reported of a guest under protection, beside what it did `alone`.
