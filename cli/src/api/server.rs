@@ -13,6 +13,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{ControlError, StopMode};
+use tandem_vmm::snapshot::directory;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
@@ -113,6 +114,8 @@ fn serve(
     });
     // A thread may still wait for a machine that is gone; it is not waited for.
     runtime.shutdown_background();
+    // This thread can reach what its helpers write, as the device loop cannot.
+    directory::discard_unfinished();
     result
 }
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::save::{PageSink, Precopy, Session};
 use super::{GuestState, MemoryState, Sections, SnapshotError, Writer};
-use crate::control::{FreezeTimes, Handle};
+use crate::control::{ControlError, FreezeTimes, Handle};
 use crate::dirty::PageSet;
 use crate::memory_image::{CHUNK_SIZE, Checksums, MemoryWriter};
 
@@ -143,17 +143,37 @@ impl PageSink for FileSink {
     }
 }
 
-/// Directories of this process that are not finished.
-static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+/// Directories of this process that are not finished. Whoever adds something to one has this lock meanwhile.
+struct Unfinished {
+    paths: Vec<PathBuf>,
+    /// The process ends: nothing is begun any more.
+    over: bool,
+}
 
-fn unfinished() -> MutexGuard<'static, Vec<PathBuf>> {
+static UNFINISHED: Mutex<Unfinished> = Mutex::new(Unfinished {
+    paths: Vec::new(),
+    over: false,
+});
+
+fn unfinished() -> MutexGuard<'static, Unfinished> {
     UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Removes what was written of snapshots that are not finished; these fail. For a process that ends,
-/// whose threads that save do not come to their own end.
+/// As long as the process does not end.
+fn unfinished_if_it_lasts() -> Result<MutexGuard<'static, Unfinished>, SnapshotError> {
+    let unfinished = unfinished();
+    if unfinished.over {
+        return Err(ControlError::Gone.into());
+    }
+    Ok(unfinished)
+}
+
+/// Removes what was written of snapshots that are not finished; these fail, as do those that begin later. For a
+/// process that ends, whose threads that save do not come to their own end.
 pub fn discard_unfinished() {
-    unfinished().drain(..).for_each(|path| remove(&path));
+    let mut unfinished = unfinished();
+    unfinished.over = true;
+    unfinished.paths.drain(..).for_each(|path| remove(&path));
 }
 
 fn remove(path: &Path) {
@@ -179,6 +199,7 @@ impl Partial {
         partial.push(name);
         partial.push(format!(".partial-{}", std::process::id()));
         let path = directory.with_file_name(partial);
+        let mut unfinished = unfinished_if_it_lasts()?;
         // Left by a process of the same number that was killed.
         drop(fs::remove_dir_all(&path));
         // Guest memory is the guest's secret.
@@ -186,12 +207,13 @@ impl Partial {
             .mode(0o700)
             .create(&path)
             .map_err(file_error("make", &path))?;
-        unfinished().push(path.clone());
+        unfinished.paths.push(path.clone());
         Ok(Self { path })
     }
 
     fn create(&self, name: &str) -> Result<File, SnapshotError> {
         let path = self.path.join(name);
+        let _lasts = unfinished_if_it_lasts()?;
         File::options()
             .read(true)
             .write(true)
@@ -217,9 +239,9 @@ impl Partial {
 
     /// Gives it its name: from then on it is nobody's to discard.
     fn rename(&self, directory: &Path) -> Result<(), SnapshotError> {
-        let mut unfinished = unfinished();
+        let mut unfinished = unfinished_if_it_lasts()?;
         fs::rename(&self.path, directory).map_err(file_error("make", directory))?;
-        unfinished.retain(|path| *path != self.path);
+        unfinished.paths.retain(|path| *path != self.path);
         Ok(())
     }
 }
@@ -227,8 +249,8 @@ impl Partial {
 impl Drop for Partial {
     fn drop(&mut self) {
         let mut unfinished = unfinished();
-        if let Some(at) = unfinished.iter().position(|path| *path == self.path) {
-            remove(&unfinished.swap_remove(at));
+        if let Some(at) = unfinished.paths.iter().position(|path| *path == self.path) {
+            remove(&unfinished.paths.swap_remove(at));
         }
     }
 }
