@@ -63,29 +63,14 @@ pub trait Control: Send + Sync + 'static {
 /// Commands a machine in life.
 pub struct Commander {
     handle: Handle,
-    pair: Option<Arc<Pair>>,
-    desk: Option<Desk>,
-    name: String,
+    pair: Arc<Pair>,
+    desk: Desk,
 }
 
 impl Commander {
     /// Commands the machine of `handle`, whose gates are `pair`'s and whose protection is asked for at `desk`.
-    pub fn new(handle: Handle, pair: Option<Arc<Pair>>, desk: Option<Desk>, name: &str) -> Self {
-        Self {
-            handle,
-            pair,
-            desk,
-            name: name.to_owned(),
-        }
-    }
-}
-
-impl Commander {
-    fn desk(&self) -> Result<&Desk, ControlError> {
-        self.desk.as_ref().ok_or_else(|| {
-            let why = "this guest cannot be protected: it was not started by `tandem run` or `tandem standby`";
-            ControlError::Failed(why.into())
-        })
+    pub fn new(handle: Handle, pair: Arc<Pair>, desk: Desk) -> Self {
+        Self { handle, pair, desk }
     }
 }
 
@@ -111,36 +96,33 @@ impl Control for Commander {
     }
 
     fn protection(&self) -> Status {
-        let pair = self.pair.as_ref();
-        pair.map_or_else(|| Status::unprotected(&self.name), |pair| pair.status())
+        self.pair.status()
     }
 
     fn events(&self) -> Vec<Event> {
-        let pair = self.pair.as_ref();
-        pair.map_or_else(Vec::new, |pair| pair.events(0))
+        self.pair.events(0)
     }
 
     fn protect(&self, to: &[Peer], arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
         let routes = to.iter().map(Peer::open).collect::<Result<_, _>>();
         let to = Standbys::new(routes.map_err(|e| ControlError::Failed(causes(&e)))?);
-        let asked = self.desk()?.protect(to, arbiter.to_owned(), mode);
+        let asked = self.desk.protect(to, arbiter.to_owned(), mode);
         asked.map_err(ControlError::Failed)
     }
 
     fn unprotect(&self) -> Result<(), ControlError> {
-        self.desk()?.unprotect().map_err(ControlError::Failed)
+        self.desk.unprotect().map_err(ControlError::Failed)
     }
 
     fn resync(&self) -> Result<(), ControlError> {
-        self.desk()?.resync().map_err(ControlError::Failed)
+        self.desk.resync().map_err(ControlError::Failed)
     }
 
     fn fail_over(&self, dry_run: bool) -> Result<String, ControlError> {
-        let desk = self.desk()?;
         let asked = if dry_run {
-            desk.may_fail_over()
+            self.desk.may_fail_over()
         } else {
-            desk.fail_over()
+            self.desk.fail_over()
         };
         asked.map_err(ControlError::Failed)
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tandem_ft::arbiter::ArbiterError;
 use tandem_ft::keeper::Keeper;
 use tandem_ft::runtime::{Claims, Guest, Pair, Protect, ProtectionError, Protector, Standbys};
+use tandem_vmm::config::MachineConfig;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::Machine;
@@ -15,6 +16,7 @@ use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::receive::tell_of_plain_link;
 use crate::run::{Beside, RunContext, run_machine};
+use crate::runtime_dir::{Guest as Place, KEEPER_SOCKET};
 use crate::settings::{Launch, Protection, describe};
 
 /// Runs `launch` as a guest that can be protected, and is if its settings say so.
@@ -32,11 +34,9 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
         }
         None => None,
     };
-    let pair = Pair::new(&name, launch.machine.nets.len(), launch.machine.disks.len())
-        .map_err(Failure::host("make gates for the guest"))?;
-    let pair = Arc::new(pair);
+    let pair = pair(&launch.machine)?;
     let started = context.started;
-    run_machine(launch, context, |config, confinement| {
+    run_machine(launch, context, |config, confinement, place| {
         let description = describe(&config);
         let keeper = match &protect {
             // As long as this process has one thread.
@@ -46,19 +46,59 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
         let surroundings = surroundings(confinement, &pair);
         let machine = Machine::open(config, surroundings, started)?;
         let guest = Guest {
-            pair: Arc::clone(&pair),
+            pair,
             handle: machine.handle(),
             description,
             confinement: confinement.entry(ThreadKind::Protection),
             keeper,
+            keepers_place: place.path(KEEPER_SOCKET),
         };
-        let protector = Protector::start(guest, protect)?;
-        let beside = Beside {
-            pair: Some(pair),
-            desk: Some(protector.desk()),
-            begin: Box::new(move || Box::new(move || protector.finish())),
-        };
-        Ok::<_, Failure>((machine, beside))
+        Ok::<_, Failure>((machine, beside(guest, protect, || {})?))
+    })
+}
+
+/// The gates of a guest.
+pub(crate) fn pair(machine: &MachineConfig) -> Result<Arc<Pair>, Failure> {
+    let pair = Pair::new(&machine.name, machine.nets.len(), machine.disks.len());
+    Ok(Arc::new(
+        pair.map_err(Failure::host("make gates for the guest"))?,
+    ))
+}
+
+/// What goes on beside `machine`, which goes on from a state that was saved: it can be protected. At its beginning
+/// `begin` is called.
+pub(crate) fn beside_saved(
+    machine: &Machine,
+    (pair, description): (Arc<Pair>, String),
+    confinement: &Confinement,
+    place: &Place,
+    begin: impl FnOnce() + 'static,
+) -> Result<Beside, Failure> {
+    let guest = Guest {
+        pair,
+        handle: machine.handle(),
+        description,
+        confinement: confinement.entry(ThreadKind::Protection),
+        keeper: None,
+        keepers_place: place.path(KEEPER_SOCKET),
+    };
+    beside(guest, None, begin)
+}
+
+fn beside(
+    guest: Guest,
+    protect: Option<Protect>,
+    begin: impl FnOnce() + 'static,
+) -> Result<Beside, Failure> {
+    let pair = Arc::clone(&guest.pair);
+    let protector = Protector::start(guest, protect)?;
+    Ok(Beside {
+        pair,
+        desk: protector.desk(),
+        begin: Box::new(move || {
+            begin();
+            Box::new(move || protector.finish())
+        }),
     })
 }
 

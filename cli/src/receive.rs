@@ -16,8 +16,9 @@ use crate::args::{PlaceArgs, ReceiveArgs};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
-use crate::run::{Beside, RunContext, accept, run_machine};
-use crate::settings::{Launch, file};
+use crate::protect;
+use crate::run::{RunContext, accept, run_machine};
+use crate::settings::{Launch, describe, file};
 
 /// Waits for a guest and runs it until it ends.
 ///
@@ -33,7 +34,10 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         }
     };
     let mut offer = Some(offer);
-    let ran = run_machine(launch, context, |config, confinement| {
+    let pair = protect::pair(&launch.machine)?;
+    let ran = run_machine(launch, context, |config, confinement, place| {
+        let description = describe(&config);
+        let surroundings = protect::surroundings(confinement, &pair);
         let memory = memory::allocate(config.memory, config.hugepages)?;
         let received = match offer.take() {
             Some(offer) => offer.accept(&memory)?,
@@ -41,9 +45,10 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         };
         let started = Instant::now();
         let memory = SavedMemory::Loaded(memory);
-        match Machine::restore(config, &received.state, memory, confinement, started) {
+        match Machine::restore(config, &received.state, memory, surroundings, started) {
             Ok(machine) => {
-                let beside = Beside::beginning_with(|| received.announce());
+                let (made, announce) = ((pair, description), || received.announce());
+                let beside = protect::beside_saved(&machine, made, confinement, place, announce)?;
                 Ok::<_, Failure>((machine, beside))
             }
             Err(error) => {

@@ -3,7 +3,6 @@
 use std::io;
 
 use tandem_vmm::confinement::ThreadKind;
-use tandem_vmm::error::Error;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
 use tandem_vmm::memory_image::{self, Loader};
@@ -13,8 +12,9 @@ use tandem_vmm::snapshot::directory::{self, DESCRIPTION, Snapshot};
 use crate::args::RestoreArgs;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::run::{Beside, RunContext, accept, run_machine};
-use crate::settings::{Launch, file};
+use crate::protect;
+use crate::run::{RunContext, accept, run_machine};
+use crate::settings::{Launch, describe, file};
 
 /// Runs a guest on from a snapshot until it ends.
 ///
@@ -25,7 +25,10 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
     let snapshot = directory::open_snapshot(&args.directory)?;
     let launch = plan(args, &snapshot)?;
     let (paused, eager) = (args.paused, args.eager);
-    run_machine(launch, context, |config, confinement| {
+    let pair = protect::pair(&launch.machine)?;
+    run_machine(launch, context, |config, confinement, place| {
+        let description = describe(&config);
+        let surroundings = protect::surroundings(confinement, &pair);
         let Snapshot {
             state,
             memory,
@@ -46,11 +49,13 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
             });
             SavedMemory::OnDemand(guest_memory, start)
         };
-        let mut machine = Machine::restore(config, &state, saved, confinement, context.started)?;
+        let mut machine = Machine::restore(config, &state, saved, surroundings, context.started)?;
         if paused {
             machine.start_paused();
         }
-        Ok::<_, Error>((machine, Beside::nothing()))
+        let made = (pair, description);
+        let beside = protect::beside_saved(&machine, made, confinement, place, || {})?;
+        Ok::<_, Failure>((machine, beside))
     })
 }
 

@@ -13,7 +13,6 @@ use tandem_vmm::config::{ConsoleConfig, MachineConfig};
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::Outcome;
 use tandem_vmm::machine::Machine;
-use tandem_vmm::snapshot::directory;
 
 use crate::api::server::{Service, Sources};
 use crate::api::{Facts, Guest};
@@ -21,7 +20,7 @@ use crate::args::{Format, RunArgs};
 use crate::control::Commander;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::runtime_dir::{Claim, Root, VMM_LOG, VMM_LOG_OLD};
+use crate::runtime_dir::{Claim, Guest as Place, Root, VMM_LOG, VMM_LOG_OLD};
 use crate::settings::{Launch, Problem, Settings, default_name, file, value};
 use crate::terminal::{Keys, RawTerminal};
 use crate::{confine, logging, output, signals};
@@ -109,31 +108,12 @@ pub type Finish = Box<dyn FnOnce()>;
 
 /// What goes on beside a machine.
 pub struct Beside {
-    /// Its gates, if it has some.
-    pub pair: Option<Arc<Pair>>,
-    /// Where its protection is asked for, if it can be protected.
-    pub desk: Option<Desk>,
+    /// Its gates.
+    pub pair: Arc<Pair>,
+    /// Where its protection is asked for.
+    pub desk: Desk,
     /// Called when nothing but the guest itself can fail any more.
     pub begin: Box<dyn FnOnce() -> Finish>,
-}
-
-impl Beside {
-    /// Nothing goes on.
-    pub fn nothing() -> Self {
-        Self::beginning_with(|| {})
-    }
-
-    /// Nothing but what `begin` does at the beginning.
-    pub fn beginning_with(begin: impl FnOnce() + 'static) -> Self {
-        Self {
-            pair: None,
-            desk: None,
-            begin: Box::new(|| {
-                begin();
-                Box::new(|| {})
-            }),
-        }
-    }
 }
 
 /// Runs the machine that `open` makes, with everything around it: its place among the running
@@ -144,7 +124,7 @@ impl Beside {
 pub fn run_machine<E>(
     launch: Launch,
     context: &RunContext,
-    open: impl FnOnce(MachineConfig, &Confinement) -> Result<(Machine, Beside), E>,
+    open: impl FnOnce(MachineConfig, &Confinement, &Place) -> Result<(Machine, Beside), E>,
 ) -> Result<Exit, Failure>
 where
     Failure: From<E>,
@@ -163,17 +143,12 @@ where
         directory: claim.guest().dir().to_owned(),
     };
     let confinement = confine::begin(&launch, &claim)?;
-    let (machine, beside) = open(launch.machine, &confinement)?;
+    let (machine, beside) = open(launch.machine, &confinement, claim.guest())?;
     if let Some(user) = launch.user {
         confine::give_files(user, &facts.config, &claim)?;
     }
     let terminal = enter_terminal(&facts, context.quiet)?;
-    let commander = Commander::new(
-        machine.handle(),
-        beside.pair,
-        beside.desk,
-        &facts.config.name,
-    );
+    let commander = Commander::new(machine.handle(), beside.pair, beside.desk);
     let guest = Guest::new(Arc::new(commander), facts);
     let confine = confinement.entry(ThreadKind::Api);
     let sweep = move || root.sweep();
@@ -184,7 +159,6 @@ where
     let outcome = machine.run();
     finish();
     service.finish();
-    directory::discard_unfinished();
     drop(terminal);
     tracing::info!(?outcome, "the guest ended");
     Ok(exit(outcome?, context.quiet))

@@ -25,6 +25,8 @@ pub const RUNTIME_DIR_ENV: &str = "TANDEM_RUNTIME_DIR";
 pub const API_SOCKET: &str = "api.sock";
 /// Socket of a guest's console, in its directory.
 pub const CONSOLE_SOCKET: &str = "console.sock";
+/// Where a keeper waits for the guest's VMM (see [`tandem_ft::keeper`]), in its directory.
+pub const KEEPER_SOCKET: &str = "keeper.sock";
 /// Log of a guest's VMM, in its directory.
 pub const VMM_LOG: &str = "vmm.log";
 /// The older part of the log.
@@ -32,7 +34,15 @@ pub const VMM_LOG_OLD: &str = "vmm.log.old";
 const PID: &str = "pid";
 const LOCK: &str = "lock";
 /// Everything that a guest's directory may hold, the lock last.
-const ENTRIES: [&str; 6] = [API_SOCKET, CONSOLE_SOCKET, VMM_LOG, VMM_LOG_OLD, PID, LOCK];
+const ENTRIES: [&str; 7] = [
+    API_SOCKET,
+    CONSOLE_SOCKET,
+    KEEPER_SOCKET,
+    VMM_LOG,
+    VMM_LOG_OLD,
+    PID,
+    LOCK,
+];
 /// Permission of all to reach what is in a directory.
 const PASS: u32 = 0o111;
 /// Most attempts to lock a directory that others are looking at or removing meanwhile.
@@ -283,6 +293,17 @@ impl Guest {
     pub fn api(&self) -> PathBuf {
         let path = self.path(API_SOCKET);
         fs::read_link(&path).unwrap_or(path)
+    }
+
+    /// Gives a file in the directory to whoever the guest runs as, who has its API.
+    ///
+    /// # Errors
+    /// When the host refuses.
+    pub fn share(&self, entry: &str) -> Result<(), PlaceError> {
+        let api = self.path(API_SOCKET);
+        let owner = fs::metadata(&api).map_err(io_error("look at", &api))?;
+        let (uid, gid) = (owner.uid(), owner.gid());
+        give(&self.path(entry), User { uid, gid })
     }
 
     /// Whether somebody holds the lock. Asks by a shared lock, so that those who ask at the same

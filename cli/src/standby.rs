@@ -29,7 +29,7 @@ use crate::failure::Failure;
 use crate::protect::{keeper, routes, surroundings};
 use crate::receive::listen;
 use crate::run::{Beside, RunContext, accept, run_machine};
-use crate::runtime_dir::{PlaceError, Root};
+use crate::runtime_dir::{KEEPER_SOCKET, PlaceError, Root};
 use crate::settings::{Launch, Located, Origin, Problem, Settings, describe, file, value};
 use crate::{output, reception};
 
@@ -120,7 +120,7 @@ fn one(
         }
     };
     let (mut invitation, mut calls) = (Some(invitation), Some(calls));
-    let ran = run_machine(launch, context, |config, confinement| {
+    let ran = run_machine(launch, context, |config, confinement, place| {
         // As long as this process has one thread.
         let keeper = keeper(confinement)?;
         let description = describe(&config);
@@ -176,12 +176,13 @@ fn one(
             description,
             confinement: confinement.entry(ThreadKind::Protection),
             keeper: Some(keeper),
+            keepers_place: place.path(KEEPER_SOCKET),
         };
         let protector = Protector::start(guest, None)?;
         let desk = protector.desk();
         let beside = Beside {
-            pair: Some(pair),
-            desk: Some(desk.clone()),
+            pair,
+            desk: desk.clone(),
             begin: Box::new(move || {
                 if let Err(error) = joined.start(handle, desk) {
                     tracing::error!(%error, "the copy stands: it cannot follow its primary");

@@ -1,12 +1,15 @@
 //! Verbs about a guest's protection: `status`, `protect`, `unprotect`, `resync`, `failover`, `events`.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tandem_ft::keeper::Keeper;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::{Percentiles, Role, Status};
+use tandem_vmm::confinement::{Confinement, Plan, ThreadKind};
 use tandem_vmm::migration::{Address, Peer};
 
 use super::Style;
@@ -17,7 +20,7 @@ use crate::client::Client;
 use crate::failure::Failure;
 use crate::output;
 use crate::receive::tell_of_plain_link;
-use crate::runtime_dir::Guest;
+use crate::runtime_dir::{Guest, KEEPER_SOCKET};
 
 /// Time between two looks at a guest whose protection changes.
 const LOOK: Duration = Duration::from_millis(50);
@@ -81,9 +84,29 @@ pub(super) fn protect(
         resync: ask.resync,
     };
     let client = Client::new(guest)?.with_timeout(ask.timeout);
-    client.post("/api/v1/protect", &body)?;
+    let place = bring_keeper(guest);
+    let asked = client.post("/api/v1/protect", &body);
+    // The VMM has met it, or never will.
+    let _ = fs::remove_file(place);
+    asked?;
     let status = wait_until(guest, ask.timeout, |status| status.protected)?;
     print_status(&status, style)
+}
+
+/// Lets a keeper wait for a VMM that has none: one that was not protected from its start is confined, and cannot
+/// make processes. Where it waits. Without it some clients wait for their timers at a takeover, and nothing is lost.
+fn bring_keeper(guest: &Guest) -> PathBuf {
+    let place = guest.path(KEEPER_SOCKET);
+    let begun = Confinement::begin(Plan::default()).map_err(Failure::from);
+    let kept = begun.and_then(|confinement| {
+        let entry = confinement.entry(ThreadKind::Keeper);
+        Keeper::await_at(&place, &entry).map_err(Failure::host("start a keeper"))?;
+        Ok(guest.share(KEEPER_SOCKET)?)
+    });
+    if let Err(failure) = kept {
+        tracing::warn!(why = %failure.report(), "the guest's taps have no keeper");
+    }
+    place
 }
 
 /// Who listens at `to`, as the guest's VMM is told: it has another working directory, and does not look names up.

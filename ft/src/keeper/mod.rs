@@ -16,7 +16,8 @@
 //! shared with a third. Its VMM tells it the keys that it read, since the keeper can read no files.
 //!
 //! It is a copy of the VMM's process from before there was a guest: it costs some hundred KiB, and no time but
-//! for the copy. A host that dies takes its keeper along.
+//! for the copy. A host that dies takes its keeper along. A VMM that is asked to protect its guest later is confined
+//! and can make no processes: who asks brings a keeper along, which waits for the VMM on a socket.
 #![allow(unsafe_code)]
 // UNSAFETY: a process can only be copied by `fork`.
 
@@ -25,12 +26,13 @@ mod process;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
-    SocketType, recv, sendmsg, socketpair,
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, bind, connect, listen, recv, sendmsg, socket_with, socketpair,
 };
 use serde::{Deserialize, Serialize};
 use tandem_vmm::confinement::Entry;
@@ -70,11 +72,7 @@ impl Keeper {
     /// # Errors
     /// When the process has other threads, or the host has no processes or descriptors left.
     pub fn start(confinement: &Entry) -> io::Result<Self> {
-        if std::fs::read_dir("/proc/self/task")?.count() != 1 {
-            return Err(io::Error::other(
-                "the process has more than one thread already",
-            ));
-        }
+        expect_one_thread()?;
         let (socket, other) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -87,6 +85,34 @@ impl Keeper {
             0 => process::live(&other, confinement),
             _ => Ok(Self { socket }),
         }
+    }
+
+    /// Copies the calling process, which must have one thread, as a keeper for the VMM that will [`Keeper::meet`] it at
+    /// `place`. It is confined by `confinement`, and ends if nobody comes.
+    ///
+    /// # Errors
+    /// As for [`Keeper::start`], or when there can be no socket at `place`.
+    pub fn await_at(place: &Path, confinement: &Entry) -> io::Result<()> {
+        expect_one_thread()?;
+        let socket = new_socket()?;
+        bind(&socket, &SocketAddrUnix::new(place)?)?;
+        listen(&socket, 1)?;
+        // SAFETY: as in `start`.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => process::live_for_who_comes(&socket, confinement),
+            _ => Ok(()),
+        }
+    }
+
+    /// The keeper that waits at `place`.
+    ///
+    /// # Errors
+    /// When none does.
+    pub fn meet(place: &Path) -> io::Result<Self> {
+        let socket = new_socket()?;
+        connect(&socket, &SocketAddrUnix::new(place)?)?;
+        Ok(Self { socket })
     }
 
     /// Gives the keeper `link` to the secondary and `taps` by their devices' numbers, instead of those that it had.
@@ -164,6 +190,21 @@ impl Keeper {
         sendmsg(&self.socket, &[IoSlice::new(words)], &mut ancillary, flags)?;
         Ok(())
     }
+}
+
+/// Or else the copy would lack threads that hold locks.
+fn expect_one_thread() -> io::Result<()> {
+    match std::fs::read_dir("/proc/self/task")?.count() {
+        1 => Ok(()),
+        _ => Err(io::Error::other(
+            "the process has more than one thread already",
+        )),
+    }
+}
+
+fn new_socket() -> io::Result<OwnedFd> {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    Ok(socket_with(family, kind, SocketFlags::CLOEXEC, None)?)
 }
 
 /// The numbers of the devices of `taps`.

@@ -2,12 +2,15 @@
 
 use std::io::{self, IoSliceMut, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recvmsg, send};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, accept_with,
+    recvmsg, send,
+};
 use tandem_devices::virtio::net::{FRAME_MAX, HEADER_SIZE};
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::error::causes;
@@ -15,12 +18,15 @@ use tandem_vmm::migration::Link;
 use tandem_vmm::migration::tls::Session;
 
 use super::{
-    ANSWER, ANSWER_MAX, FORGET, HOLD, INTRODUCE, KEPT_FD, TAPS_MAX, Verification, WORDS_MAX, shed,
+    ANSWER, ANSWER_MAX, FORGET, HOLD, INTRODUCE, KEPT_FD, TAPS_MAX, Verification, WORDS_MAX,
+    duplicate, shed,
 };
 use crate::link::{Kind, Reader, put};
 
 /// How long it waits for the secondary to own the guest once the VMM is gone.
 const DECISION_MAX: Duration = Duration::from_secs(2);
+/// How long a keeper that was brought along waits for its VMM.
+const VMM_MAX: Duration = Duration::from_secs(30);
 /// How long frames may still come here once the secondary has announced the guest.
 const AFTER_TAKEOVER: Duration = Duration::from_millis(50);
 /// Bytes that may wait for the secondary to take them; with more, frames stay in their taps.
@@ -30,12 +36,46 @@ const BURST: usize = 64;
 
 /// Does a keeper's work in this process, and ends it.
 pub(super) fn live(socket: &OwnedFd, confinement: &Entry) -> ! {
-    let begun = shed(socket).is_ok() && {
-        // Signals for the VMM's terminal are not for this process.
-        let _ = rustix::process::setsid();
-        let _ = rustix::thread::set_name(c"keeper");
-        confinement.enter().is_ok()
+    let begun = begin(socket).is_ok();
+    work(begun, confinement)
+}
+
+/// As [`live`], for the VMM that connects to `listener`.
+pub(super) fn live_for_who_comes(listener: &OwnedFd, confinement: &Entry) -> ! {
+    let begun = begin(listener).is_ok() && accept_vmm().is_ok();
+    work(begun, confinement)
+}
+
+/// Lets go of what is the VMM's.
+fn begin(socket: &OwnedFd) -> io::Result<()> {
+    shed(socket)?;
+    // Signals for the VMM's terminal are not for this process.
+    let _ = rustix::process::setsid();
+    let _ = rustix::thread::set_name(c"keeper");
+    Ok(())
+}
+
+/// Waits for the VMM, whose connection takes the place of the socket that it came to.
+fn accept_vmm() -> io::Result<()> {
+    // SAFETY: `shed` made it, and it stays open as long as the process.
+    let listener = unsafe { BorrowedFd::borrow_raw(KEPT_FD) };
+    let wait = Timespec {
+        tv_sec: VMM_MAX.as_secs() as i64,
+        tv_nsec: 0,
     };
+    if poll(
+        &mut [PollFd::from_borrowed_fd(listener, PollFlags::IN)],
+        Some(&wait),
+    )? == 0
+    {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    let vmm = accept_with(listener, SocketFlags::CLOEXEC)?;
+    duplicate(vmm.as_raw_fd(), KEPT_FD)
+}
+
+fn work(begun: bool, confinement: &Entry) -> ! {
+    let begun = begun && confinement.enter().is_ok();
     let worked = begun && catch_unwind(AssertUnwindSafe(keep)).is_ok();
     // SAFETY: nothing of the VMM's that this process has a copy of may be dropped or flushed here.
     unsafe { libc::_exit(i32::from(!worked)) }

@@ -75,6 +75,8 @@ pub struct Guest {
     pub confinement: Entry,
     /// Who holds its taps too while it is protected.
     pub keeper: Option<Keeper>,
+    /// Where one may wait, if there is none: who asks for protection can bring it along.
+    pub keepers_place: PathBuf,
 }
 
 /// What is asked of a protector.
@@ -139,7 +141,7 @@ impl Protector {
         let thread = std::thread::Builder::new()
             .name("protect".into())
             .stack_size(THREAD_STACK)
-            .spawn(move || supervise(&guest, protect, &shared, &incoming))
+            .spawn(move || supervise(guest, protect, &shared, &incoming))
             .map_err(ProtectionError::host("start the protecting thread"))?;
         Ok(Self { thread, desk })
     }
@@ -284,7 +286,7 @@ impl Desk {
 
 /// Protects the guest whenever that is asked for, until it ends.
 fn supervise(
-    guest: &Guest,
+    mut guest: Guest,
     mut protect: Option<Protect>,
     shared: &Arc<Shared>,
     requests: &Receiver<Request>,
@@ -295,7 +297,7 @@ fn supervise(
     }
     loop {
         if let Some(protect) = protect.take() {
-            Driver::new(guest, protect, shared).run();
+            Driver::new(&guest, protect, shared).run();
             *lock(&shared.core) = None;
             // From now on protection may be asked for anew.
             guest.pair.lock_status().trying = None;
@@ -316,10 +318,25 @@ fn supervise(
             }
             Ok(Request::End) | Err(_) => return,
         };
-        let opened = open(guest, to, &arbiter, mode);
+        guest.find_keeper();
+        let opened = open(&guest, to, &arbiter, mode);
         let told = opened.map(|opened| protect = Some(opened));
         // Whoever asked may have stopped waiting.
         drop(answer.send(told.map_err(|error| causes(&error))));
+    }
+}
+
+impl Guest {
+    /// Takes on the keeper that somebody brought along, unless there is one.
+    fn find_keeper(&mut self) {
+        if self.keeper.is_none() {
+            let found = Keeper::meet(&self.keepers_place);
+            self.keeper = found
+                .inspect_err(|error| {
+                    tracing::info!(%error, place = %self.keepers_place.display(), "no keeper of the guest's taps waits");
+                })
+                .ok();
+        }
     }
 }
 

@@ -240,6 +240,40 @@ fn a_guest_that_was_taken_over_does_what_any_other_does() {
     load.finish();
 }
 
+/// A guest that was not protected from its start brings no keeper: who asks for protection does.
+#[test]
+fn a_guest_that_was_restored_is_protected_when_that_is_asked_for() {
+    if cannot_run() {
+        return;
+    }
+    let network = Network::new();
+    let mut hosts = Hosts::new(&network, 2);
+    hosts.stand_by(1, ALWAYS);
+    let mut restored = guest().in_network(&network).start();
+    restored.wait_for("kv: ready");
+    let restored = restored.moved();
+    let load = Load::start(&network, KV, NATIVE);
+    let (to, arbiter) = (hosts.socket(1), hosts.arbiter());
+    restored.succeed(&[
+        "protect",
+        "guest",
+        "--to",
+        word(&to),
+        "--arbiter",
+        word(&arbiter),
+    ]);
+    load.expect_progress();
+    assert!(!restored.log().contains("keeper"), "{}", restored.log());
+    assert!(!restored.file("keeper.sock").exists());
+    let before = network.retransmission_timeouts();
+    restored.signal(Signal::KILL);
+    hosts.wait_owner(|status| term(status) > 1);
+    load.expect_progress();
+    let waits = network.retransmission_timeouts() - before;
+    println!("{waits} waits for timers");
+    load.finish();
+}
+
 #[test]
 fn a_copy_that_is_left_over_does_not_keep_a_new_one_from_its_host() {
     if cannot_run() {
