@@ -132,6 +132,7 @@ impl Control for Commander {
         directory: &Path,
         description: &str,
     ) -> Result<SnapshotReport, SnapshotError> {
+        self.desk.expect_owner().map_err(ControlError::Failed)?;
         Ok(directory::save(&self.handle, directory, description)?.into())
     }
 
@@ -141,6 +142,8 @@ impl Control for Commander {
         description: &str,
         budget: Duration,
     ) -> Result<MigrationReport, MigrationError> {
+        let moves = self.desk.may_move().map_err(ControlError::Failed);
+        moves.map_err(SnapshotError::from)?;
         Ok(source::migrate(&self.handle, &to.open()?, description, budget)?.into())
     }
 }

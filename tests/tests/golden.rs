@@ -208,9 +208,9 @@ fn with_machine<T>(
 }
 
 fn freeze(handle: &Handle) -> Frozen {
-    handle.begin_save().unwrap();
-    let frozen = handle.freeze().unwrap();
-    handle.end_save().unwrap();
+    let saving = handle.begin_save().unwrap();
+    let frozen = handle.freeze(saving.id).unwrap();
+    handle.end_save(saving.id).unwrap();
     frozen
 }
 

@@ -11,6 +11,7 @@ mod protection {
     mod storm;
 }
 
+use std::net::TcpStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use protection::history;
 use tandem_tests::guest::{GuestBuilder, PATIENCE};
 use tandem_tests::keys::Authority;
 use tandem_tests::link::Direction;
-use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::network::{CMDLINE, GUEST, Network};
 use tandem_tests::pair::{Pair, Side, TCP_HOST};
 use tandem_tests::skip::{Need, must_skip};
 
@@ -51,6 +52,8 @@ const VALUE_BYTES: usize = 256 << 10;
 const STORED: u64 = (VALUES * VALUE_BYTES) as u64;
 /// Resyncs of that.
 const LARGE_RESYNCS: u32 = 10;
+/// How often it is saved.
+const SAVES: u32 = 3;
 /// What protection costs without a second image, in bytes: 16 MiB of remembered pages, those that are staged, and
 /// queues.
 const COST_MAX: u64 = 48 << 20;
@@ -322,6 +325,54 @@ fn a_copy_costs_its_guests_memory_once_if_that_stands_during_resyncs_and_twice_i
             .pair
             .wait_status(Side::Secondary, |status| bytes(status) < COST_MAX);
         stage.finish();
+    }
+}
+
+/// Its copy and its saves each follow what it writes.
+#[test]
+fn a_guest_is_saved_and_made_the_same_while_it_is_protected() {
+    if cannot_run() {
+        return;
+    }
+    let mut stage = Stage::with(KV, |guest| Pair::start(large(guest)));
+    store(&stage.network);
+    let place = tempfile::tempdir().unwrap();
+    let saved = |number: u32| place.path().join(number.to_string());
+    for number in 0..SAVES {
+        let primary = stage.pair.side(Side::Primary);
+        let mut resync = primary.begin(&["resync", "guest"]);
+        primary.save(&saved(number));
+        assert!(resync.wait().unwrap().success());
+        stage.load.expect_progress();
+    }
+    assert!(stage.pair.is_protected(), "{}", stage.pair.account());
+    let elsewhere = place.path().join("nowhere");
+    for (side, verb, why) in [
+        (Side::Primary, ["migrate", "guest", "--to"], "unprotect"),
+        (Side::Secondary, ["snapshot", "guest", ""], "copy"),
+    ] {
+        let mut words = Vec::from(verb);
+        words.retain(|word| !word.is_empty());
+        words.push(elsewhere.to_str().unwrap());
+        let asked = stage.pair.side(side).tandem(&words);
+        let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+        assert!(!asked.status.success() && said.contains(why), "{said}");
+    }
+    // What a save and a resync had from the guest's writes, the copy and the saved guest have.
+    stage.pair.kill(Side::Primary);
+    assert_eq!(stage.expect_one(), Side::Secondary);
+    find(&stage.network);
+    stage.finish();
+    for number in 0..SAVES {
+        let network = Network::new();
+        let restored = GuestBuilder::saved(&saved(number)).in_namespace(network.namespace());
+        let _restored = restored.start();
+        let deadline = Instant::now() + PATIENCE;
+        let serves = || network.within(|| TcpStream::connect((GUEST, KV.port)).is_ok());
+        while !serves() {
+            assert!(Instant::now() < deadline, "the saved guest does not serve");
+        }
+        find(&network);
     }
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tandem_devices::GuestMemory;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::dirty::{DirtyTracker, PAGE_SIZE, PageSet};
+use crate::dirty::{Follower, PAGE_SIZE, PageSet};
 use crate::kvm::standing::{Stand, Standing};
 use crate::machine::Replacement;
 use crate::snapshot::{GuestState, HardwareState};
@@ -124,13 +124,14 @@ pub enum Command {
     BeginSave,
     /// Both at once; if the guest is about to be reset, after that and before it runs.
     BeginFrozen,
-    /// Stop the guest and read its state; it stays as it is until [`Command::Thaw`].
-    Freeze,
-    /// Let a frozen guest go on, if it ran before.
-    Thaw,
-    /// Follow writes no longer.
-    EndSave,
-    /// Let a frozen guest's disks, taps and sockets go; this is its state.
+    /// Stop the guest and read its state; it stays as it is until [`Command::Thaw`]. If it stands for another save,
+    /// that ends first.
+    Freeze(SaveId),
+    /// Let a guest that was frozen for a save go on, if it ran before.
+    Thaw(SaveId),
+    /// Follow writes no longer for a save.
+    EndSave(SaveId),
+    /// Let a frozen guest's disks, taps and sockets go; this is its state. Nobody else may save it.
     Release(Box<GuestState>),
     /// Take them again.
     Reacquire,
@@ -138,6 +139,10 @@ pub enum Command {
     Doubt,
     /// End a frozen guest that goes on elsewhere.
     Leave,
+    /// Follow what a guest that is a copy writes.
+    FollowCopy,
+    /// Follow it no longer: the guest is the copy of none any more.
+    FollowCopyNoMore,
     /// Let a guest that is a copy stand until it is replaced or goes on by itself, and tell what it wrote.
     Gather,
     /// Let a guest that is a copy go on from another state; it stands afterwards.
@@ -165,11 +170,17 @@ pub enum Answer {
     Thawed(Stand),
 }
 
+/// Names a save of a guest. There may be several at a time, up to [`crate::dirty::FOLLOWERS_MAX`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SaveId(pub(crate) u64);
+
 /// What it takes to copy the memory of a running guest.
 #[derive(Clone)]
 pub struct Saving {
+    /// Which save it is.
+    pub id: SaveId,
     /// Which pages are written.
-    pub tracker: Arc<DirtyTracker>,
+    pub tracker: Follower,
     /// Guest memory.
     pub memory: Arc<GuestMemory>,
     /// How long each vCPU stood the last time.
@@ -338,7 +349,7 @@ impl Handle {
     }
 
     /// Makes ready to save the guest: its writes to memory are followed from now on, until
-    /// [`Handle::end_save`]. One save at a time.
+    /// [`Handle::end_save`].
     ///
     /// # Errors
     /// As [`Handle::request`].
@@ -361,12 +372,13 @@ impl Handle {
         }
     }
 
-    /// Stops the guest and reads its state. It stays as it is until [`Handle::thaw`].
+    /// Stops the guest and reads its state. It stays as it is until [`Handle::thaw`]. Saves of a guest freeze it one
+    /// after the other.
     ///
     /// # Errors
     /// As [`Handle::request`]; the guest goes on then.
-    pub fn freeze(&self) -> Result<Frozen, ControlError> {
-        match self.request(Command::Freeze)? {
+    pub fn freeze(&self, save: SaveId) -> Result<Frozen, ControlError> {
+        match self.request(Command::Freeze(save))? {
             Answer::Frozen(frozen) => Ok(*frozen),
             _ => Err(ControlError::Failed("the VMM gave no state".into())),
         }
@@ -377,8 +389,8 @@ impl Handle {
     ///
     /// # Errors
     /// As [`Handle::request`].
-    pub fn thaw(&self) -> Result<Stand, ControlError> {
-        match self.request(Command::Thaw)? {
+    pub fn thaw(&self, save: SaveId) -> Result<Stand, ControlError> {
+        match self.request(Command::Thaw(save))? {
             Answer::Thawed(stand) => Ok(stand),
             _ => Err(ControlError::Failed(
                 "the VMM did not thaw the guest".into(),
@@ -390,8 +402,8 @@ impl Handle {
     ///
     /// # Errors
     /// As [`Handle::request`].
-    pub fn end_save(&self) -> Result<(), ControlError> {
-        self.request(Command::EndSave).map(drop)
+    pub fn end_save(&self, save: SaveId) -> Result<(), ControlError> {
+        self.request(Command::EndSave(save)).map(drop)
     }
 
     /// Lets a frozen guest's disks, taps and sockets go.
@@ -424,6 +436,22 @@ impl Handle {
     /// As [`Handle::request`].
     pub fn leave(&self) -> Result<(), ControlError> {
         self.request(Command::Leave).map(drop)
+    }
+
+    /// Follows what a guest that is a copy writes from now on, which it has to undo when it is replaced.
+    ///
+    /// # Errors
+    /// As [`Handle::request`], and when it is no copy.
+    pub fn follow_copy(&self) -> Result<(), ControlError> {
+        self.request(Command::FollowCopy).map(drop)
+    }
+
+    /// Ends that, for a guest that is the copy of none any more.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn follow_copy_no_more(&self) -> Result<(), ControlError> {
+        self.request(Command::FollowCopyNoMore).map(drop)
     }
 
     /// Lets a guest that is a copy stand, and returns the pages that it wrote since it was replaced last. It

@@ -34,7 +34,7 @@ use crate::console::ConsoleHub;
 use crate::console_port::ConsolePort;
 use crate::control::{Handle, MachineState, Outcome, Reply, Request};
 use crate::device_model::{DeviceModel, Source, watch};
-use crate::dirty::{DirtyTracker, PageSet};
+use crate::dirty::{DirtyTracker, Follower, PageSet};
 use crate::error::Error;
 use crate::gates::{Caller, Gates, Surroundings};
 use crate::kvm::acks::AckRing;
@@ -51,7 +51,7 @@ use moderation::Moderation;
 use replace::Shadow;
 pub use replace::{LoadMemory, Replacement};
 pub use restore::{SavedMemory, StartLoader};
-use saving::{Probe, SavePhase};
+use saving::{Probe, SavePhase, Saves};
 
 /// Longest wait at the end of a run for the console's reader to take the last output.
 const LAST_OUTPUT_PATIENCE: Duration = Duration::from_secs(1);
@@ -78,8 +78,11 @@ pub struct Machine {
     running: Option<Running>,
     state: MachineState,
     saving: SavePhase,
+    saves: Saves,
     /// The guest is a copy that another process may replace: it does not end by itself.
     shadow: Shadow,
+    /// Follows what a copy writes.
+    own_writes: Option<Follower>,
     /// What a copy wrote that stands until it is replaced.
     gathered: Option<PageSet>,
     /// Who wants the guest to stand as it is after its reset.
@@ -200,8 +203,10 @@ impl Machine {
             running: None,
             state: MachineState::Running,
             saving: SavePhase::None,
+            saves: Saves::default(),
             overtaken: None,
             shadow: Shadow::default(),
+            own_writes: None,
             gathered: None,
             froze: None,
             released: None,

@@ -60,8 +60,8 @@ fn begin(core: &Core, cut: PairCut) -> Result<(), ProtectionError> {
         return Err(ControlError::Gone.into());
     }
     let handle = core.handle().ok_or(ControlError::Gone)?;
-    let begun = handle.begin_save().map_err(ProtectionError::from);
-    finish(core, begun.map(drop), cut)
+    let begun = handle.follow_copy().map_err(ProtectionError::from);
+    finish(core, begun, cut)
 }
 
 /// Makes the guest that of a checkpoint.

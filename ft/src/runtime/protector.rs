@@ -204,8 +204,27 @@ impl Desk {
         drop(self.requests.send(Request::Succeed(Box::new(protect))));
     }
 
+    /// Whether the guest here may go on in another process: it has no copy, whose lead it would follow no more.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_move(&self) -> Result<(), String> {
+        self.expect_owner()?;
+        match &*lock(&self.shared.core) {
+            None => Ok(()),
+            Some(_) => Err(
+                "the guest is protected: end that first by `tandem unprotect`, or let its copy take over by \
+                 `tandem failover`"
+                    .into(),
+            ),
+        }
+    }
+
     /// What is asked for here is the owner's matter.
-    fn expect_owner(&self) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// That it is not the owner who is asked.
+    pub fn expect_owner(&self) -> Result<(), String> {
         match self.pair.lock_status().role {
             Role::Primary => Ok(()),
             Role::Secondary => {

@@ -362,7 +362,7 @@ impl Core {
             // Each may have been done, or the guest have ended.
             drop(handle.go_live());
             drop(handle.resume());
-            drop(handle.end_save());
+            drop(handle.follow_copy_no_more());
         }
         let silent = begun - heard;
         let mut status = self.pair.lock_status();

@@ -218,8 +218,9 @@ impl Storm {
             witness.longest();
         }
         let before = term(&status);
-        self.happen(fault, owner, copy);
-        let later = |status: &Value| !fault.changes_term() || term(status) > before;
+        println!("{fault:?}: owner {owner}, copy {copy}, term {before}");
+        let happened = self.happen(fault, owner, copy);
+        let later = |status: &Value| !(happened && fault.changes_term()) || term(status) > before;
         self.hosts
             .wait_owner(|status| status["protected"] == true && later(status));
         if let Err(why) = self.load.progress() {
@@ -234,7 +235,8 @@ impl Storm {
         }
     }
 
-    fn happen(&mut self, fault: Fault, owner: usize, copy: usize) {
+    /// False if it did not happen after all.
+    fn happen(&mut self, fault: Fault, owner: usize, copy: usize) -> bool {
         let away = self.chance.part_of(AWAY);
         match fault {
             KillOwner => self.kill(owner),
@@ -254,8 +256,9 @@ impl Storm {
             KillOwnerWithoutArbiter => self.without_arbiter(away, |storm| storm.kill(owner)),
             KillCopyWithoutArbiter => self.without_arbiter(away, |storm| storm.kill(copy)),
             ArbiterAway => self.without_arbiter(away, |_| {}),
-            FailOver => self.fail_over(owner),
+            FailOver => return self.fail_over(owner),
         }
+        true
     }
 
     /// Ends the guest's process on a host, if there is one.
@@ -316,14 +319,15 @@ impl Storm {
         self.hosts.show_arbiter();
     }
 
-    fn fail_over(&mut self, owner: usize) {
+    /// False if there was nobody to take over just then.
+    fn fail_over(&mut self, owner: usize) -> bool {
         let asked = self.hosts.on(owner).tandem(&["failover", GUEST]);
-        // A pair that was just lost has nobody to take over; what comes of it is another term as well.
-        if !asked.status.success() {
+        let happens = asked.status.success();
+        if !happens {
             self.missed += 1;
-            let (owner, _) = self.hosts.wait_owner(|status| status["protected"] == true);
-            self.kill_others(owner);
+            println!("{}", String::from_utf8_lossy(&asked.stderr));
         }
+        happens
     }
 
     /// Prints how long the service was away.

@@ -8,12 +8,14 @@
 //!
 //! # The contract
 //!
-//! [`DirtyTracker::start`] returns; the caller copies all of guest memory, in any order and while
-//! the guest runs. After each [`DirtyTracker::harvest`] it copies the pages of that harvest, after
+//! [`DirtyTracker::follow`] returns; the caller copies all of guest memory, in any order and while
+//! the guest runs. After each [`Follower::harvest`] it copies the pages of that harvest, after
 //! the harvest returned: from then on, another write to them will be in another harvest. Once
 //! vCPUs and devices are stopped, and the vCPUs' state was saved (KVM writes to the guest's clock
-//! pages at that), [`DirtyTracker::final_harvest`] names the rest, and the copy equals guest memory
+//! pages at that), [`Follower::final_harvest`] names the rest, and the copy equals guest memory
 //! byte for byte.
+//!
+//! Several may follow a guest at a time: what one of them harvests is kept for the others.
 //!
 //! A harvest may name pages that did not change. It includes the page tables in which the
 //! processor set accessed and dirty bits.
@@ -47,4 +49,4 @@ mod tests;
 
 pub use mechanism::{Enabled, Mechanism};
 pub use page_set::{PAGE_SIZE, PageSet};
-pub use tracker::DirtyTracker;
+pub use tracker::{DirtyTracker, FOLLOWERS_MAX, Follower};

@@ -18,6 +18,9 @@ use crate::kvm::vm::Vm;
 /// none, and the same again for pages that KVM itself wrote when it stopped the vCPUs.
 const FINAL_ROUNDS_MAX: u32 = 4;
 
+/// Who may follow a guest's writes at a time: a copy of the guest, and saves of it.
+pub const FOLLOWERS_MAX: usize = 4;
+
 /// Follows which pages of a guest's memory are written, once started. Shared by who harvests and
 /// by the vCPUs' threads, whose rings may be full at any time.
 pub struct DirtyTracker {
@@ -37,8 +40,100 @@ struct State {
     phase: Phase,
     /// Nothing once the guest was reset.
     kvm: Option<KvmSide>,
-    /// Taken from full rings and not harvested yet.
-    pending: PageSet,
+    followers: Vec<Pending>,
+    /// Followers so far.
+    numbered: u64,
+}
+
+/// What a follower has not harvested yet of what was taken: from full rings, or when another one harvested.
+struct Pending {
+    follower: u64,
+    pages: PageSet,
+}
+
+impl State {
+    /// Adds pages to what is pending for all followers but one.
+    fn add_for_others(&mut self, follower: u64, pages: &PageSet) -> Result<(), Error> {
+        let mut others = self.followers.iter_mut().filter(|p| p.follower != follower);
+        others.try_for_each(|other| add(&mut other.pages, pages))
+    }
+}
+
+/// One who follows a guest's writes from when it began to. It is told of each on its own, whoever else harvests.
+#[derive(Clone)]
+pub struct Follower {
+    tracker: Arc<DirtyTracker>,
+    number: u64,
+}
+
+impl Follower {
+    /// An empty set that has room for the pages of this guest.
+    pub fn page_set(&self) -> PageSet {
+        self.tracker.page_set()
+    }
+
+    /// Adds to `pages` what was written since the last harvest. The guest may run. See
+    /// [the contract](super) for when to read those pages.
+    ///
+    /// Where the processor itself logs dirty pages, those in its buffers come with a later harvest.
+    ///
+    /// # Errors
+    /// When it was stopped, `pages` is for another guest, or KVM fails: then pages were lost,
+    /// and so does each later harvest.
+    pub fn harvest(&self, pages: &mut PageSet) -> Result<(), Error> {
+        let mut state = self.tracker.lock();
+        self.tracker
+            .harvest_locked(&mut state, self.number, pages)
+            .map(drop)
+    }
+
+    /// Adds to `pages` all that was written since the last harvest, of a guest whose vCPUs are
+    /// parked and saved and whose devices have nothing in flight.
+    ///
+    /// # Errors
+    /// As [`Follower::harvest`], and when something still writes to guest memory.
+    pub fn final_harvest(&self, pages: &mut PageSet) -> Result<(), Error> {
+        let mut state = self.tracker.lock();
+        for _ in 0..FINAL_ROUNDS_MAX {
+            if !self
+                .tracker
+                .harvest_locked(&mut state, self.number, pages)?
+            {
+                return Ok(());
+            }
+        }
+        Err(Error::Internal("a vCPU or device wrote during the pause"))
+    }
+
+    /// Forgets what the VMM itself wrote since the last harvest, of which this follower knows.
+    ///
+    /// # Errors
+    /// When a page is none of this guest's.
+    pub fn forget_own_writes(&self) -> Result<(), Error> {
+        let tracker = &self.tracker;
+        let mut state = tracker.lock();
+        if state.followers.len() <= 1 {
+            tracker.bitmaps().for_each(AtomicBitmap::reset);
+            return Ok(());
+        }
+        let mut own = tracker.page_set();
+        tracker.take_own_writes(&mut own)?;
+        state.add_for_others(self.number, &own)
+    }
+
+    /// Follows writes no longer, and forgets what was not harvested. The guest may run, at full speed from then on
+    /// if nobody else follows it. Nothing happens the second time.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub fn stop(&self) -> Result<(), Error> {
+        self.tracker.stop(self.number)
+    }
+
+    /// Whether the virtual machine is gone.
+    pub fn is_detached(&self) -> bool {
+        self.tracker.lock().kvm.is_none()
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -86,7 +181,8 @@ impl DirtyTracker {
                     vm: Arc::clone(vm),
                     source,
                 }),
-                pending: PageSet::covering(memory),
+                followers: Vec::new(),
+                numbered: 0,
             }),
         })
     }
@@ -99,33 +195,59 @@ impl DirtyTracker {
     /// Starts to follow writes: each one after the return will be in a harvest. The guest may run.
     ///
     /// # Errors
-    /// When it was started already or has failed before, or when KVM refuses.
-    pub fn start(&self) -> Result<(), Error> {
+    /// When [`FOLLOWERS_MAX`] do already, when it has failed before, or when KVM refuses.
+    pub fn follow(self: &Arc<Self>) -> Result<Follower, Error> {
         let mut state = self.lock();
+        if state.followers.len() >= FOLLOWERS_MAX {
+            return Err(Error::Internal("too many follow the guest's writes"));
+        }
         match state.phase {
-            Phase::Off => {}
-            Phase::On => return Err(Error::Internal("dirty tracking was started twice")),
+            Phase::Off => self.start(&mut state)?,
+            Phase::On => self.share_out(&mut state)?,
             Phase::Broken => return Err(BROKEN),
         }
+        state.numbered += 1;
+        let number = state.numbered;
+        state.followers.push(Pending {
+            follower: number,
+            pages: self.page_set(),
+        });
+        Ok(Follower {
+            tracker: Arc::clone(self),
+            number,
+        })
+    }
+
+    fn start(&self, state: &mut State) -> Result<(), Error> {
         let vm = &state.kvm.as_ref().ok_or(DETACHED)?.vm;
         self.bitmaps().for_each(AtomicBitmap::reset);
         vm.log_writes(true).inspect_err(|_| {
             // The first failure is what is told; a slot that still logs does no harm.
             drop(vm.log_writes(false));
         })?;
-        state.pending.clear();
         state.phase = Phase::On;
         Ok(())
     }
 
-    /// Stops following writes and forgets what was not harvested. The guest may run, at full speed
-    /// from then on. Nothing happens when it was not started.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub fn stop(&self) -> Result<(), Error> {
+    /// Gives what was written so far to those who follow already.
+    fn share_out(&self, state: &mut State) -> Result<(), Error> {
+        let mut fresh = self.page_set();
+        let taken = self.take(state, &mut fresh);
+        let mut followers = state.followers.iter_mut();
+        let result = taken.and(followers.try_for_each(|follower| add(&mut follower.pages, &fresh)));
+        if result.is_err() {
+            state.phase = Phase::Broken;
+        }
+        result
+    }
+
+    fn stop(&self, number: u64) -> Result<(), Error> {
         let mut state = self.lock();
-        let Some(kvm) = state.kvm.as_ref().filter(|_| state.phase != Phase::Off) else {
+        state.followers.retain(|other| other.follower != number);
+        if !state.followers.is_empty() || state.phase == Phase::Off {
+            return Ok(());
+        }
+        let Some(kvm) = &state.kvm else {
             return Ok(());
         };
         kvm.vm.log_writes(false)?;
@@ -134,7 +256,6 @@ impl DirtyTracker {
             self.empty_rings(&mut state)?;
             state.phase = Phase::Off;
         }
-        state.pending.clear();
         Ok(())
     }
 
@@ -142,47 +263,6 @@ impl DirtyTracker {
     /// descriptor that is bound to it cannot be bound to the next.
     pub fn detach(&self) {
         self.lock().kvm = None;
-    }
-
-    /// Whether the virtual machine is gone.
-    pub fn is_detached(&self) -> bool {
-        self.lock().kvm.is_none()
-    }
-
-    /// Adds to `pages` what was written since the last harvest. The guest may run. See
-    /// [the contract](super) for when to read those pages.
-    ///
-    /// Where the processor itself logs dirty pages, those in its buffers come with a later harvest.
-    ///
-    /// # Errors
-    /// When it was not started, `pages` is for another guest, or KVM fails: then pages were lost,
-    /// and so does each later harvest.
-    pub fn harvest(&self, pages: &mut PageSet) -> Result<(), Error> {
-        self.harvest_locked(&mut self.lock(), pages)
-    }
-
-    /// Adds to `pages` all that was written since the last harvest, of a guest whose vCPUs are
-    /// parked and saved and whose devices have nothing in flight.
-    ///
-    /// # Errors
-    /// As [`DirtyTracker::harvest`], and when something still writes to guest memory.
-    pub fn final_harvest(&self, pages: &mut PageSet) -> Result<(), Error> {
-        let mut state = self.lock();
-        let mut round = self.page_set();
-        for _ in 0..FINAL_ROUNDS_MAX {
-            self.harvest_locked(&mut state, &mut round)?;
-            if round.is_empty() {
-                return Ok(());
-            }
-            add(pages, &round)?;
-            round.clear();
-        }
-        Err(Error::Internal("a vCPU or device wrote during the pause"))
-    }
-
-    /// Forgets what the VMM itself wrote since the last harvest: both know of it.
-    pub fn forget_own_writes(&self) {
-        self.bitmaps().for_each(AtomicBitmap::reset);
     }
 
     /// Makes room in the rings; for a vCPU that left the guest since its ring is full.
@@ -203,32 +283,63 @@ impl DirtyTracker {
         let Source::Rings(rings) = source else {
             return Ok(());
         };
-        let result = self.drain_rings(rings, vm.fd(), &mut state.pending);
+        let result = match &mut state.followers[..] {
+            [only] => self.drain_rings(rings, vm.fd(), &mut only.pages),
+            followers => {
+                let mut fresh = self.page_set();
+                let drained = self.drain_rings(rings, vm.fd(), &mut fresh);
+                let mut each = followers.iter_mut();
+                drained.and(each.try_for_each(|follower| add(&mut follower.pages, &fresh)))
+            }
+        };
         if result.is_err() {
             state.phase = Phase::Broken;
         }
         result
     }
 
-    fn harvest_locked(&self, state: &mut State, pages: &mut PageSet) -> Result<(), Error> {
+    /// Adds what a follower was not told of to `pages`. False if there was nothing.
+    fn harvest_locked(
+        &self,
+        state: &mut State,
+        number: u64,
+        pages: &mut PageSet,
+    ) -> Result<bool, Error> {
         match state.phase {
             Phase::Off => return Err(Error::Internal("dirty tracking was not started")),
             Phase::On => {}
             Phase::Broken => return Err(BROKEN),
         }
-        if pages.limit() < state.pending.limit() {
+        let at = state.followers.iter().position(|p| p.follower == number);
+        let at = at.ok_or(Error::Internal("who does not follow a guest harvests"))?;
+        if pages.limit() < state.followers[at].pages.limit() {
             return Err(Error::Internal("a set of pages is for another guest"));
         }
-        let kvm = state.kvm.as_mut().ok_or(DETACHED)?;
-        let result = self
-            .take_guest_writes(kvm, pages)
-            .and_then(|()| self.take_own_writes(pages))
-            .and_then(|()| add(pages, &state.pending));
-        state.pending.clear();
+        let mut own = std::mem::replace(&mut state.followers[at].pages, PageSet::new(0));
+        let result = match state.followers.len() {
+            1 => self.take(state, &mut own),
+            _ => {
+                let mut fresh = self.page_set();
+                self.take(state, &mut fresh)
+                    .and_then(|()| state.add_for_others(number, &fresh))
+                    .and_then(|()| add(&mut own, &fresh))
+            }
+        };
+        let found = !own.is_empty();
+        let result = result.and_then(|()| add(pages, &own));
+        own.clear();
+        state.followers[at].pages = own;
         if result.is_err() {
             state.phase = Phase::Broken;
         }
-        result
+        result.map(|()| found)
+    }
+
+    /// Adds all that was written since it was taken last.
+    fn take(&self, state: &mut State, into: &mut PageSet) -> Result<(), Error> {
+        let kvm = state.kvm.as_mut().ok_or(DETACHED)?;
+        self.take_guest_writes(kvm, into)
+            .and_then(|()| self.take_own_writes(into))
     }
 
     fn take_guest_writes(&self, kvm: &mut KvmSide, into: &mut PageSet) -> Result<(), Error> {

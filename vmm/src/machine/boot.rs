@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::VcpuFd;
 
-use super::saving::{Probe, SavePhase};
+use super::saving::Probe;
 use super::{Machine, Running};
 use crate::boot::layout::{self, VirtioSlot};
 use crate::boot::{self, BootSources};
@@ -121,9 +121,7 @@ impl Machine {
         self.shared.model().reset();
         memory::clear(&self.memory).map_err(Error::host("clear guest memory"))?;
         self.resets += 1;
-        if self.saving != SavePhase::None {
-            self.saving = SavePhase::Overtaken;
-        }
+        self.saves.overtake();
         self.boot()?;
         if let Some(reply) = self.overtaken.take() {
             self.begin_frozen(reply);

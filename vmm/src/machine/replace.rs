@@ -15,11 +15,11 @@ use std::time::Instant;
 
 use tandem_devices::GuestMemory;
 
-use super::saving::{SavePhase, collect, failed};
+use super::saving::{collect, failed};
 use super::{Machine, Running};
 use crate::boot::layout;
 use crate::control::{Answer, ControlError, FreezeTimes, MachineState};
-use crate::dirty::PageSet;
+use crate::dirty::{Follower, PageSet};
 use crate::error::Error;
 use crate::kvm::vcpu::VcpuEnd;
 use crate::snapshot::{GuestState, SnapshotError};
@@ -59,6 +59,27 @@ pub(super) enum Shadow {
 }
 
 impl Machine {
+    /// Follows what the copy writes from now on, as it is to be replaced.
+    pub(super) fn follow_copy(&mut self) -> Result<Answer, ControlError> {
+        if matches!(self.shadow, Shadow::No) {
+            let reason = "the guest is no copy of another: nobody asks for what it wrote";
+            return Err(ControlError::Failed(reason.into()));
+        }
+        // It may be saved itself one day, and has the time for this now.
+        self.probe_vcpus()?;
+        let running = self.running.as_ref().ok_or(ControlError::Gone)?;
+        self.own_writes = Some(running.tracker.follow().map_err(failed)?);
+        Ok(Answer::Done)
+    }
+
+    /// Follows what it writes no longer.
+    pub(super) fn follow_copy_no_more(&mut self) -> Result<Answer, ControlError> {
+        if let Some(writes) = self.own_writes.take() {
+            writes.stop().map_err(failed)?;
+        }
+        Ok(Answer::Done)
+    }
+
     /// Lets the copy stand, and says which pages it wrote since it was replaced last. It stands until it is
     /// replaced or goes on by itself: what it wrote would not be known any more.
     pub(super) fn gather(&mut self) -> Result<Answer, ControlError> {
@@ -140,11 +161,10 @@ impl Machine {
             self.shared.model().reset();
             advance(&mut state);
             self.continue_from(&state)?;
-            if let Some(running) = &self.running {
-                running.tracker.start()?;
-            }
+            let running = self.running.as_ref();
+            let followed = running.map(|running| running.tracker.follow());
+            self.own_writes = followed.transpose()?;
         }
-        self.saving = SavePhase::Following;
         self.shadow = Shadow::Copy;
         let all = began.elapsed();
         tracing::debug!(
@@ -162,7 +182,7 @@ impl Machine {
     fn may_restore_in_place(&self, state: &GuestState) -> bool {
         let cpuid = self.running.as_ref().and_then(|r| r.cpuid.as_ref());
         let same = cpuid.is_some_and(|all| all.iter().eq(state.vcpus.iter().map(|v| &v.cpuid)));
-        same && matches!(self.shadow, Shadow::Copy) && self.saving == SavePhase::Following
+        same && matches!(self.shadow, Shadow::Copy) && self.own_writes.is_some()
     }
 
     /// Gives the virtual machine and its vCPUs, which stand, another state. False if KVM refused some of it.
@@ -170,8 +190,11 @@ impl Machine {
         let Some(running) = &self.running else {
             return false;
         };
-        match running
-            .set_state(state)
+        // Both sides have what was loaded.
+        let known = self.own_writes.as_ref().map(Follower::forget_own_writes);
+        match known
+            .unwrap_or(Ok(()))
+            .and_then(|()| running.set_state(state))
             .and_then(|()| self.restore_devices(state))
         {
             Ok(()) => true,
@@ -193,8 +216,8 @@ impl Machine {
     fn own_pages(&mut self) -> Result<PageSet, Error> {
         let gathered = self.gathered.take();
         let mut own = gathered.unwrap_or_else(|| PageSet::covering(&self.memory));
-        match (&self.running, self.saving) {
-            (Some(running), SavePhase::Following) => running.tracker.final_harvest(&mut own)?,
+        match &self.own_writes {
+            Some(writes) if !writes.is_detached() => writes.final_harvest(&mut own)?,
             // It was reset, which emptied its memory: all of it is different.
             _ => own = PageSet::all_of(&self.memory),
         }
@@ -219,8 +242,6 @@ impl Machine {
 impl Running {
     /// Sets the state of KVM's side. Guest memory is in place.
     fn set_state(&self, state: &GuestState) -> Result<(), Error> {
-        // Both sides have what was loaded.
-        self.tracker.forget_own_writes();
         self.vm.forget_page_tables()?;
         // KVM saves no levels of lines; the devices set it again.
         self.vm.set_line(layout::SCI_GSI, false)?;

@@ -11,33 +11,84 @@
 //! A freeze costs the time until the slowest vCPU stands and devices have finished what is in
 //! flight, then 5 to 100 µs per ioctl for KVM and the vCPUs, which are read side by side.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use super::{Machine, Running};
-use crate::control::{Answer, ControlError, FreezeTimes, Frozen, MachineState, Reply, Saving};
+use crate::control::{
+    Answer, ControlError, FreezeTimes, Frozen, MachineState, Reply, SaveId, Saving,
+};
+use crate::dirty::{FOLLOWERS_MAX, Follower};
 use crate::error::causes;
 use crate::kvm::standing::Begin;
 use crate::kvm::state::{KvmState, StateError, VcpuProbe, VcpuState};
 use crate::kvm::vcpu::VcpuEnd;
 use crate::snapshot::{GuestState, HardwareDevice, HardwareState, SnapshotError};
 
-/// How a save of the guest stands.
+/// Whether the guest stands to be saved.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) enum SavePhase {
-    /// Nobody saves it.
+    /// It does not. Its writes may be followed.
     #[default]
     None,
-    /// Its writes are followed.
-    Following,
     /// It stands until it is thawed; `ran` says whether it ran before, `goes_on` whether it is to run
     /// then, which pauses and resumes may have changed.
     Frozen { ran: bool, goes_on: bool },
     /// As that, without disks, taps and sockets. In doubt the user decides whether it goes on here.
     Released { ran: bool, doubt: bool },
-    /// It was reset meanwhile: what was saved of it is worthless.
-    Overtaken,
+}
+
+/// Who saves the guest: there may be several. The guest stands for one of them at a time.
+#[derive(Default)]
+pub(super) struct Saves {
+    begun: Vec<Save>,
+    numbered: u64,
+    /// For whom the guest stands.
+    holder: Option<SaveId>,
+    /// For whom it is to stand next, at most as many as there are saves.
+    next: VecDeque<(SaveId, Reply)>,
+}
+
+struct Save {
+    id: SaveId,
+    writes: Follower,
+    /// The guest was reset meanwhile: what was saved of it is worthless.
+    overtaken: bool,
+}
+
+impl Saves {
+    fn begin(&mut self, writes: Follower) -> SaveId {
+        self.numbered += 1;
+        let id = SaveId(self.numbered);
+        self.begun.push(Save {
+            id,
+            writes,
+            overtaken: false,
+        });
+        id
+    }
+
+    fn find(&self, id: SaveId) -> Result<&Save, ControlError> {
+        let found = self.begun.iter().find(|save| save.id == id);
+        match found {
+            Some(save) if save.overtaken => Err(ControlError::Overtaken),
+            Some(save) => Ok(save),
+            None => Err(ControlError::Failed(
+                "no save of the guest was begun".into(),
+            )),
+        }
+    }
+
+    /// The guest was reset.
+    pub(super) fn overtake(&mut self) {
+        self.begun.iter_mut().for_each(|save| save.overtaken = true);
+        for (_, reply) in self.next.drain(..) {
+            // Whoever asked may have stopped waiting.
+            drop(reply.send(Err(ControlError::Overtaken)));
+        }
+    }
 }
 
 /// A guest that was stopped to be saved.
@@ -79,6 +130,10 @@ impl Machine {
     }
 
     fn try_begin_frozen(&mut self) -> Result<Answer, ControlError> {
+        if self.saving != SavePhase::None {
+            let reason = "the guest stands to be saved by another";
+            return Err(ControlError::Failed(reason.into()));
+        }
         let standing = self.stand();
         let saving = match self.begin_save() {
             Ok(saving) => saving,
@@ -87,30 +142,30 @@ impl Machine {
                 return Err(error);
             }
         };
-        match self.read(standing) {
+        match self.read(saving.id, standing) {
             Ok(frozen) => Ok(Answer::BegunFrozen(saving, Box::new(frozen))),
             Err(error) => {
-                self.end_save()?;
+                self.end_save(saving.id)?;
                 Err(error)
             }
         }
     }
 
     pub(super) fn begin_save(&mut self) -> Result<Saving, ControlError> {
-        if self.saving != SavePhase::None {
-            return Err(ControlError::Failed(
-                "the guest is being saved already".into(),
-            ));
+        if self.saves.begun.len() >= FOLLOWERS_MAX {
+            let reason = format!("{FOLLOWERS_MAX} others save the guest already");
+            return Err(ControlError::Failed(reason));
         }
         let running = self.running.as_ref().ok_or(ControlError::Gone)?;
         let tracker = Arc::clone(&running.tracker);
         let standings = running.vcpus.iter().map(|v| Arc::clone(v.standing()));
         let standings = standings.collect();
         self.probe_vcpus()?;
-        tracker.start().map_err(failed)?;
-        self.saving = SavePhase::Following;
+        let writes = tracker.follow().map_err(failed)?;
+        let id = self.saves.begin(writes.clone());
         Ok(Saving {
-            tracker,
+            id,
+            tracker: writes,
             memory: Arc::clone(&self.memory),
             standings,
             hardware: self.hardware(),
@@ -120,7 +175,7 @@ impl Machine {
 
     /// Finds out what there is to save of each vCPU, which takes milliseconds the first time and
     /// for which it has to stand.
-    fn probe_vcpus(&self) -> Result<(), ControlError> {
+    pub(super) fn probe_vcpus(&self) -> Result<(), ControlError> {
         let Some(running) = &self.running else {
             return Err(ControlError::Gone);
         };
@@ -149,17 +204,32 @@ impl Machine {
         probed.map(drop).map_err(unreadable)
     }
 
-    pub(super) fn freeze(&mut self) -> Result<Frozen, ControlError> {
-        if self.saving == SavePhase::Overtaken {
-            return Err(ControlError::Overtaken);
+    /// Answers at once, or, if the guest stands for another save, after that.
+    pub(super) fn freeze(&mut self, id: SaveId, reply: Reply) {
+        if self.saving != SavePhase::None && self.saves.holder != Some(id) {
+            return self.saves.next.push_back((id, reply));
         }
-        if self.saving != SavePhase::Following {
-            return Err(ControlError::Failed(
-                "no save of the guest was begun".into(),
-            ));
+        let frozen = self.try_freeze(id).map(Box::new).map(Answer::Frozen);
+        // Whoever asked may have stopped waiting.
+        drop(reply.send(frozen));
+    }
+
+    /// Lets the guest stand for who waits for that, if it stands for nobody.
+    pub(super) fn freeze_next(&mut self) {
+        while self.saving == SavePhase::None
+            && let Some((id, reply)) = self.saves.next.pop_front()
+        {
+            self.freeze(id, reply);
+        }
+    }
+
+    fn try_freeze(&mut self, id: SaveId) -> Result<Frozen, ControlError> {
+        self.saves.find(id)?;
+        if self.saving != SavePhase::None {
+            return Err(ControlError::Failed("the guest is frozen already".into()));
         }
         let standing = self.stand();
-        self.read(standing)
+        self.read(id, standing)
     }
 
     /// Stops the guest to read its state.
@@ -183,7 +253,7 @@ impl Machine {
         }
     }
 
-    fn read(&mut self, mut standing: StoppedGuest) -> Result<Frozen, ControlError> {
+    fn read(&mut self, id: SaveId, mut standing: StoppedGuest) -> Result<Frozen, ControlError> {
         let stood = Instant::now();
         let state = self.read_state();
         standing.times.state = stood.elapsed();
@@ -199,6 +269,7 @@ impl Machine {
         };
         let StoppedGuest { began, ran, times } = standing;
         self.saving = SavePhase::Frozen { ran, goes_on: ran };
+        self.saves.holder = Some(id);
         let since = began.at;
         self.froze = Some(began);
         Ok(Frozen {
@@ -255,11 +326,13 @@ impl Machine {
         })
     }
 
-    pub(super) fn thaw(&mut self) -> Result<Answer, ControlError> {
-        let SavePhase::Frozen { goes_on, .. } = self.saving else {
-            return Err(ControlError::Failed("the guest is not frozen".into()));
+    pub(super) fn thaw(&mut self, id: SaveId) -> Result<Answer, ControlError> {
+        let goes_on = match self.saving {
+            SavePhase::Frozen { goes_on, .. } if self.saves.holder == Some(id) => goes_on,
+            _ => return Err(ControlError::Failed("the guest is not frozen".into())),
         };
-        self.saving = SavePhase::Following;
+        self.saving = SavePhase::None;
+        self.saves.holder = None;
         let began = self.froze.take().unwrap_or_else(Begin::now);
         let stand = match goes_on {
             true => self.go_on_after(|| began.end()),
@@ -272,6 +345,10 @@ impl Machine {
         let SavePhase::Frozen { ran, goes_on } = self.saving else {
             return Err(ControlError::Failed("the guest is not frozen".into()));
         };
+        if self.saves.begun.len() > 1 {
+            let reason = "the guest is saved, or protected, meanwhile: it stays here";
+            return Err(ControlError::Failed(reason.into()));
+        }
         if ran != goes_on {
             let reason = "the guest was paused or resumed meanwhile: it stays here";
             return Err(ControlError::Failed(reason.into()));
@@ -316,16 +393,19 @@ impl Machine {
         Ok(Answer::Done)
     }
 
-    pub(super) fn end_save(&mut self) -> Result<Answer, ControlError> {
-        if matches!(self.saving, SavePhase::Frozen { .. }) {
-            self.thaw()?;
+    pub(super) fn end_save(&mut self, id: SaveId) -> Result<Answer, ControlError> {
+        if self.saves.holder == Some(id) && matches!(self.saving, SavePhase::Frozen { .. }) {
+            self.thaw(id)?;
         }
-        self.saving = SavePhase::None;
+        if let Some(at) = self.saves.begun.iter().position(|save| save.id == id) {
+            let save = self.saves.begun.swap_remove(at);
+            save.writes.stop().map_err(failed)?;
+        }
+        self.saves.next.retain(|(other, _)| *other != id);
         match &self.running {
-            Some(running) => running.tracker.stop().map_err(failed)?,
-            None => return Err(ControlError::Gone),
+            Some(_) => Ok(Answer::Done),
+            None => Err(ControlError::Gone),
         }
-        Ok(Answer::Done)
     }
 }
 

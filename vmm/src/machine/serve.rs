@@ -266,9 +266,12 @@ impl Machine {
                 self.begin_frozen(reply);
                 return None;
             }
-            Command::Freeze => self.freeze().map(Box::new).map(Answer::Frozen),
-            Command::Thaw => self.thaw(),
-            Command::EndSave => self.end_save(),
+            Command::Freeze(save) => {
+                self.freeze(save, reply);
+                return None;
+            }
+            Command::Thaw(save) => self.thaw(save),
+            Command::EndSave(save) => self.end_save(save),
             Command::Release(state) => self.release(*state),
             Command::Reacquire => self.reacquire(),
             Command::Doubt => self.doubt(),
@@ -276,6 +279,8 @@ impl Machine {
                 end = Some(End::Outcome(outcome));
                 Answer::Done
             }),
+            Command::FollowCopy => self.follow_copy(),
+            Command::FollowCopyNoMore => self.follow_copy_no_more(),
             Command::Gather => self.gather(),
             Command::Replace(replacement) => self.replace(*replacement),
             Command::GoLive => self.go_live(),
@@ -286,6 +291,7 @@ impl Machine {
         };
         // Whoever asked may have stopped waiting.
         drop(reply.send(answer));
+        self.freeze_next();
         end
     }
 
@@ -358,7 +364,7 @@ impl Machine {
                 let reason = "the guest is being migrated: it goes on by itself";
                 return Err(ControlError::Failed(reason.into()));
             }
-            SavePhase::None | SavePhase::Following | SavePhase::Overtaken => {}
+            SavePhase::None => {}
         }
         self.go_on();
         Ok(Answer::Done)

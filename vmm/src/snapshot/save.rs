@@ -160,7 +160,7 @@ impl<'a> Session<'a> {
     /// # Errors
     /// When the guest cannot be stopped, was reset meanwhile, or `sink` fails.
     pub fn freeze(&mut self, sink: &mut impl PageSink) -> Result<Stopped, SnapshotError> {
-        let frozen = self.guest.freeze()?;
+        let frozen = self.guest.freeze(self.saving.id)?;
         self.frozen = true;
         if frozen.resets != self.saving.resets {
             return Err(SnapshotError::Reset);
@@ -238,7 +238,7 @@ impl<'a> Session<'a> {
     /// When the guest is not frozen, or has ended.
     pub fn thaw(&mut self) -> Result<Stand, SnapshotError> {
         self.frozen = false;
-        Ok(self.guest.thaw()?)
+        Ok(self.guest.thaw(self.saving.id)?)
     }
 
     /// Lets the guest go on, if it ran before, and ends the save.
@@ -305,9 +305,9 @@ impl<'a> Session<'a> {
             self.guest.reacquire()?;
         }
         if self.frozen {
-            self.guest.thaw()?;
+            self.guest.thaw(self.saving.id)?;
         }
-        self.guest.end_save()
+        self.guest.end_save(self.saving.id)
     }
 }
 

@@ -10,7 +10,7 @@ use proptest::test_runner::{Config, TestRunner};
 use vm_memory::{Bytes, GuestAddress};
 
 use self::guest::{Guest, Program, REGIONS, write_as_device, write_directly};
-use super::{Mechanism, PAGE_SIZE, PageSet, log, ring};
+use super::{FOLLOWERS_MAX, Follower, Mechanism, PAGE_SIZE, PageSet, log, ring};
 use crate::cpu::PlatformKind;
 
 /// Random sequences tried per mechanism.
@@ -48,13 +48,14 @@ fn kvm_with(mechanism: Mechanism) -> Option<Kvm> {
 /// The copy that someone else keeps of a guest's memory.
 struct Copy {
     regions: Vec<Vec<u8>>,
+    writes: Follower,
     dirty: PageSet,
 }
 
 impl Copy {
     /// Starts tracking and copies everything.
     fn start(guest: &Guest) -> Self {
-        guest.tracker.start().unwrap();
+        let writes = guest.tracker.follow().unwrap();
         let regions = REGIONS.map(|(start, len)| {
             let mut bytes = vec![0; len as usize];
             let at = GuestAddress(start);
@@ -63,12 +64,13 @@ impl Copy {
         });
         Self {
             regions: regions.into(),
-            dirty: guest.tracker.page_set(),
+            dirty: writes.page_set(),
+            writes,
         }
     }
 
     fn harvest(&mut self, guest: &Guest) {
-        guest.tracker.harvest(&mut self.dirty).unwrap();
+        self.writes.harvest(&mut self.dirty).unwrap();
         self.take(guest);
     }
 
@@ -90,7 +92,7 @@ impl Copy {
     /// Pauses the guest and says in which pages the copy differs.
     fn differences(&mut self, guest: &Guest) -> Vec<u64> {
         let paused = guest.pause();
-        guest.tracker.final_harvest(&mut self.dirty).unwrap();
+        self.writes.final_harvest(&mut self.dirty).unwrap();
         self.take(guest);
         let mut page = vec![0; PAGE_SIZE as usize];
         let mut differ = Vec::new();
@@ -165,7 +167,7 @@ fn check(guest: &Guest, steps: &[Step]) -> Result<(), TestCaseError> {
                 guest.resume();
             }
             Step::StartAnew(micros) => {
-                guest.tracker.stop().unwrap();
+                copy.writes.stop().unwrap();
                 std::thread::sleep(Duration::from_micros(micros));
                 copy = Copy::start(guest);
             }
@@ -237,7 +239,7 @@ fn a_guest_that_is_not_tracked_is_not_disturbed() {
             continue;
         };
         let guest = Guest::new(&kvm, mechanism, 1, EVERYWHERE);
-        guest.tracker.stop().unwrap();
+        guest.tracker.follow().unwrap().stop().unwrap();
         guest.resume();
         std::thread::sleep(Duration::from_millis(30));
         drop(guest.pause());
@@ -251,16 +253,52 @@ fn calls_out_of_order_are_errors() {
         return;
     };
     let guest = Guest::new(&kvm, Mechanism::Log, 1, EVERYWHERE);
-    let tracker = &guest.tracker;
-    let mut dirty = tracker.page_set();
-    assert!(tracker.harvest(&mut dirty).is_err());
-    assert!(tracker.final_harvest(&mut dirty).is_err());
-    tracker.start().unwrap();
-    assert!(tracker.start().is_err());
-    assert!(tracker.harvest(&mut PageSet::new(1)).is_err());
-    tracker.harvest(&mut dirty).unwrap();
-    tracker.stop().unwrap();
-    assert!(tracker.harvest(&mut dirty).is_err());
+    let all: Vec<_> = (0..FOLLOWERS_MAX)
+        .map(|_| guest.tracker.follow().unwrap())
+        .collect();
+    assert!(guest.tracker.follow().is_err());
+    let mut dirty = guest.tracker.page_set();
+    for follower in &all {
+        assert!(follower.harvest(&mut PageSet::new(1)).is_err());
+        follower.harvest(&mut dirty).unwrap();
+        follower.stop().unwrap();
+        follower.stop().unwrap();
+        assert!(follower.harvest(&mut dirty).is_err());
+        assert!(follower.final_harvest(&mut dirty).is_err());
+    }
+    guest.tracker.follow().unwrap().harvest(&mut dirty).unwrap();
+}
+
+/// Copies that begin and harvest at other times than the others each have all that was written.
+#[test]
+fn several_copies_follow_a_guest() {
+    for mechanism in [SMALL_RING, LARGE_RING, Mechanism::Log] {
+        let Some(kvm) = kvm_with(mechanism) else {
+            continue;
+        };
+        let guest = Guest::new(&kvm, mechanism, 2, EVERYWHERE);
+        let mut first = Copy::start(&guest);
+        guest.resume();
+        let mut others: Vec<Copy> = Vec::new();
+        for round in 0..12_u64 {
+            std::thread::sleep(Duration::from_micros(500));
+            write_as_device(&guest.memory, round);
+            match round % 4 {
+                0 => first.harvest(&guest),
+                1 => others.push(Copy::start(&guest)),
+                2 => others.iter_mut().for_each(|copy| copy.harvest(&guest)),
+                _ => write_directly(&guest.memory, round),
+            }
+            if round == 7 {
+                let left = others.swap_remove(0);
+                left.writes.stop().unwrap();
+            }
+        }
+        for copy in others.iter_mut().chain([&mut first]) {
+            assert_eq!(copy.differences(&guest), Vec::<u64>::new());
+            guest.resume();
+        }
+    }
 }
 
 #[test]
