@@ -15,7 +15,7 @@ use tandem_vmm::config::{
 };
 use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Handle, MachineState, Outcome, StopMode};
-use tandem_vmm::dirty::PageSet;
+use tandem_vmm::dirty::{FOLLOWERS_MAX, PageSet};
 use tandem_vmm::error::Error;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
@@ -370,17 +370,29 @@ impl Running {
 }
 
 #[test]
-fn one_save_at_a_time_and_the_guest_goes_on_after_each() {
+fn saves_freeze_a_guest_one_after_the_other_and_it_goes_on_after_each() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let bench = Bench::new();
     let guest = Running::boot(&bench.config("guest", "spin", "iters=0"));
-    let first = Session::begin(&guest.handle).unwrap();
+    let begin = |_| Session::begin(&guest.handle).unwrap();
+    let mut all: Vec<_> = (0..FOLLOWERS_MAX).map(begin).collect();
     let refused = told(&Session::begin(&guest.handle).err().unwrap());
-    assert!(refused.contains("being saved already"), "{refused}");
+    assert!(refused.contains("others save the guest"), "{refused}");
     assert_eq!(guest.state(), MachineState::Running);
-    first.finish().unwrap();
+    let mut first = all.remove(0);
+    stand(&mut first).unwrap();
+    std::thread::scope(|scope| {
+        let second = scope.spawn(|| stand(&mut all[0]).map(drop));
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!second.is_finished(), "it stands for two");
+        first.finish().unwrap();
+        second.join().unwrap().unwrap();
+    });
+    assert_eq!(guest.state(), MachineState::Paused);
+    drop(all);
+    assert_eq!(guest.state(), MachineState::Running);
     // A save that is given up lets the guest go on.
     let mut given_up = Session::begin(&guest.handle).unwrap();
     stand(&mut given_up).unwrap();
@@ -460,8 +472,6 @@ fn a_save_that_a_reset_overtakes_fails_and_the_guest_lives() {
         while guest.resets() == before {
             std::thread::yield_now();
         }
-        let other = told(&Session::begin(&guest.handle).err().unwrap());
-        assert!(other.contains("being saved already"), "{other}");
         let why = told(&stand(&mut session).unwrap_err());
         assert!(why.contains("was reset"), "{why}");
         overtaken += 1;

@@ -393,6 +393,14 @@ impl Machine {
         Ok(Answer::Done)
     }
 
+    /// Ends the save for which the guest stood: who began it left the guest to the user.
+    pub(super) fn forget_holder(&mut self) -> Result<(), ControlError> {
+        match self.saves.holder.take() {
+            Some(id) => self.end_save(id).map(drop),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn end_save(&mut self, id: SaveId) -> Result<Answer, ControlError> {
         if self.saves.holder == Some(id) && matches!(self.saving, SavePhase::Frozen { .. }) {
             self.thaw(id)?;

@@ -359,6 +359,7 @@ impl Machine {
             SavePhase::Released { doubt: true, .. } => {
                 self.reacquire()?;
                 self.saving = SavePhase::None;
+                self.forget_holder()?;
             }
             SavePhase::Released { .. } => {
                 let reason = "the guest is being migrated: it goes on by itself";

@@ -83,7 +83,6 @@ fn save_once(
     description: &str,
     copying: Copying,
 ) -> Result<Report, SnapshotError> {
-    // First of all: one save of the guest at a time, so two never write to one place.
     let (mut session, frozen) = match copying {
         Copying::WhileRunning => (Session::begin(guest)?, None),
         Copying::WhileStanding => {
@@ -200,6 +199,11 @@ impl Partial {
         partial.push(format!(".partial-{}", std::process::id()));
         let path = directory.with_file_name(partial);
         let mut unfinished = unfinished_if_it_lasts()?;
+        if unfinished.paths.contains(&path) {
+            return Err(SnapshotError::UnderWay {
+                path: directory.to_owned(),
+            });
+        }
         // Left by a process of the same number that was killed.
         drop(fs::remove_dir_all(&path));
         // Guest memory is the guest's secret.

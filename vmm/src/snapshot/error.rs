@@ -174,6 +174,12 @@ pub enum SnapshotError {
         /// The directory.
         path: PathBuf,
     },
+    /// The guest is being saved to the same directory.
+    #[error("a snapshot to `{}` is under way already", path.display())]
+    UnderWay {
+        /// The directory.
+        path: PathBuf,
+    },
     /// The running guest did not do what saving it takes.
     #[error("the guest cannot be saved")]
     Control(#[source] ControlError),

@@ -66,7 +66,7 @@ impl<'a> Session<'a> {
     /// Begins to save `guest`: its writes are followed from now on.
     ///
     /// # Errors
-    /// When it is being saved already, or its writes cannot be followed.
+    /// When too many save it already, or its writes cannot be followed.
     pub fn begin(guest: &'a Handle) -> Result<Self, SnapshotError> {
         let saving = guest.begin_save()?;
         let left = saving.tracker.page_set();
