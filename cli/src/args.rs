@@ -58,6 +58,11 @@ make hosts' keys and belongs on neither host. The files are read anew for each c
 in their place. Files that do not fit each other are not used, and those from before go on to be. With --user, \
 that user must be able to read them.";
 
+const TOP: &str = "\
+Keys: q ends; the arrows choose a guest, Enter shows its page, Esc goes back; s changes the order; ? says what \
+the figures mean. Rates are per second, between the last two samples; the curves are of the last minute. Exits are \
+those to the VMM. The use of CPUs and memory is the kernel's, from /proc.";
+
 const RUNTIME: &str = "\
 Runtime directory: each running guest has a directory of its name in $TANDEM_RUNTIME_DIR, or else \
 in /run/tandem for root and in $XDG_RUNTIME_DIR/tandem for others. It holds api.sock (HTTP), \
@@ -117,6 +122,9 @@ pub enum Verb {
         #[arg(value_parser = value::name)]
         name: String,
     },
+    /// Show what guests do, as they do it
+    #[command(after_help = TOP)]
+    Top(TopArgs),
     /// Attach to a guest's serial console
     Console {
         /// The guest
@@ -266,6 +274,20 @@ pub enum Verb {
         /// The shell
         shell: clap_complete::Shell,
     },
+}
+
+/// The flags of `tandem top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// The guest [default: all that run]
+    #[arg(value_parser = value::name)]
+    pub name: Option<String>,
+    /// Time between two samples, 100ms to 60s
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = crate::top::interval)]
+    pub interval: Duration,
+    /// Print what the guests do during one interval, and end
+    #[arg(long)]
+    pub once: bool,
 }
 
 /// What `tandem keys` can do.

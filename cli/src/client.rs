@@ -35,10 +35,12 @@ pub enum ClientError {
         source: io::Error,
     },
     /// No answer in time.
-    #[error("no answer from `{}` within {} s", path.display(), REQUEST_TIMEOUT.as_secs())]
+    #[error("no answer from `{}` within {} s", path.display(), timeout.as_secs_f32())]
     Timeout {
         /// The socket.
         path: PathBuf,
+        /// How long was waited for it.
+        timeout: Duration,
     },
     /// What came back is no answer.
     #[error("`{}` gave no proper answer: {reason}", path.display())]
@@ -56,12 +58,18 @@ pub enum ClientError {
     Setup(#[source] io::Error),
 }
 
+/// A guest's socket, for those who wait for many guests at once.
+#[derive(Clone, Debug)]
+pub struct Socket {
+    path: PathBuf,
+    timeout: Duration,
+}
+
 /// A client of one guest.
 #[derive(Debug)]
 pub struct Client {
-    path: PathBuf,
+    socket: Socket,
     runtime: tokio::runtime::Runtime,
-    timeout: Duration,
 }
 
 impl Client {
@@ -83,17 +91,15 @@ impl Client {
             .enable_time()
             .build()
             .map_err(ClientError::Setup)?;
-        Ok(Self {
-            path: path.to_owned(),
-            runtime,
-            timeout: REQUEST_TIMEOUT,
-        })
+        let socket = Socket::at(path, REQUEST_TIMEOUT);
+        Ok(Self { socket, runtime })
     }
 
     /// The same client with another limit to its patience.
     #[must_use]
-    pub fn with_timeout(self, timeout: Duration) -> Self {
-        Self { timeout, ..self }
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.socket.timeout = timeout;
+        self
     }
 
     /// What is at `path`, as it came.
@@ -101,7 +107,7 @@ impl Client {
     /// # Errors
     /// When there is no answer, or the guest refuses.
     pub fn get(&self, path: &str) -> Result<Bytes, ClientError> {
-        self.request(Method::GET, path, Bytes::new())
+        self.wait(Method::GET, path, Bytes::new())
     }
 
     /// What is at `path`, read from JSON.
@@ -109,8 +115,7 @@ impl Client {
     /// # Errors
     /// When there is no answer, it cannot be read, or the guest refuses.
     pub fn get_json<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
-        let body = self.get(path)?;
-        serde_json::from_slice(&body).map_err(|e| self.garbled(&e))
+        self.socket.read(&self.get(path)?)
     }
 
     /// Asks for what `path` stands for, with `body` as JSON.
@@ -118,8 +123,8 @@ impl Client {
     /// # Errors
     /// When there is no answer, or the guest refuses.
     pub fn post<T: Serialize>(&self, path: &str, body: &T) -> Result<Bytes, ClientError> {
-        let body = serde_json::to_vec(body).map_err(|e| self.garbled(&e))?;
-        self.request(Method::POST, path, body.into())
+        let body = serde_json::to_vec(body).map_err(|e| self.socket.garbled(&e))?;
+        self.wait(Method::POST, path, body.into())
     }
 
     /// As [`Client::post`], with the answer read from JSON.
@@ -131,8 +136,33 @@ impl Client {
         path: &str,
         body: &T,
     ) -> Result<A, ClientError> {
-        let body = self.post(path, body)?;
-        serde_json::from_slice(&body).map_err(|e| self.garbled(&e))
+        self.socket.read(&self.post(path, body)?)
+    }
+
+    fn wait(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {
+        self.runtime
+            .block_on(self.socket.request(method, path, body))
+    }
+}
+
+impl Socket {
+    /// The socket at `path`, whose guest may take `timeout` to answer.
+    pub fn at(path: &Path, timeout: Duration) -> Self {
+        let path = path.to_owned();
+        Self { path, timeout }
+    }
+
+    /// What is at `path`, read from JSON.
+    ///
+    /// # Errors
+    /// When there is no answer, it cannot be read, or the guest refuses.
+    pub async fn get_json<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        let body = self.request(Method::GET, path, Bytes::new()).await?;
+        self.read(&body)
+    }
+
+    fn read<T: DeserializeOwned>(&self, body: &[u8]) -> Result<T, ClientError> {
+        serde_json::from_slice(body).map_err(|e| self.garbled(&e))
     }
 
     fn garbled(&self, reason: &dyn std::fmt::Display) -> ClientError {
@@ -142,17 +172,21 @@ impl Client {
         }
     }
 
-    fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {
-        self.runtime.block_on(async {
-            let answer = tokio::time::timeout(self.timeout, self.exchange(method, path, body));
-            let path = self.path.clone();
-            let (status, body) = answer.await.unwrap_or(Err(ClientError::Timeout { path }))?;
-            if status.is_success() {
-                return Ok(body);
-            }
-            let error: ErrorBody = serde_json::from_slice(&body).map_err(|e| self.garbled(&e))?;
-            Err(ClientError::Refused(error.message))
-        })
+    async fn request(&self, method: Method, path: &str, body: Bytes) -> Result<Bytes, ClientError> {
+        let answer = tokio::time::timeout(self.timeout, self.exchange(method, path, body));
+        let (status, body) = answer.await.map_err(|_| self.too_late())??;
+        if status.is_success() {
+            return Ok(body);
+        }
+        let error: ErrorBody = self.read(&body)?;
+        Err(ClientError::Refused(error.message))
+    }
+
+    fn too_late(&self) -> ClientError {
+        ClientError::Timeout {
+            path: self.path.clone(),
+            timeout: self.timeout,
+        }
     }
 
     async fn exchange(

@@ -20,4 +20,5 @@ pub mod settings;
 pub mod signals;
 pub mod standby;
 pub mod terminal;
+pub mod top;
 pub mod verbs;

@@ -329,6 +329,88 @@ fn the_detach_key_leaves_the_guest_running() {
 }
 
 #[test]
+fn top_prints_once_what_guests_do() {
+    let Some(bench) = Bench::new() else { return };
+    let mut guest = bench.start("web");
+    let top = |more: &[&str]| {
+        let mut args = vec!["top", "--once", "--interval", "200ms"];
+        args.extend(more);
+        bench.output(&args)
+    };
+    let all: Value = serde_json::from_slice(&top(&["--format", "json"]).stdout).expect("JSON");
+    let web = &all[0];
+    assert_eq!(
+        (&web["name"], &web["state"]),
+        (&"web".into(), &"running".into())
+    );
+    assert_eq!(web["pid"], guest.id());
+    assert!(web["interval_ms"].as_u64().expect("a time") >= 100, "{web}");
+    assert!(web["resident_bytes"].as_u64().expect("bytes") > 0, "{web}");
+    assert!(web["exits_per_second"]["io_out"].is_number(), "{web}");
+    assert!(
+        web["vcpus"][0]["exits"]["io_out"].as_u64().expect("exits") > 0,
+        "{web}"
+    );
+    assert_eq!(web["protection"]["protected"], false);
+    let table = text(&top(&["web"]).stdout);
+    let lines: Vec<&str> = table.lines().collect();
+    assert!(lines[0].starts_with("NAME  STATE    UPTIME"), "{table}");
+    assert!(lines[1].starts_with("web   running"), "{table}");
+    signal(&guest, "TERM");
+    assert_eq!(code(&mut guest), Some(0));
+    let none = bench.output(&["top", "--once", "web"]);
+    assert_eq!(none.status.code(), Some(1), "{none:?}");
+}
+
+/// What gives the terminal back as it was taken: the other screen is left, and the cursor seen.
+fn assert_terminal_left(log: &str) {
+    let (_, shown) = log.split_once("\x1b[?1049h").expect("another screen");
+    let (shown, after) = shown.split_once("\x1b[?1049l").expect("is left");
+    assert!(shown.contains("\x1b[?25h"), "the cursor is hidden: {log:?}");
+    assert!(
+        !after.contains("\x1b[?25l"),
+        "the cursor is hidden: {log:?}"
+    );
+}
+
+#[test]
+fn top_ends_by_its_key_and_the_terminal_is_as_before() {
+    let Some(bench) = Bench::new() else { return };
+    let mut guest = bench.start("web");
+    let (before, after) = (bench.path("before"), bench.path("after"));
+    let commands = format!(
+        "stty cols 80 rows 24; stty -a > {}; $TANDEM top --interval 100ms; code=$?; stty -a > {}; exit $code",
+        before.display(),
+        after.display()
+    );
+    let log = on_a_terminal(&bench, &commands, "web: the last minute", b"\x1b[Bq");
+    assert!(log.contains("1 guest ") && log.contains("running"), "{log}");
+    assert_terminal_left(&log);
+    assert_eq!(mode(&before), mode(&after));
+    signal(&guest, "TERM");
+    assert_eq!(code(&mut guest), Some(0));
+}
+
+#[test]
+fn top_ends_by_a_signal_and_the_terminal_is_as_before() {
+    let Some(bench) = Bench::new() else { return };
+    let (before, after) = (bench.path("before"), bench.path("after"));
+    // The signal comes once the screen was drawn, which is seen by the file of what it was drawn on.
+    let commands = format!(
+        "stty cols 80 rows 24; stty -a > {0}; (until grep -q 'no guest' {2}; do sleep 0.1; done; \
+         kill -TERM $(cat {3})) & \
+         sh -c 'echo $$ > {3}; exec $TANDEM top'; code=$?; stty -a > {1}; exit $code",
+        before.display(),
+        after.display(),
+        bench.path("terminal.log").display(),
+        bench.path("pid").display()
+    );
+    let log = on_a_terminal(&bench, &commands, "no guest", b"");
+    assert_terminal_left(&log);
+    assert_eq!(mode(&before), mode(&after));
+}
+
+#[test]
 fn followed_logs_end_with_the_guest() {
     let Some(bench) = Bench::new() else { return };
     let mut guest = bench.start("web");

@@ -21,6 +21,7 @@ use crate::restore;
 use crate::run::{self, RunContext};
 use crate::runtime_dir::Root;
 use crate::standby;
+use crate::top;
 
 /// What the global flags say.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +75,7 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
         Verb::Check { file } => return show::check(&file, style),
         Verb::List => show::list(&root()?, style)?,
         Verb::Info { name } => show::info(&root()?.find(&name)?, style)?,
+        Verb::Top(args) => top::top(&root()?, &args, style.format)?,
         Verb::Metrics { name } => show::metrics(&root()?.find(&name)?)?,
         Verb::Version => show::version(style)?,
         Verb::Console { name, detach_key } => {
