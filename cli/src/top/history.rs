@@ -54,6 +54,15 @@ impl History {
             .collect()
     }
 
+    /// The most that a figure was between two samples of the minute before `now`, if it is known.
+    pub(crate) fn most(&self, now: Duration, of: impl Fn(&Totals) -> Option<f64>) -> Option<f64> {
+        let oldest = now.saturating_sub(KEPT);
+        let points = self.0.iter().filter(|point| point.until > oldest);
+        points
+            .filter_map(|point| of(&point.totals))
+            .reduce(f64::max)
+    }
+
     /// The mean between two times in seconds, each point counted by how much of it lies there.
     fn mean(&self, from: f64, until: f64, of: impl Fn(&Totals) -> Option<f64>) -> Option<f64> {
         let (mut sum, mut covered) = (0.0, 0.0);
@@ -104,14 +113,18 @@ mod tests {
         let coarse = history.columns(now, 2, exits);
         assert_eq!(coarse, [Some(4.0), Some((50.0 + 20.0) / 25.0)]);
         assert_eq!(history.columns(now, 0, exits), []);
+        assert_eq!(history.most(now, exits), Some(10.0));
+        assert_eq!(history.most(Duration::from_secs(160), exits), Some(1.0));
+        assert_eq!(history.most(Duration::from_secs(200), exits), None);
     }
 
     #[test]
     fn figures_that_are_missing_are_no_zeros() {
         let mut history = History::default();
         history.add(point(0.0, 60.0, 1.0));
-        let cpu = history.columns(KEPT, 3, |totals| totals.cpu);
-        assert_eq!(cpu, [None, None, None]);
+        let cpu = |totals: &Totals| totals.cpu;
+        assert_eq!(history.columns(KEPT, 3, cpu), [None, None, None]);
+        assert_eq!(history.most(KEPT, cpu), None);
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers};
+use ratatui::crossterm::terminal::is_raw_mode_enabled;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -42,8 +43,11 @@ impl Screen {
 impl Drop for Screen {
     fn drop(&mut self) {
         let _ = self.0.show_cursor();
+        // After a panic it was done already: once more, and the cursor would go back to above what was told.
         // A terminal that is gone cannot be restored.
-        let _ = ratatui::try_restore();
+        if is_raw_mode_enabled().unwrap_or(true) {
+            let _ = ratatui::try_restore();
+        }
     }
 }
 
@@ -232,5 +236,45 @@ mod tests {
         let mut event = KeyEvent::new(KeyCode::Char('q'), KeyModifiers::NONE);
         event.kind = KeyEventKind::Release;
         assert_eq!(key(&event), None);
+    }
+    /// What the next test runs on a terminal.
+    #[test]
+    #[ignore = "it panics, on a terminal"]
+    fn panics_on_the_screen() {
+        let mut screen = Screen::enter().expect("a terminal");
+        let drawn = screen
+            .0
+            .draw(|frame| frame.render_widget("drawn", frame.area()));
+        drawn.expect("a screen");
+        panic!("told the user");
+    }
+
+    #[test]
+    fn a_panic_is_told_once_the_terminal_is_as_before() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let log = directory.path().join("log");
+        let test = std::env::current_exe().expect("this test");
+        let commands = format!(
+            "stty cols 80 rows 24; stty -a; {} --ignored --nocapture --exact {}::panics_on_the_screen; stty -a",
+            test.display(),
+            module_path!().split_once("::").expect("a crate").1
+        );
+        let ended = std::process::Command::new("script")
+            .args(["--quiet", "--flush", "--command", &commands])
+            .arg(&log)
+            .stdin(std::process::Stdio::null())
+            .output()
+            .expect("script runs");
+        let log = std::fs::read(log).expect("what it printed");
+        let log = String::from_utf8_lossy(&log);
+        let (before, shown) = log.split_once("\x1b[?1049h").expect("another screen");
+        let (shown, after) = shown.split_once("\x1b[?1049l").expect("is left");
+        assert!(shown.contains("drawn"), "{ended:?} {log}");
+        assert!(after.contains("told the user"), "{log}");
+        assert!(!after.contains("\x1b[?1049l"), "{log:?}");
+        assert!(after.contains("\x1b[?25h"), "the cursor is hidden: {log:?}");
+        for modes in ["isig icanon", "echo echoe"] {
+            assert!(before.contains(modes) && after.contains(modes), "{log}");
+        }
     }
 }

@@ -1,6 +1,8 @@
 //! `tandem top`: what guests do, as they do it.
 //!
-//!     runtime directory, API sockets, /proc > sample > rates > model > draw > terminal
+//! ```text
+//! runtime directory, API sockets, /proc > sample > rates > model > draw > terminal
+//! ```
 //!
 //! Only `ask`, `process` and `live` touch the outside; the rest is functions of values.
 

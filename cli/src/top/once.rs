@@ -110,6 +110,8 @@ struct VcpuRecord<'a> {
 struct DeviceRecord<'a> {
     id: &'a str,
     kind: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pace: Option<&'a str>,
     counters: &'a Counters,
     per_second: PerSecond,
 }
@@ -152,6 +154,7 @@ impl<'a> DeviceRecord<'a> {
         Self {
             id: &device.id,
             kind: &device.kind,
+            pace: device.pace.as_deref(),
             counters: &device.counters,
             per_second: per_second.cloned().unwrap_or_default(),
         }

@@ -14,6 +14,9 @@ const DISK_OPS: [&str; 5] = [
     "zero_ops",
 ];
 
+/// What devices have as counters and is none: it goes up and down.
+const GAUGES: [&str; 3] = ["in_flight", "pace_waiting", "tx_held_bytes"];
+
 /// Changes per second, by the counter's name.
 pub(crate) type PerSecond = BTreeMap<String, f64>;
 
@@ -69,7 +72,9 @@ pub(crate) fn rates(before: &Sample, after: &Sample) -> Option<Rates> {
         let earlier = before.vcpus.iter().find(|v| v.index == vcpu.index);
         let exits = earlier.map(|earlier| changes(&earlier.exits, &vcpu.exits, span));
         let exits = exits.unwrap_or_default();
-        rates.vcpu_exits.insert(vcpu.index, exits.values().sum());
+        rates
+            .vcpu_exits
+            .insert(vcpu.index, sum(exits.values().copied()));
         for (kind, rate) in exits {
             *rates.exits.entry(kind).or_default() += rate;
         }
@@ -93,8 +98,16 @@ fn busy(before: Option<Duration>, after: Option<Duration>, span: Duration) -> Op
     Some(worked.as_secs_f64() / span.as_secs_f64())
 }
 
+/// As `Iterator::sum`, which makes -0 of nothing.
+fn sum(values: impl Iterator<Item = f64>) -> f64 {
+    values.fold(0.0, |sum, value| sum + value)
+}
+
 fn changes(before: &Counters, after: &Counters, span: Duration) -> PerSecond {
     let rate = |(name, after): (&String, &u64)| {
+        if GAUGES.contains(&name.as_str()) {
+            return None;
+        }
         let rate = per_second(*before.get(name)?, *after, span)?;
         Some((name.clone(), rate))
     };
@@ -125,11 +138,11 @@ impl Rates {
     pub(crate) fn totals(&self, devices: &[Device]) -> Totals {
         let of = |kind: &str, names: &[&str]| {
             let devices = devices.iter().filter(|device| device.kind == kind);
-            devices.map(|device| self.sum(&device.id, names)).sum()
+            sum(devices.map(|device| self.sum(&device.id, names)))
         };
         Totals {
-            cpu: (!self.vcpu_busy.is_empty()).then(|| self.vcpu_busy.values().sum()),
-            exits: self.exits.values().sum(),
+            cpu: (!self.vcpu_busy.is_empty()).then(|| sum(self.vcpu_busy.values().copied())),
+            exits: sum(self.exits.values().copied()),
             disk_ops: of("block", &DISK_OPS),
             disk_bytes: of("block", &["read_bytes", "write_bytes"]),
             net_frames: of("net", &["rx_frames", "tx_frames"]),
@@ -140,8 +153,7 @@ impl Rates {
 
     /// What the counters `names` of a device changed together.
     pub(crate) fn sum(&self, device: &str, names: &[&str]) -> f64 {
-        let of = |name: &&str| self.of(device, name).unwrap_or(0.0);
-        names.iter().map(of).sum()
+        sum(names.iter().filter_map(|name| self.of(device, name)))
     }
 
     /// What a device's counter changed.

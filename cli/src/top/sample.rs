@@ -45,6 +45,8 @@ pub(crate) struct Device {
     pub(crate) id: String,
     /// Kind of device, such as `block`.
     pub(crate) kind: String,
+    /// How it is paced, if it is.
+    pub(crate) pace: Option<String>,
     /// Counters by name; those that the VMM has in objects of their own are named by their path.
     pub(crate) counters: Counters,
 }
@@ -78,6 +80,8 @@ struct DeviceSaid {
     id: String,
     #[serde(default)]
     kind: String,
+    #[serde(default)]
+    pace: Option<String>,
     #[serde(default)]
     counters: Counters,
     #[serde(flatten)]
@@ -147,6 +151,7 @@ impl From<DeviceSaid> for Device {
         Self {
             id: said.id,
             kind: said.kind,
+            pace: said.pace,
             counters,
         }
     }
@@ -189,7 +194,8 @@ mod tests {
                 {"id": "gone", "pacing": {"mature": 1}},
             ]}),
             json!({"state": "paused", "uptime_ms": 5, "start_us": 1, "resets": 0, "vcpus": [], "devices": [
-                {"id": "root", "kind": "block", "counters": {"read_ops": 9}, "waiting": 2},
+                {"id": "root", "kind": "block", "counters": {"read_ops": 9}, "waiting": 2,
+                 "pace": "hdd"},
             ]}),
         );
         let counters = [
@@ -201,6 +207,7 @@ mod tests {
         let root = Device {
             id: "root".into(),
             kind: "block".into(),
+            pace: Some("hdd".into()),
             counters: counters.map(|(k, v)| (k.to_owned(), v)).into(),
         };
         assert_eq!(sample.devices, [root]);

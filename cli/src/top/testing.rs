@@ -57,6 +57,7 @@ pub(super) fn busy_sample(at_ms: u64, count: u64) -> Sample {
     let device = |id: &str, kind: &str, counters| Device {
         id: id.into(),
         kind: kind.into(),
+        pace: None,
         counters,
     };
     sample.devices = vec![device("root", "block", disk), device("net0", "net", net)];

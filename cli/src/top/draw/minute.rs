@@ -79,7 +79,8 @@ fn draw_curve(guest: &Guest, now: Duration, curve: &Curve, frame: &mut Frame<'_>
     let rows = [Constraint::Length(2), Constraint::Fill(1)];
     let [head, body] = Layout::vertical(rows).areas(area);
     let values = guest.history.columns(now, body.width.into(), curve.of);
-    let most = values.iter().copied().flatten().reduce(f64::max);
+    // A column is the mean of some samples: its height is no more than the most that was seen.
+    let most = guest.history.most(now, curve.of);
     let latest = guest.totals().and_then(|totals| (curve.of)(&totals));
     let (latest, top) = ((curve.text)(latest), (curve.text)(most));
     let lines = vec![

@@ -1,8 +1,10 @@
 //! The screen as a function of what is known. Pure: it asks nobody, neither for time nor for guests.
 
+mod bar;
 mod help;
 pub(in crate::top) mod list;
 mod minute;
+mod pacing;
 mod page;
 
 use ratatui::Frame;

@@ -9,6 +9,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::Paragraph;
 use tandem_ft::runtime::status::{Percentiles, Role, Status};
 
+use super::{bar, pacing};
 use crate::output::{self, Table};
 use crate::settings::value;
 use crate::top::figures::{self, UNKNOWN, count, rate};
@@ -18,10 +19,6 @@ use crate::top::sample::{Device, Sample};
 
 /// Width of the sections' names.
 const LABEL: usize = 12;
-/// Longest bar, in columns.
-const BAR_MAX: usize = 30;
-/// Parts of a column that a bar can end in.
-const EIGHTHS: [&str; 8] = ["", "▏", "▎", "▍", "▌", "▋", "▊", "▉"];
 
 /// Counters of every device that are not worth a place.
 const DULL: [&str; 2] = ["kicks", "events"];
@@ -79,6 +76,7 @@ fn lines(guest: &Guest, width: usize) -> Vec<Line<'static>> {
     page.section("exits/s", exit_lines(rates, room));
     page.section("disks", disk_lines(sample, rates, room));
     page.section("network", net_lines(sample, rates, room));
+    page.section("pacing", pacing::lines(sample, rates, room));
     page.section("others", other_lines(sample, rates, room));
     page.section("protection", protection_lines(&sample.protection, rates));
     page.0
@@ -143,12 +141,12 @@ fn vcpu_lines(sample: &Sample, rates: Option<&Rates>, room: usize) -> Vec<Line<'
             figures::percent(busy),
             rate(exits)
         );
-        bar_line(text, busy.unwrap_or(0.0), room)
+        bar::line(text, busy.unwrap_or(0.0), room)
     });
     let mut lines: Vec<_> = vcpus.collect();
     let busy = rates.and_then(|rates| rates.vmm_busy);
     let text = format!("{:<4}{:>5} % {:15}", "VMM", figures::percent(busy), "");
-    lines.push(bar_line(text, busy.unwrap_or(0.0), room));
+    lines.push(bar::line(text, busy.unwrap_or(0.0), room));
     lines
 }
 
@@ -165,20 +163,9 @@ fn exit_lines(rates: Option<&Rates>, room: usize) -> Vec<Line<'static>> {
         .fold(0.0, |most: f64, (_, rate)| most.max(**rate));
     let line = |(kind, rate): (&String, &f64)| {
         let text = format!("{kind:<16}{:>5}  ", count(*rate));
-        bar_line(text, rate / most, room)
+        bar::line(text, rate / most, room)
     };
     kinds.into_iter().map(line).collect()
-}
-
-/// `text` and a bar that is full at `share` 1.
-fn bar_line(text: String, share: f64, room: usize) -> Line<'static> {
-    let most = room.saturating_sub(text.chars().count()).min(BAR_MAX);
-    Line::from(vec![Span::from(text), Span::from(bar(share, most)).cyan()])
-}
-
-fn bar(share: f64, most: usize) -> String {
-    let eighths = (share.clamp(0.0, 1.0) * most as f64 * 8.0).round() as usize;
-    "█".repeat(eighths / 8) + EIGHTHS[eighths % 8]
 }
 
 fn disk_lines(sample: &Sample, rates: Option<&Rates>, room: usize) -> Vec<Line<'static>> {
@@ -275,7 +262,8 @@ fn more_lines(
 /// Figures of a device that this program does not know, such as those of a newer VMM, if there is one that is not 0,
 /// and the rare ones that are not.
 fn more_words(device: &Device, shown: &[&str], rates: Option<&Rates>) -> Vec<String> {
-    let known = |name: &str| shown.contains(&name) || DULL.contains(&name);
+    let known =
+        |name: &str| shown.contains(&name) || DULL.contains(&name) || pacing::is_pacing(name);
     let rare = |name: &str| RARE.contains(&name);
     let all = &device.counters;
     let any = all
@@ -295,7 +283,8 @@ fn other_lines(sample: &Sample, rates: Option<&Rates>, room: usize) -> Vec<Line<
         .iter()
         .filter(|d| d.kind != "block" && d.kind != "net");
     let lines = others.flat_map(|device| {
-        let wanted = |name: &str, value: u64| value > 0 && !DULL.contains(&name);
+        let wanted =
+            |name: &str, value: u64| value > 0 && !DULL.contains(&name) && !pacing::is_pacing(name);
         let counters = device
             .counters
             .iter()

@@ -102,24 +102,30 @@ fn the_page_of_a_guest_with_devices_of_all_kinds() {
         let exits = counters([("io_in", 7)]);
         sample.vcpus.push(VcpuStats { index: 1, exits });
         let pacing = [
-            ("early_halted", count / 2),
-            ("early_kick", 0),
-            ("immediate", 3),
-            ("mature", count / 3),
-            ("time_saved_us", count * 4_000),
+            ("pace_back_offs", 2),
+            ("pace_early_halted", count / 2),
+            ("pace_early_kick", 0),
+            ("pace_immediate", 3),
+            ("pace_mature", count / 3),
+            ("pace_saved_us", count * 400),
+            ("pace_waiting", 1),
         ];
-        let disk = &mut sample.devices[0].counters;
-        disk.extend(counters(pacing));
-        disk.insert("zero_ops".into(), 2);
+        let disk = &mut sample.devices[0];
+        disk.pace = Some("hdd".into());
+        disk.counters.extend(counters(pacing));
+        disk.counters.insert("zero_ops".into(), 2);
+        // Of a newer VMM.
+        disk.counters.insert("merged_ops".into(), count);
         let serial = counters([("rx_bytes", 0), ("tx_bytes", count * 10)]);
         sample.devices.push(Device {
             id: "serial".into(),
             kind: "serial".into(),
+            pace: None,
             counters: serial,
         });
         sample
     });
-    insta::assert_snapshot!(screen(&model, 80, 36).0);
+    insta::assert_snapshot!(screen(&model, 80, 40).0);
 }
 
 #[test]
