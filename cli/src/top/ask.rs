@@ -93,7 +93,7 @@ mod tests {
         }
         let waited = inquirer.now();
         assert!(waited >= 2 * ANSWER_TIMEOUT, "all were asked at once");
-        assert!(waited < 10 * ANSWER_TIMEOUT, "{waited:?}");
+        assert!(waited < 60 * ANSWER_TIMEOUT, "{waited:?}");
     }
 
     #[tokio::test]

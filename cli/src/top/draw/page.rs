@@ -20,6 +20,9 @@ use crate::top::sample::{Device, Sample};
 /// Width of the sections' names.
 const LABEL: usize = 12;
 
+/// Space between two figures in a line.
+const GAP: &str = "  ";
+
 /// Counters of every device that are not worth a place.
 const DULL: [&str; 2] = ["kicks", "events"];
 /// Counters of disks and cards that are named only when there is something to say.
@@ -67,7 +70,7 @@ pub(super) fn draw(guest: &Guest, from: usize, frame: &mut Frame<'_>, area: Rect
 fn lines(guest: &Guest, width: usize) -> Vec<Line<'static>> {
     let room = width.saturating_sub(LABEL);
     let mut page = Page::default();
-    page.section("guest", guest_lines(guest));
+    page.section("guest", guest_lines(guest, room));
     let Some(sample) = &guest.last else {
         return page.0;
     };
@@ -78,7 +81,8 @@ fn lines(guest: &Guest, width: usize) -> Vec<Line<'static>> {
     page.section("network", net_lines(sample, rates, room));
     page.section("pacing", pacing::lines(sample, rates, room));
     page.section("others", other_lines(sample, rates, room));
-    page.section("protection", protection_lines(&sample.protection, rates));
+    let protection = protection_lines(&sample.protection, rates, room);
+    page.section("protection", protection);
     page.0
 }
 
@@ -103,7 +107,7 @@ impl Page {
     }
 }
 
-fn guest_lines(guest: &Guest) -> Vec<Line<'static>> {
+fn guest_lines(guest: &Guest, room: usize) -> Vec<Line<'static>> {
     let mut lines = Vec::new();
     let mut state = format!("{}: {}", guest.name, guest.state_word());
     if let Some(sample) = &guest.last {
@@ -118,15 +122,18 @@ fn guest_lines(guest: &Guest) -> Vec<Line<'static>> {
     }
     lines.push(Line::from(state));
     if let Contact::Silent(reason) = &guest.contact {
-        lines.push(Line::from(reason.clone()).red());
+        lines.extend(text_lines(reason, room).map(Stylize::red));
     }
     if let Some(sample) = &guest.last {
         let resident = sample.usage.resident.map(figures::memory);
         let resident = resident.unwrap_or(UNKNOWN.to_owned());
         let memory = value::size(sample.memory);
-        lines.push(Line::from(format!(
-            "{memory} of memory; {resident} in RAM, with its VMM"
-        )));
+        let mut text = format!("{memory} of memory; {resident} in RAM, with its VMM");
+        let protection = sample.protection.protection_memory_bytes;
+        if protection > 0 {
+            let _ = write!(text, "; {} for protection", figures::memory(protection));
+        }
+        lines.extend(text_lines(&text, room));
     }
     lines
 }
@@ -251,7 +258,7 @@ fn more_lines(
         let mut words = vec![format!("{}:", device.id)];
         words.extend(more_words(device, shown, rates));
         if words.len() > 1 {
-            wrapped(&words, room)
+            wrapped(&words, GAP, room)
         } else {
             Vec::new()
         }
@@ -292,7 +299,7 @@ fn other_lines(sample: &Sample, rates: Option<&Rates>, room: usize) -> Vec<Line<
         let mut words = vec![format!("{}:", device.id)];
         words.extend(counters.map(|(name, value)| counter_text(device, name, *value, rates)));
         if words.len() > 1 {
-            wrapped(&words, room)
+            wrapped(&words, GAP, room)
         } else {
             Vec::new()
         }
@@ -306,13 +313,19 @@ fn counter_text(device: &Device, name: &str, value: u64, rates: Option<&Rates>) 
     format!("{name} {} ({rate}/s)", count(value as f64))
 }
 
-/// `words` in lines of at most `room` columns, as far as they can be.
-fn wrapped(words: &[String], room: usize) -> Vec<Line<'static>> {
+/// A sentence in lines of at most `room` columns, as far as its words allow.
+fn text_lines(text: &str, room: usize) -> impl Iterator<Item = Line<'static>> {
+    let words: Vec<String> = text.split_whitespace().map(str::to_owned).collect();
+    wrapped(&words, " ", room).into_iter()
+}
+
+/// `words` with `gap` between them in lines of at most `room` columns, as far as they can be.
+fn wrapped(words: &[String], gap: &str, room: usize) -> Vec<Line<'static>> {
     let mut lines: Vec<String> = Vec::new();
     for word in words {
         match lines.last_mut() {
-            Some(line) if line.chars().count() + 2 + word.chars().count() <= room => {
-                line.push_str("  ");
+            Some(line) if line.chars().count() + gap.len() + word.chars().count() <= room => {
+                line.push_str(gap);
                 line.push_str(word);
             }
             _ => lines.push(word.clone()),
@@ -321,28 +334,26 @@ fn wrapped(words: &[String], room: usize) -> Vec<Line<'static>> {
     lines.into_iter().map(Line::from).collect()
 }
 
-fn protection_lines(status: &Status, rates: Option<&Rates>) -> Vec<Line<'static>> {
+fn protection_lines(status: &Status, rates: Option<&Rates>, room: usize) -> Vec<Line<'static>> {
     let role = match status.role {
         Role::Primary => "primary",
         Role::Secondary => "secondary",
     };
-    let (word, colour) = if status.protected {
+    let (word, style) = if status.protected {
         ("protected", Style::new().green())
     } else {
         ("not protected", Style::new().yellow())
     };
-    let first = vec![
-        Span::from(format!("{role}, ")),
-        Span::styled(word, colour),
-        Span::from(format!(": {}", status.reason)),
-    ];
-    let mut lines = vec![Line::from(first)];
+    let how = format!("{role}, {word}: {}", status.reason);
+    let mut lines: Vec<_> = text_lines(&how, room)
+        .map(|line| line.style(style))
+        .collect();
     // Nobody ever asked for it.
     if status.term == 0 && status.peer.is_none() && status.looking_at.is_none() {
         return lines;
     }
-    lines.push(Line::from(peer_text(status)));
-    lines.push(Line::from(output_text(status, rates)));
+    lines.extend(text_lines(&peer_text(status), room));
+    lines.extend(text_lines(&output_text(status, rates), room));
     let times = [
         ("pause", &status.pause_us),
         ("added latency", &status.added_latency_us),
@@ -383,8 +394,6 @@ fn output_text(status: &Status, rates: Option<&Rates>) -> String {
         // Writing to a string cannot fail.
         let _ = write!(text, ", last: {reason}");
     }
-    let memory = figures::memory(status.protection_memory_bytes);
-    let _ = write!(text, ", memory {memory}");
     text
 }
 

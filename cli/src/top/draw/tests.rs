@@ -143,6 +143,23 @@ fn the_page_of_a_guest_that_is_silent() {
 }
 
 #[test]
+fn long_reasons_are_wrapped() {
+    let mut model = model(Some("web"));
+    run(&mut model, "web", |at, count| {
+        let mut sample = protected_sample(at, count);
+        let status = &mut sample.protection;
+        status.protected = false;
+        status.reason =
+            "no secondary: cannot connect to 10.0.0.2:7000: no route to host (os error 113)".into();
+        status.peer = None;
+        status.looking_at = Some("10.0.0.2:7000".into());
+        status.next_try_ms = Some(516);
+        sample
+    });
+    insta::assert_snapshot!(screen(&model, 80, 36).0);
+}
+
+#[test]
 fn the_help_fits_on_the_smallest_usual_terminal() {
     let mut model = some_guests();
     model.press(Key::Help);
