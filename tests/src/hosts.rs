@@ -189,20 +189,24 @@ impl Hosts {
 
     /// The host on which the guest is, by what its own VMM says, and that.
     pub fn owner(&mut self) -> Option<(usize, Value)> {
-        self.whose_role_is("primary")
+        self.said().find(|(_, status)| status["role"] == "primary")
     }
 
-    /// The host on which the guest's copy is, by what that says, and that.
-    pub fn copy(&mut self) -> Option<(usize, Value)> {
-        self.whose_role_is("secondary")
+    /// The host on which the copy of the guest under `term` is, by what that says.
+    pub fn copy_under(&mut self, term: u64) -> Option<usize> {
+        let mut said = self.said();
+        let copy = said.find(|(_, status)| {
+            status["role"] == "secondary" && status["term"].as_u64() == Some(term)
+        });
+        copy.map(|(host, _)| host)
     }
 
-    fn whose_role_is(&mut self, role: &str) -> Option<(usize, Value)> {
+    /// What each VMM of the guest says.
+    fn said(&self) -> impl Iterator<Item = (usize, Value)> {
         let running = self.running.iter().enumerate();
-        let mut said = running
+        running
             .filter(|(host, _)| !self.frozen.contains(host))
-            .filter_map(|(host, guest)| Some((host, guest.as_ref()?.protection()?)));
-        said.find(|(_, status)| status["role"] == role)
+            .filter_map(|(host, guest)| Some((host, guest.as_ref()?.protection()?)))
     }
 
     /// Waits until the guest is on a host and its status is as `wanted`.

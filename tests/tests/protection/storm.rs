@@ -210,7 +210,9 @@ impl Storm {
     fn strike(&mut self, fault: Fault) {
         std::thread::sleep(self.chance.part_of(PAUSE));
         let (owner, status) = self.hosts.wait_owner(|status| status["protected"] == true);
-        let Some((copy, _)) = self.hosts.copy() else {
+        // One that was left over may not have ended yet.
+        let copy = self.hosts.copy_under(term(&status));
+        let Some(copy) = copy else {
             self.missed += 1;
             return;
         };
