@@ -115,6 +115,8 @@ pub enum Command {
     Resume,
     /// End the guest.
     Stop(StopMode),
+    /// End the run now, since the guest goes on elsewhere.
+    GiveUp,
     /// Report state and counters.
     Stats,
     /// Add a client to the serial console: it gets the recent output and all further output, and
@@ -335,6 +337,14 @@ impl Handle {
     /// As [`Handle::request`].
     pub fn stop(&self, mode: StopMode) -> Result<(), ControlError> {
         self.request(Command::Stop(mode)).map(drop)
+    }
+
+    /// Ends the run at once, for a guest that another process has.
+    ///
+    /// # Errors
+    /// As [`Handle::request`].
+    pub fn give_up(&self) -> Result<(), ControlError> {
+        self.request(Command::GiveUp).map(drop)
     }
 
     /// State and counters.

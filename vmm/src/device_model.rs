@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tandem_devices::event::Poller;
@@ -186,8 +187,8 @@ pub struct DeviceModel {
     epoll: Arc<Epoll>,
     again: Vec<(usize, u32)>,
     timers: Timers,
-    /// The guest does not run: devices are left as they are.
-    stands: bool,
+    /// The guest does not run: devices are left as they are. Others look at it without the lock of all this.
+    stands: Arc<AtomicBool>,
 }
 
 impl DeviceModel {
@@ -209,7 +210,7 @@ impl DeviceModel {
             epoll,
             again: Vec::new(),
             timers,
-            stands: true,
+            stands: Arc::new(AtomicBool::new(true)),
         })
     }
 
@@ -331,12 +332,17 @@ impl DeviceModel {
 
     /// Whether the guest stands, so that nobody but the device loop may call devices.
     pub fn stands(&self) -> bool {
-        self.stands
+        self.stands.load(Ordering::SeqCst)
+    }
+
+    /// The same for who cannot wait for the device loop, which may wait for requests to disks.
+    pub fn watch_stands(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stands)
     }
 
     /// From now on the guest stands, or runs.
     pub fn set_stands(&mut self, stands: bool) {
-        self.stands = stands;
+        self.stands.store(stands, Ordering::SeqCst);
     }
 
     /// The slot of network device `index`.

@@ -16,6 +16,7 @@ mod restore;
 mod saving;
 mod serve;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -113,6 +114,8 @@ struct Running {
 
 /// What vCPU threads and the device loop share.
 pub(crate) struct Shared {
+    /// The guest does not run: the lock of its devices may be held for as long as a disk takes.
+    stands: Arc<AtomicBool>,
     model: Mutex<DeviceModel>,
     ends: Mutex<Vec<VcpuEnd>>,
     wake: Arc<EventFd>,
@@ -173,6 +176,7 @@ impl Machine {
         };
         let (model, connections, port) = build::devices(&config, resources, &host)?;
         let shared = Arc::new(Shared {
+            stands: model.watch_stands(),
             model: Mutex::new(model),
             ends: Mutex::new(Vec::new()),
             wake: Arc::clone(&wake),
@@ -306,6 +310,10 @@ impl Shared {
 
 impl Caller for Shared {
     fn call_net(&self, index: usize, token: u32) -> bool {
+        // Who calls may have a peer to answer, and cannot wait for a disk.
+        if self.stands.load(Ordering::SeqCst) {
+            return false;
+        }
         let mut model = self.model();
         let slot = model.net_slot(index).filter(|_| !model.stands());
         let Some(slot) = slot else {

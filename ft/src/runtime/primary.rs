@@ -19,7 +19,9 @@ use super::{Pair, lock};
 use crate::arbiter::Term;
 use crate::detector::Scheduling;
 use crate::link::{Kind, Message, MessageError};
-use crate::pair::{self, Action, Actions, Cause, Epoch, Notice, PrimaryEvent, PrimaryState};
+use crate::pair::{
+    self, Action, Actions, Cause, Ending, Epoch, Notice, PrimaryEvent, PrimaryState,
+};
 
 /// How often a thread that waits looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
@@ -133,11 +135,17 @@ impl Core {
                 }
                 Action::TellTerm(term) => self.pair.outbox().tell(Kind::Term, 0, term.0),
                 Action::Ask(term) => self.ask(term),
-                Action::End(_) => {
+                Action::End(ending) => {
                     self.pair.let_disks_go();
                     self.order(Order::Alone);
                     // It may have ended by itself.
-                    drop(self.handle.stop(StopMode::Force));
+                    drop(match &ending {
+                        Ending::Fenced(tenure) => {
+                            tracing::warn!(owner = %tenure, "another host has the guest: it ends here");
+                            self.handle.give_up()
+                        }
+                        _ => self.handle.stop(StopMode::Force),
+                    });
                 }
                 Action::Report(notice) => self.report(&notice),
                 Action::Answer(_)

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tandem_vmm::confinement::Entry;
-use tandem_vmm::control::{Handle, StopMode};
+use tandem_vmm::control::Handle;
 use tandem_vmm::error::causes;
 
 use super::asking::Claims;
@@ -296,9 +296,7 @@ impl Desk {
             "failing-over",
             format!("the secondary at {peer} is to take over"),
         );
-        self.handle
-            .stop(StopMode::Force)
-            .map_err(|error| error.to_string())?;
+        self.handle.give_up().map_err(|error| error.to_string())?;
         Ok(peer)
     }
 }

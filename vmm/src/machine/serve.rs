@@ -284,6 +284,10 @@ impl Machine {
             Command::Gather => self.gather(),
             Command::Replace(replacement) => self.replace(*replacement),
             Command::GoLive => self.go_live(),
+            Command::GiveUp => {
+                end = Some(End::Outcome(Outcome::Left));
+                Ok(Answer::Done)
+            }
             Command::Stop(StopMode::Force) => {
                 end = Some(End::Outcome(Outcome::Stopped));
                 Ok(Answer::Done)
