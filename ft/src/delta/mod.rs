@@ -45,12 +45,12 @@
 
 mod decoder;
 mod encoder;
-mod runs;
+pub mod runs;
 mod sender;
 mod sent;
 #[cfg(test)]
 mod tests;
-mod varint;
+pub mod varint;
 pub mod wanted;
 
 pub use decoder::{Target, apply, take};

@@ -64,7 +64,7 @@ fn run(old: &Page, new: &Page, start: usize) -> Range<usize> {
 
 /// Adds the runs that make `new` of `old` to `bytes`. False if they have more than `max` bytes: then some
 /// are missing.
-pub(super) fn put(old: &Page, new: &Page, bytes: &mut Vec<u8>, max: usize) -> bool {
+pub fn put(old: &Page, new: &Page, bytes: &mut Vec<u8>, max: usize) -> bool {
     let begin = bytes.len();
     let mut equal_from = 0;
     loop {
@@ -84,14 +84,16 @@ pub(super) fn put(old: &Page, new: &Page, bytes: &mut Vec<u8>, max: usize) -> bo
 }
 
 /// A run: where in its page, and what is there.
-pub(super) struct Run<'a> {
-    pub(super) offset: usize,
-    pub(super) bytes: &'a [u8],
+pub struct Run<'a> {
+    /// Its first byte in the page.
+    pub offset: usize,
+    /// What is there; at least one byte, and none behind the page's end.
+    pub bytes: &'a [u8],
 }
 
 /// Takes the run behind byte `end` of a page from the front of `bytes`; nothing if there is none, or it does
 /// not fit into the page.
-pub(super) fn take<'a>(bytes: &mut &'a [u8], end: usize) -> Option<Run<'a>> {
+pub fn take<'a>(bytes: &mut &'a [u8], end: usize) -> Option<Run<'a>> {
     let equal = usize::try_from(varint::take(bytes)?).ok()?;
     let length = usize::try_from(varint::take(bytes)?).ok()?;
     let offset = end.checked_add(equal)?;

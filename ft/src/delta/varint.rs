@@ -6,7 +6,7 @@ const BITS: u32 = 7;
 const MORE: u8 = 1 << BITS;
 
 /// Adds `number` to `bytes`.
-pub(super) fn put(bytes: &mut Vec<u8>, mut number: u64) {
+pub fn put(bytes: &mut Vec<u8>, mut number: u64) {
     while number >= u64::from(MORE) {
         bytes.push(number as u8 | MORE);
         number >>= BITS;
@@ -15,7 +15,7 @@ pub(super) fn put(bytes: &mut Vec<u8>, mut number: u64) {
 }
 
 /// Takes a number from the front of `bytes`; nothing if there is none.
-pub(super) fn take(bytes: &mut &[u8]) -> Option<u64> {
+pub fn take(bytes: &mut &[u8]) -> Option<u64> {
     let mut number = 0;
     for shift in (0..u64::BITS).step_by(BITS as usize) {
         let byte = *bytes.split_off_first()?;
