@@ -11,6 +11,7 @@ const LAYERS: &[&[&str]] = &[
     &["tandem-devices"],
     &["tandem-vmm"],
     &["tandem-ft"],
+    &["tandem-store"],
     &["tandem-cluster"],
     &["tandem"],
     &["tandem-fuzz", "tandem-tests", "xtask"],
