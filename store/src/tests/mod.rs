@@ -4,9 +4,14 @@ mod contract;
 mod damage;
 mod disk;
 mod faults;
+mod golden;
 mod guests;
 mod owners;
+mod plain;
 mod pruning;
 mod roundtrip;
+#[cfg(feature = "s3")]
+mod s3;
+mod uploads;
 
 pub(super) use guests::*;
