@@ -10,6 +10,7 @@
 pub mod event;
 pub mod interrupt;
 pub mod legacy;
+pub mod pace;
 pub mod state;
 pub mod virtio;
 
