@@ -128,9 +128,9 @@ pub const PROFILES: [Profile; 4] = [
     Profile {
         name: "nvme",
         model: NominalModel {
-            latency: Duration::from_micros(10),
-            bytes_per_second: 3_200_000_000,
-            completions_per_second: 600_000,
+            latency: Duration::from_micros(5),
+            bytes_per_second: 7_200_000_000,
+            completions_per_second: 1_500_000,
             coalesce: true,
             ..TIMELESS
         },
@@ -194,10 +194,10 @@ mod tests {
         let nvme = profile("nvme");
         assert_eq!(
             nvme.occupied(&at(0, 512), 0, SPAN),
-            Duration::from_nanos(1_666)
+            Duration::from_nanos(666)
         );
         assert_eq!(
-            nvme.occupied(&at(0, 3_200_000), 0, SPAN),
+            nvme.occupied(&at(0, 7_200_000), 0, SPAN),
             Duration::from_millis(1)
         );
         let nic = profile("nic-1g");

@@ -134,7 +134,7 @@ fn no_more_waits_than_the_queue_holds() {
 }
 
 /// One step of a random schedule.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 enum Act {
     /// The device takes a request for this place.
     Begin(u64),

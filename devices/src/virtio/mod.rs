@@ -22,9 +22,11 @@ pub mod vsock;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::GuestMemory;
 use crate::event::Poller;
+use crate::pace::{Entries, Work};
 use crate::state::{DeviceState, RestoreError, SaveError};
 use queue::VirtQueue;
 
@@ -109,6 +111,8 @@ pub struct Context<'a> {
     pub queues: &'a mut [VirtQueue],
     /// The device loop.
     pub poller: &'a mut dyn Poller,
+    /// Paces completions, if the device's are.
+    pub pacing: Option<&'a mut transport::pacing::Pacing>,
 }
 
 impl Context<'_> {
@@ -144,6 +148,48 @@ impl Context<'_> {
         self.queues[queue]
             .complete_together(self.mem, requests)
             .map_err(|reason| DeviceFault::Queue { queue, reason })
+    }
+
+    /// The device begins with a request of `queue`; when, for [`Context::finish`].
+    pub fn begin(&mut self, queue: usize) -> Duration {
+        match &mut self.pacing {
+            None => Duration::ZERO,
+            Some(pacing) => pacing.begin(queue),
+        }
+    }
+
+    /// Returns a request that is done to the driver, once the pace allows it.
+    ///
+    /// # Errors
+    /// When the used ring cannot be written, or the driver has more outstanding than the queue holds.
+    pub fn finish(
+        &mut self,
+        queue: usize,
+        head: u16,
+        written: u32,
+        work: Work,
+    ) -> Result<(), DeviceFault> {
+        if self.pacing.is_none() {
+            return self.complete(queue, head, written);
+        }
+        self.finish_together(queue, &[(head, written)], work)
+    }
+
+    /// Returns several requests that are done, as [`Context::complete_together`] does, once the pace allows it.
+    ///
+    /// # Errors
+    /// As [`Context::finish`].
+    pub fn finish_together(
+        &mut self,
+        queue: usize,
+        requests: &[(u16, u32)],
+        work: Work,
+    ) -> Result<(), DeviceFault> {
+        let Some(pacing) = &mut self.pacing else {
+            return self.complete_together(queue, requests);
+        };
+        let entries = Entries::from_slice(requests);
+        pacing.complete(queue, &mut self.queues[queue], self.mem, entries, work)
     }
 
     /// Asks the driver not to kick while the device looks at the queue anyway.
@@ -229,6 +275,12 @@ pub trait VirtioDevice: Send {
     /// Whether the configuration space changed since the last call; the driver is told.
     fn take_config_change(&mut self) -> bool {
         false
+    }
+
+    /// Bytes of the medium on which the device's work has its places, if its completions can be paced
+    /// (1 if the work has none); a device that says so gives requests back by [`Context::finish`].
+    fn paced_span(&self) -> Option<u64> {
+        None
     }
 
     /// Back to power-on: no request in flight when this returns, nothing watched that is not also

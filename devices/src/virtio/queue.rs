@@ -127,6 +127,16 @@ impl VirtQueue {
         self.queue.size()
     }
 
+    /// Largest size that the device offers.
+    pub fn max_size(&self) -> u16 {
+        self.queue.max_size()
+    }
+
+    /// Whether entries were used since the driver was last considered for an interrupt.
+    pub(super) fn has_unannounced(&self) -> bool {
+        self.completed
+    }
+
     /// Whether all rings are in guest memory, aligned, and of an allowed size.
     pub fn is_valid(&self, mem: &GuestMemory) -> bool {
         self.refused == 0 && self.queue.is_valid(mem)
@@ -308,6 +318,39 @@ impl VirtQueue {
         };
         let unseen = self.queue.next_used().wrapping_sub(answered);
         Ok(unseen <= self.queue.size() && self.used_event(mem)? == answered)
+    }
+
+    /// Whether the driver would want an interrupt for `count` more completions.
+    ///
+    /// # Errors
+    /// When the ring cannot be read.
+    pub(super) fn would_interrupt(
+        &self,
+        mem: &GuestMemory,
+        count: u16,
+    ) -> Result<bool, QueueError> {
+        if !self.queue.event_idx_enabled() {
+            return Ok(!self.interrupts_unwanted(mem)?);
+        }
+        let away = self.used_event(mem)?.wrapping_sub(self.announced);
+        Ok(away
+            < self
+                .queue
+                .next_used()
+                .wrapping_sub(self.announced)
+                .wrapping_add(count))
+    }
+
+    /// What the driver shows of what it did: its available index, and the used event if it states one.
+    ///
+    /// # Errors
+    /// When the ring cannot be read.
+    pub(super) fn driver_shows(&self, mem: &GuestMemory) -> Result<(u16, Option<u16>), QueueError> {
+        let available = self.queue.avail_idx(mem, Ordering::Acquire);
+        let available = available.map_err(|_| QueueError::Invalid)?.0;
+        let states = self.queue.event_idx_enabled();
+        let event = states.then(|| self.used_event(mem)).transpose()?;
+        Ok((available, event))
     }
 
     /// The used index after which the driver wants an interrupt, `used_event` (2.7.10).

@@ -255,6 +255,18 @@ impl Driver {
         Some((head, len))
     }
 
+    /// Acknowledges interrupts, and asks for one at the next completion.
+    pub fn rearm(&mut self, queue: usize) {
+        self.set(offset::INTERRUPT_ACK, 3);
+        self.want_interrupt_at(queue, self.used[queue]);
+    }
+
+    /// Asks for an interrupt when the used index passes this.
+    pub fn want_interrupt_at(&self, queue: usize, index: u16) {
+        let at = self.avail_ring(queue) + 4 + 2 * u64::from(self.sizes[queue]);
+        self.mem.write_obj(index, GuestAddress(at)).unwrap();
+    }
+
     /// Tells the device that a watched descriptor changed.
     pub fn ready(&mut self, token: u32) {
         self.transport.ready(token, &mut self.poller);

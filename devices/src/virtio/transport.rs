@@ -3,6 +3,7 @@
 //! Reads are served by the [`RegisterPage`]; writes come here. The transport owns the device and
 //! its queues, tells the device of kicks and events, and turns completed requests into interrupts.
 
+pub mod pacing;
 mod saving;
 
 use std::sync::Arc;
@@ -22,6 +23,7 @@ use super::{COMMON_FEATURES, Context, DeviceFault, VirtioDevice};
 use crate::GuestMemory;
 use crate::event::Poller;
 use crate::interrupt::{AckSource, IrqLine};
+use pacing::{PACE_TOKEN, Pacing};
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -64,6 +66,8 @@ pub struct VirtioMmio {
     queue_sel: u32,
     active: bool,
     counters: TransportCounters,
+    /// Present once the device is paced.
+    pacing: Option<Box<Pacing>>,
 }
 
 impl VirtioMmio {
@@ -93,6 +97,7 @@ impl VirtioMmio {
             queue_sel: 0,
             active: false,
             counters: TransportCounters::default(),
+            pacing: None,
         };
         transport.publish_constants();
         transport.publish_selected();
@@ -151,6 +156,13 @@ impl VirtioMmio {
             return;
         }
         self.counters.kicks += 1;
+        if let Err(fault) = self.kick_is_safepoint(queue) {
+            return self.fault(&fault, poller);
+        }
+        self.look_at(queue, poller);
+    }
+
+    fn look_at(&mut self, queue: usize, poller: &mut dyn Poller) {
         self.run(poller, |device, ctx| device.kick(queue, ctx));
     }
 
@@ -158,6 +170,9 @@ impl VirtioMmio {
     pub fn ready(&mut self, token: u32, poller: &mut dyn Poller) {
         if !self.active {
             return;
+        }
+        if token == PACE_TOKEN {
+            return self.pace_is_due(poller);
         }
         self.counters.events += 1;
         self.run(poller, |device, ctx| device.ready(token, ctx));
@@ -173,7 +188,10 @@ impl VirtioMmio {
     /// Lets the device look at everything: all its queues. After a pause.
     pub fn kick_all(&mut self, poller: &mut dyn Poller) {
         for queue in 0..self.queues.len() {
-            self.kick(queue, poller);
+            if self.active {
+                self.counters.kicks += 1;
+                self.look_at(queue, poller);
+            }
         }
     }
 
@@ -192,6 +210,7 @@ impl VirtioMmio {
             self.device.reset(poller);
         }
         self.active = false;
+        self.reset_pace();
         self.queues.iter_mut().for_each(VirtQueue::reset);
         self.device_features_sel = 0;
         self.driver_features_sel = 0;
@@ -213,17 +232,22 @@ impl VirtioMmio {
             mem: &self.mem,
             queues: &mut self.queues,
             poller: &mut *poller,
+            pacing: self.pacing.as_deref_mut(),
         };
         let result = step(self.device.as_mut(), &mut ctx).and_then(|()| self.interrupt_if_wanted());
         if let Err(fault) = result {
             self.fault(&fault, poller);
         }
+        self.ask_for_pace(poller);
         if self.device.take_config_change() {
             self.announce_config();
         }
     }
 
     fn interrupt_if_wanted(&mut self) -> Result<(), DeviceFault> {
+        if self.is_paced() {
+            return self.settle_pace();
+        }
         let mut wanted = false;
         for (index, queue) in self.queues.iter_mut().enumerate() {
             wanted |= queue
@@ -263,6 +287,7 @@ impl VirtioMmio {
         self.counters.faults += 1;
         self.active = false;
         self.device.reset(poller);
+        self.reset_pace();
         self.set_status(self.status() | VIRTIO_CONFIG_S_NEEDS_RESET);
         self.raise(VIRTIO_MMIO_INT_CONFIG);
     }

@@ -16,6 +16,7 @@ use super::{
     GATHER_TIME, ID_SIZE, QUEUE_SIZE, REQUEST_QUEUE, REQUESTS_PER_CALL, SECTOR, ZERO_SECTORS_MAX,
 };
 use crate::event::Poller;
+use crate::pace::Work;
 use crate::state::{BlockState, DeviceState, RestoreError, SaveError, expect_equal};
 use crate::virtio::buffers::Buffers;
 use crate::virtio::{Context, DeviceFault, DeviceKind, VirtioDevice, wrong_kind};
@@ -51,6 +52,8 @@ struct Pending {
     status: Buffers,
     /// Bytes that the device writes on success, without the status.
     written: u32,
+    /// What it is for a nominal disk.
+    work: Work,
 }
 
 /// What a token stands for.
@@ -190,6 +193,11 @@ impl Block {
             head,
             status: request.status,
             written,
+            work: Work {
+                bytes: if moves_data(operation) { len } else { 0 },
+                position: (operation != Operation::Flush).then_some(offset),
+                begun: ctx.begin(REQUEST_QUEUE),
+            },
         };
         let token = self.park(pending)?;
         self.backend.submit(BlockIo {
@@ -267,7 +275,9 @@ impl Block {
                 continue;
             };
             let (written, status) = self.outcome(&pending, result);
-            answer(ctx, pending.head, &pending.status, written, status)?;
+            pending.status.write_at(0, &[status as u8]);
+            let written = written.saturating_add(1);
+            ctx.finish(REQUEST_QUEUE, pending.head, written, pending.work)?;
         }
         Ok(())
     }
@@ -300,6 +310,11 @@ fn malformed(reason: &'static str) -> DeviceFault {
         queue: REQUEST_QUEUE,
         reason,
     }
+}
+
+/// Whether a disk writes or reads the range of an operation.
+fn moves_data(operation: Operation) -> bool {
+    !matches!(operation, Operation::Flush | Operation::Discard)
 }
 
 fn refusal_status(refusal: Refusal) -> u32 {
@@ -373,6 +388,10 @@ impl VirtioDevice for Block {
     fn ready(&mut self, token: u32, ctx: &mut Context<'_>) -> Result<(), DeviceFault> {
         self.take_completions(ctx)?;
         self.take_requests(ctx, token == GATHERED)
+    }
+
+    fn paced_span(&self) -> Option<u64> {
+        Some(self.backend.sectors() * SECTOR)
     }
 
     fn reset(&mut self, poller: &mut dyn Poller) {

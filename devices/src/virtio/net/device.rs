@@ -13,6 +13,7 @@ use super::backend::{NetBackend, Offloads, Transmit};
 use super::receive::ReceiveBuffers;
 use super::{FRAME_MAX, FRAMES_PER_CALL, HEADER_SIZE, QUEUE_SIZE, RECEIVE_QUEUE, TRANSMIT_QUEUE};
 use crate::event::Poller;
+use crate::pace::Work;
 use crate::state::{DeviceState, NetState, RestoreError, SaveError, expect_equal};
 use crate::virtio::chain::Chain;
 use crate::virtio::{Context, DeviceFault, DeviceKind, VirtioDevice, wrong_kind};
@@ -84,6 +85,8 @@ pub struct Net {
     transmit_blocked: bool,
     /// Frames that the backend keeps.
     pending: usize,
+    /// What those are for a nominal card, by head.
+    sending: Vec<Work>,
     counters: Counters,
 }
 
@@ -109,6 +112,7 @@ impl Net {
             may_receive: false,
             transmit_blocked: false,
             pending: 0,
+            sending: Vec::new(),
             counters: Counters::default(),
         };
         net.config[CONFIG_STATUS] = net.link_status();
@@ -200,10 +204,17 @@ impl Net {
                 self.counters.tx_bytes += (len - HEADER_SIZE) as u64;
             }
         }
+        let work = Work {
+            bytes: len.saturating_sub(HEADER_SIZE) as u64,
+            position: None,
+            begun: ctx.begin(TRANSMIT_QUEUE),
+        };
         if outcome == Transmit::Pending {
             self.pending += 1;
+            self.sending.resize(QUEUE_SIZE.into(), Work::default());
+            self.sending[usize::from(chain.head % QUEUE_SIZE)] = work;
         } else {
-            ctx.complete(TRANSMIT_QUEUE, chain.head, 0)?;
+            ctx.finish(TRANSMIT_QUEUE, chain.head, 0, work)?;
         }
         Ok(true)
     }
@@ -215,7 +226,8 @@ impl Net {
                 return Ok(());
             };
             self.pending -= 1;
-            ctx.complete(TRANSMIT_QUEUE, head, 0)?;
+            let work = self.sending[usize::from(head % QUEUE_SIZE)];
+            ctx.finish(TRANSMIT_QUEUE, head, 0, work)?;
         }
         Ok(())
     }
@@ -308,6 +320,10 @@ impl VirtioDevice for Net {
         self.transmit(ctx)?;
         self.look_at_link();
         Ok(())
+    }
+
+    fn paced_span(&self) -> Option<u64> {
+        Some(1)
     }
 
     fn take_config_change(&mut self) -> bool {

@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 
 use super::{HEADER_SIZE, NUM_BUFFERS_OFFSET, RECEIVE_QUEUE};
 use crate::GuestMemory;
+use crate::pace::Work;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::chain::Chain;
 use crate::virtio::{Context, DeviceFault};
@@ -115,7 +116,12 @@ impl ReceiveBuffers {
         self.gathered
             .write_at(NUM_BUFFERS_OFFSET, &count.to_le_bytes());
         self.gathered.advance(taken);
-        ctx.complete_together(RECEIVE_QUEUE, &used)
+        let work = Work {
+            bytes: len.saturating_sub(HEADER_SIZE) as u64,
+            position: None,
+            begun: ctx.begin(RECEIVE_QUEUE),
+        };
+        ctx.finish_together(RECEIVE_QUEUE, &used, work)
     }
 
     /// Leaves all buffers to the driver again, as if they had not been taken.

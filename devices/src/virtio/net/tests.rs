@@ -9,6 +9,7 @@ use virtio_bindings::virtio_net::{
 
 use super::memory::MemoryBackend;
 use super::*;
+use crate::pace::Safepoint;
 use crate::virtio::registers::offset;
 use crate::virtio::testing::{BUFFERS, Driver};
 
@@ -449,4 +450,52 @@ proptest! {
         driver.ready(0);
         prop_assert_eq!(driver.take_used(RECEIVE_QUEUE), Some((0, 112)));
     }
+}
+
+#[test]
+fn paced_frames_wait_and_come_in_order() {
+    let (mut driver, backend) = started_without(EVENT_IDX);
+    let slow = "custom+latency-us:60000000".parse().unwrap();
+    assert!(driver.transport.set_pace(slow, &mut driver.poller));
+    offer_receive(&mut driver, 8, 2048);
+    backend
+        .wire()
+        .incoming
+        .extend([frame(60), frame(1500), frame(200)]);
+    driver.ready(0);
+    driver.put(BUFFERS + 0x8_0000, &frame(100));
+    let part = (BUFFERS + 0x8_0000, 100, false);
+    driver.send(TRANSMIT_QUEUE, 0, &[part]);
+    assert_eq!(
+        backend.wire().sent.len(),
+        1,
+        "what the guest sends goes at once"
+    );
+    let used = [RECEIVE_QUEUE, TRANSMIT_QUEUE].map(|queue| driver.take_used(queue));
+    assert_eq!((used, driver.interrupts()), ([None, None], 0));
+    assert!(driver.transport.awaits(Safepoint::Halted));
+    driver
+        .transport
+        .safepoint(Safepoint::Halted, &mut driver.poller);
+    assert_eq!(driver.interrupts(), 1);
+    let heads: Vec<_> = std::iter::from_fn(|| driver.take_used(RECEIVE_QUEUE)).collect();
+    let lengths = [60, 1500, 200].map(|len: u32| len + HEADER_SIZE as u32);
+    assert_eq!(heads, [(0, lengths[0]), (1, lengths[1]), (2, lengths[2])]);
+    assert_eq!(driver.take_used(TRANSMIT_QUEUE), Some((0, 0)));
+}
+
+#[test]
+fn a_paced_card_is_saved_with_the_frames_that_wait() {
+    let (mut driver, backend) = started();
+    let slow = "custom+latency-us:60000000".parse().unwrap();
+    driver.transport.set_pace(slow, &mut driver.poller);
+    offer_receive(&mut driver, 8, 2048);
+    backend.wire().incoming.push_back(frame(60));
+    driver.ready(0);
+    driver.transport.quiesce(&mut driver.poller);
+    assert!(driver.transport.save().is_ok());
+    let pace = driver.transport.save_pace().unwrap();
+    let waiting = &pace.queues[RECEIVE_QUEUE].waiting;
+    assert_eq!(waiting[0].entries, [(0, 60 + HEADER_SIZE as u32)]);
+    assert_eq!(waiting.len(), 1);
 }

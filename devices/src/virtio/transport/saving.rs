@@ -168,6 +168,7 @@ impl VirtioMmio {
             mem: &self.mem,
             queues: &mut self.queues,
             poller,
+            pacing: self.pacing.as_deref_mut(),
         };
         self.active = true;
         self.device

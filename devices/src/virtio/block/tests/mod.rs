@@ -4,6 +4,7 @@
 mod device;
 mod files;
 mod opening;
+mod paced;
 
 use std::time::{Duration, Instant};
 
