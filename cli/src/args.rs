@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_ft::runtime::ResyncMode;
-use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, VsockConfig};
+use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, Pace, VsockConfig};
 use tandem_vmm::confinement::{Enforcement, User};
 use tandem_vmm::migration::Address;
 use tracing::level_filters::LevelFilter;
@@ -18,9 +18,17 @@ use crate::settings::{Located, Settings, value};
 
 const FILE: &str = "\
 File: the keys of the TOML file are the names of these flags without the dashes in front, as in \
-`memory = \"512MiB\"`; devices are tables: [[disk]] with path, readonly, id, direct and engine; \
-[[net]] with tap or socket, and mac; [vsock] with cid and path. Relative paths in it are relative to \
+`memory = \"512MiB\"`; devices are tables: [[disk]] with path, readonly, id, direct, engine and \
+pace; [[net]] with tap or socket, mac and pace; [vsock] with cid and path. Relative paths in it are relative to \
 its directory. Flags win over the file; --disk and --net add to it.";
+
+const PACE: &str = "\
+Pace: completions of a paced device reach the guest at its nominal time or, if that is sooner, at a safepoint, when \
+the guest can surely take the interrupt; never before the host is done. Profiles are none, hdd, ssd, nvme, nic-1g and \
+custom, which may be followed by +KEY:VALUE, as in ssd+latency-us:300. Keys are latency-us, seek-min-us, seek-max-us, \
+rotation-us, bytes-per-second, completions-per-second, coalesce (true or false) and safepoints (halted, user-mode, kick, \
+poll, with / in between). In the TOML file a table with these keys and `profile` says the same: pace = { profile = \
+\"ssd\", latency-us = 300, safepoints = [\"halted\"] }.";
 
 const CONSOLE: &str = "\
 Console: with `--console stdio` on a terminal every key goes to the guest but Ctrl-], which stops \
@@ -107,7 +115,7 @@ pub enum Format {
 #[derive(Debug, Subcommand)]
 pub enum Verb {
     /// Run a guest until it ends
-    #[command(after_help = format!("{FILE}\n\n{CONSOLE}\n\n{RUNTIME}\n\n{}", exit::table()))]
+    #[command(after_help = format!("{FILE}\n\n{PACE}\n\n{CONSOLE}\n\n{RUNTIME}\n\n{}", exit::table()))]
     Run(Box<RunArgs>),
     /// Look for everything that is wrong in a guest's file
     Check {
@@ -161,6 +169,18 @@ pub enum Verb {
         /// How long the guest may take before it is ended by force
         #[arg(long, value_name = "TIME", default_value = "10s", value_parser = value::duration)]
         timeout: Duration,
+    },
+    /// Change how fast completions of a guest's disk or network interface reach it, while it runs
+    #[command(after_help = PACE)]
+    Pace {
+        /// Guest and dry run.
+        #[command(flatten)]
+        change: ChangeArgs,
+        /// The device, such as disk0 or net0: see `tandem metrics`
+        device: String,
+        /// The pace, such as hdd, or none
+        #[arg(value_parser = value::pace)]
+        pace: Pace,
     },
     /// Save a guest to a directory; it runs on
     Snapshot {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
 use tandem_ft::runtime::{Desk, Pair, ResyncMode, Standbys};
+use tandem_vmm::config::Pace;
 use tandem_vmm::control::{ControlError, Handle, MachineStats, StopMode};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::{MigrationError, Peer, source};
@@ -44,6 +45,8 @@ pub trait Control: Send + Sync + 'static {
     fn resync(&self) -> Result<(), ControlError>;
     /// Lets the guest's copy take over, or only says where it would.
     fn fail_over(&self, dry_run: bool) -> Result<String, ControlError>;
+    /// Paces the completions of a device from now on.
+    fn pace(&self, device: &str, pace: Pace) -> Result<(), ControlError>;
     /// Saves the guest to a directory that does not exist, with its description. Waits until that
     /// is done.
     fn snapshot(
@@ -125,6 +128,10 @@ impl Control for Commander {
             self.desk.fail_over()
         };
         asked.map_err(ControlError::Failed)
+    }
+
+    fn pace(&self, device: &str, pace: Pace) -> Result<(), ControlError> {
+        self.handle.pace(device.to_owned(), pace)
     }
 
     fn snapshot(

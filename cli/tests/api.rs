@@ -17,6 +17,7 @@ use tandem_cli::settings::file;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
+use tandem_vmm::config::Pace;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::{
     ControlError, DeviceStats, MachineState, MachineStats, StopMode, VcpuStats,
@@ -92,6 +93,7 @@ impl Control for Fake {
             devices: vec![DeviceStats {
                 id: "disk0".into(),
                 kind: "block".into(),
+                pace: None,
                 counters: counters("read_bytes"),
             }],
         })
@@ -141,6 +143,10 @@ impl Control for Fake {
     fn fail_over(&self, dry_run: bool) -> Result<String, ControlError> {
         self.ask(&format!("fail over {dry_run}"))?;
         Ok("host:1".into())
+    }
+
+    fn pace(&self, device: &str, pace: Pace) -> Result<(), ControlError> {
+        self.ask(&format!("pace {device} {pace}"))
     }
 
     fn snapshot(
@@ -424,6 +430,13 @@ fn wrong_requests_are_answered_with_what_is_allowed() {
         ("POST", "/api/v1/stop", "[", 400, "true|false"),
         (
             "POST",
+            "/api/v1/pace",
+            "{\"device\":\"disk0\",\"pace\":\"tape\"}",
+            400,
+            "`nic-1g`",
+        ),
+        (
+            "POST",
             "/api/v1/stop",
             long.as_str(),
             413,
@@ -473,6 +486,10 @@ fn the_client_reads_what_the_server_says() {
     client.post("/api/v1/stop", &json!({})).expect("stopped");
     let asked = running.fake.asked();
     assert_eq!(asked[asked.len() - 2..], ["Force", "PowerButton"]);
+    let pace = json!({ "device": "disk1", "pace": "ssd+latency-us:7" });
+    client.post("/api/v1/pace", &pace).expect("paced");
+    let asked = running.fake.asked();
+    assert_eq!(asked[asked.len() - 1], "pace disk1 ssd+latency-us:7");
     running.refuse(ControlError::Failed("no".into()));
     let error = client.get("/metrics").expect_err("refused");
     assert!(

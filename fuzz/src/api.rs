@@ -16,6 +16,7 @@ use tandem_cli::settings::file;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
+use tandem_vmm::config::Pace;
 use tandem_vmm::control::{ControlError, MachineState, MachineStats, StopMode};
 use tandem_vmm::migration::{MigrationError, Peer};
 use tandem_vmm::snapshot::SnapshotError;
@@ -117,6 +118,7 @@ impl Control for Machine {
             devices: vec![tandem_vmm::control::DeviceStats {
                 id: "net0".into(),
                 kind: "net".into(),
+                pace: None,
                 counters: BTreeMap::from([("rx_bytes".to_owned(), u64::MAX)]),
             }],
         })
@@ -162,6 +164,11 @@ impl Control for Machine {
             return Err(ControlError::Failed("it is not protected".into()));
         }
         Ok("host:1".into())
+    }
+
+    fn pace(&self, device: &str, pace: Pace) -> Result<(), ControlError> {
+        let _ = (device, pace);
+        Ok(())
     }
 
     fn snapshot(

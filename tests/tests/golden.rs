@@ -24,7 +24,7 @@ use tandem_tests::images;
 use tandem_tests::skip::{Need, must_skip};
 use tandem_vmm::config::{
     BootConfig, BootProtocol, ConsoleConfig, DiskConfig, DiskEngine, MachineConfig,
-    NetBackendConfig, NetConfig, VsockConfig,
+    NetBackendConfig, NetConfig, Pace, VsockConfig,
 };
 use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Frozen, Handle, StopMode};
@@ -131,10 +131,12 @@ fn config(name: &str, directory: &Path) -> MachineConfig {
             id: None,
             direct: false,
             engine: DiskEngine::Auto,
+            pace: Pace::default(),
         }],
         nets: vec![NetConfig {
             backend: NetBackendConfig::Socket(at("net.sock")),
             mac: None,
+            pace: Pace::default(),
         }],
         vsock: Some(VsockConfig {
             cid: 3,

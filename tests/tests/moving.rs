@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tandem_tests::images;
 use tandem_tests::skip::{Need, must_skip};
 use tandem_vmm::config::{
-    BootConfig, BootProtocol, ConsoleConfig, DiskConfig, DiskEngine, MachineConfig,
+    BootConfig, BootProtocol, ConsoleConfig, DiskConfig, DiskEngine, MachineConfig, Pace,
 };
 use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Handle, MachineState, Outcome, StopMode};
@@ -245,6 +245,7 @@ impl Bench {
             id: None,
             direct: false,
             engine,
+            pace: Pace::default(),
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use tandem_devices::GuestMemory;
+use tandem_devices::event::NoPoller;
 use tandem_devices::legacy::cmos::Cmos;
 use tandem_devices::legacy::i8042::I8042;
 use tandem_devices::legacy::pm::PowerManagement;
@@ -19,11 +20,14 @@ use crate::boot::layout;
 use crate::config::MachineConfig;
 use crate::console::ConsoleHub;
 use crate::console_port::ConsolePort;
-use crate::device_model::{DeviceModel, LegacyDevices, LevelLine, NamedDevice, Source, watch};
+use crate::device_model::{
+    DeviceModel, LegacyDevices, LevelLine, NamedDevice, Processors, Source, watch,
+};
 use crate::error::Error;
 use crate::gates::Gates;
 use crate::kvm::acks::AckRing;
 use crate::kvm::line::EdgeLine;
+use crate::kvm::target::Targets;
 use crate::kvm::vm::Vm;
 use crate::resources::{Devices, Resources};
 
@@ -99,13 +103,15 @@ pub fn devices(
     let mut connections = Vec::new();
     for (slot, (id, device)) in virtio_devices.into_iter().enumerate() {
         let connection = connect(slot, device.as_ref(), host)?;
-        let transport = VirtioMmio::new(
+        let mut transport = VirtioMmio::new(
             device,
             Arc::clone(host.memory),
             host.registers.page(slot),
             Box::new(connection.irq.clone()),
             Box::new(host.acks.slot(slot)),
         );
+        // Nothing waits in a device at power-on.
+        transport.set_pace(config.pace_of(&id), &mut NoPoller::default());
         virtio.push(NamedDevice { id, transport });
         connections.push(connection);
     }
@@ -145,6 +151,33 @@ fn connect(slot: usize, device: &dyn VirtioDevice, host: &Host<'_>) -> Result<Co
         irq: EdgeLine::default(),
         kicks,
     })
+}
+
+/// The vCPUs of a virtual machine, by the devices whose interrupts they get.
+pub struct SlotTargets {
+    targets: Targets,
+    gsis: Vec<u32>,
+}
+
+impl SlotTargets {
+    /// The vCPUs in `targets`; the interrupts of devices by their slots are `gsis`.
+    pub fn new(targets: Targets, gsis: Vec<u32>) -> Self {
+        Self { targets, gsis }
+    }
+}
+
+impl Processors for SlotTargets {
+    fn are_halted(&self, slot: usize) -> bool {
+        self.gsis
+            .get(slot)
+            .is_some_and(|gsi| self.targets.are_halted(*gsi))
+    }
+
+    fn is_only(&self, slot: usize, vcpu: u8) -> bool {
+        self.gsis
+            .get(slot)
+            .is_some_and(|gsi| self.targets.is_only(*gsi, vcpu))
+    }
 }
 
 /// The ACPI interrupt of a virtual machine.

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
+pub use tandem_devices::pace::{Pace, PaceError, Safepoint, Safepoints};
 
 use crate::error::Error;
 
@@ -98,6 +99,9 @@ pub struct DiskConfig {
     pub direct: bool,
     /// How requests reach the host kernel.
     pub engine: DiskEngine,
+    /// How fast completions reach the guest.
+    #[serde(default)]
+    pub pace: Pace,
 }
 
 /// How a disk's requests reach the host kernel.
@@ -120,6 +124,9 @@ pub struct NetConfig {
     pub backend: NetBackendConfig,
     /// Address of the guest's side; derived from the guest's name and the index if absent.
     pub mac: Option<MacAddr>,
+    /// How fast completions reach the guest.
+    #[serde(default)]
+    pub pace: Pace,
 }
 
 /// What a network interface is plugged into.
@@ -161,6 +168,18 @@ impl MachineConfig {
     pub fn virtio_device_count(&self) -> usize {
         let optional = usize::from(self.vsock.is_some()) + usize::from(self.virtio_console);
         self.disks.len() + self.nets.len() + optional + 1
+    }
+
+    /// The pace of the device `id`, such as `disk0`; none for devices that have no pace.
+    pub fn pace_of(&self, id: &str) -> Pace {
+        let disks = self.disks.iter().map(|disk| disk.pace).enumerate();
+        let disks = disks.map(|(index, pace)| (format!("disk{index}"), pace));
+        let nets = self.nets.iter().map(|net| net.pace).enumerate();
+        let nets = nets.map(|(index, pace)| (format!("net{index}"), pace));
+        disks
+            .chain(nets)
+            .find(|(known, _)| known == id)
+            .map_or_else(Pace::default, |(_, pace)| pace)
     }
 
     /// Checks everything that can be checked without touching the host.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tandem_devices::GuestMemory;
+use tandem_devices::pace::Pace;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::dirty::{Follower, PAGE_SIZE, PageSet};
@@ -71,6 +72,9 @@ pub struct DeviceStats {
     pub id: String,
     /// Kind of device, such as `block`.
     pub kind: String,
+    /// How its completions are paced, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pace: Option<String>,
     /// Counters by name, such as `read_bytes`.
     pub counters: BTreeMap<String, u64>,
 }
@@ -151,6 +155,8 @@ pub enum Command {
     Replace(Box<Replacement>),
     /// The guest is a copy of none any more.
     GoLive,
+    /// Pace the completions of the device of this name.
+    Pace(String, Pace),
 }
 
 /// An answer to a [`Command`].
@@ -491,6 +497,14 @@ impl Handle {
     /// As [`Handle::request`].
     pub fn go_live(&self) -> Result<(), ControlError> {
         self.request(Command::GoLive).map(drop)
+    }
+
+    /// Paces the completions of device `id` from now on.
+    ///
+    /// # Errors
+    /// As [`Handle::request`], and when there is no such device.
+    pub fn pace(&self, id: String, pace: Pace) -> Result<(), ControlError> {
+        self.request(Command::Pace(id, pace)).map(drop)
     }
 
     /// Adds a client to the serial console.

@@ -16,11 +16,13 @@ use tandem_devices::legacy::cmos::Cmos;
 use tandem_devices::legacy::i8042::I8042;
 use tandem_devices::legacy::pm::PowerManagement;
 use tandem_devices::legacy::serial::SerialPort;
+use tandem_devices::pace::{Pace, PaceState, Safepoint};
 use tandem_devices::state::{
     CmosState, DeviceState, PmState, RestoreError, SaveError, SerialState, TransportState,
 };
 use tandem_devices::virtio::DeviceKind;
 use tandem_devices::virtio::transport::VirtioMmio;
+use tandem_devices::virtio::transport::pacing::{PACE_TOKEN, PaceFigures};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::boot::layout;
@@ -146,6 +148,14 @@ pub trait LevelLine: Send {
     fn set(&self, asserted: bool);
 }
 
+/// The vCPUs to which devices' interrupts go, as KVM or a test knows them.
+pub trait Processors: Send {
+    /// Whether all that may get the interrupt of the device in `slot` are halted.
+    fn are_halted(&self, slot: usize) -> bool;
+    /// Whether it goes to this vCPU alone.
+    fn is_only(&self, slot: usize, vcpu: u8) -> bool;
+}
+
 /// A virtio device and its name.
 pub struct NamedDevice {
     /// Such as `disk0`.
@@ -177,6 +187,8 @@ pub struct DevicesState {
     pub cmos: CmosState,
     /// Virtio devices behind their transports, in the order of their slots.
     pub virtio: Vec<(TransportState, DeviceState)>,
+    /// Completions of those that are paced, by slot.
+    pub pace: Vec<(u32, PaceState)>,
 }
 
 /// All devices of a guest.
@@ -184,6 +196,9 @@ pub struct DeviceModel {
     virtio: Vec<NamedDevice>,
     legacy: LegacyDevices,
     sci: Option<Box<dyn LevelLine>>,
+    processors: Option<Box<dyn Processors>>,
+    /// Whether completions wait for a vCPU to be seen in user mode; vCPUs look at it at each exit.
+    awaits_user_mode: Arc<AtomicBool>,
     epoll: Arc<Epoll>,
     again: Vec<(usize, u32)>,
     timers: Timers,
@@ -207,6 +222,8 @@ impl DeviceModel {
             virtio,
             legacy,
             sci: None,
+            processors: None,
+            awaits_user_mode: Arc::default(),
             epoll,
             again: Vec::new(),
             timers,
@@ -217,6 +234,16 @@ impl DeviceModel {
     /// Connects the ACPI interrupt.
     pub fn connect_sci(&mut self, line: Option<Box<dyn LevelLine>>) {
         self.sci = line;
+    }
+
+    /// Connects the vCPUs.
+    pub fn connect_processors(&mut self, processors: Option<Box<dyn Processors>>) {
+        self.processors = processors;
+    }
+
+    /// Lets vCPUs see in `flag` whether completions wait for one in user mode.
+    pub fn tell_vcpus_by(&mut self, flag: Arc<AtomicBool>) {
+        self.awaits_user_mode = flag;
     }
 
     /// The serial port.
@@ -299,10 +326,66 @@ impl DeviceModel {
     pub fn handle(&mut self, source: Source) {
         match source {
             Source::Kick(slot, queue) => self.with(slot, |t, poller| t.kick(queue, poller)),
+            Source::Device(slot, PACE_TOKEN) => self.pace(slot),
             Source::Device(slot, token) => self.with(slot, |t, poller| t.ready(token, poller)),
             Source::Timer => self.handle_due(),
             Source::Wake | Source::Console => {}
         }
+    }
+
+    /// Completions of a device wait: looks for a safepoint.
+    fn pace(&mut self, slot: usize) {
+        let waits = self
+            .virtio
+            .get(slot)
+            .is_some_and(|d| d.transport.awaits(Safepoint::Halted));
+        let processors = self.processors.as_ref();
+        if waits && processors.is_some_and(|p| p.are_halted(slot)) {
+            self.with(slot, |t, poller| t.safepoint(Safepoint::Halted, poller));
+        }
+        self.with(slot, |t, poller| t.ready(PACE_TOKEN, poller));
+        self.update_awaits_user_mode();
+    }
+
+    fn update_awaits_user_mode(&self) {
+        let mut transports = self.virtio.iter().map(|device| &device.transport);
+        let waits = transports.any(|transport| transport.awaits(Safepoint::UserMode));
+        self.awaits_user_mode.store(waits, Ordering::Relaxed);
+    }
+
+    /// A vCPU left the guest in user mode, where it can take an interrupt.
+    pub fn seen_in_user_mode(&mut self, vcpu: u8) {
+        for slot in 0..self.virtio.len() {
+            let waits = self.virtio[slot].transport.awaits(Safepoint::UserMode);
+            let processors = self.processors.as_ref();
+            if waits && processors.is_some_and(|p| p.is_only(slot, vcpu)) {
+                self.with(slot, |t, poller| {
+                    t.safepoint(Safepoint::UserMode, poller);
+                    poller.again(PACE_TOKEN);
+                });
+            }
+        }
+        self.update_awaits_user_mode();
+    }
+
+    /// Paces the completions of the device `id`.
+    ///
+    /// # Errors
+    /// When there is no such device, or one that is not paced: names of those that can be.
+    pub fn set_pace(&mut self, id: &str, pace: Pace) -> Result<(), Vec<String>> {
+        let slot = self.virtio.iter().position(|device| device.id == id);
+        let mut can = false;
+        if let Some(slot) = slot {
+            self.with(slot, |t, poller| can = t.set_pace(pace, poller));
+        }
+        if can {
+            return Ok(());
+        }
+        let paced = self
+            .virtio
+            .iter()
+            .filter(|d| d.transport.device().paced_span().is_some());
+        Err(paced.map(|device| device.id.clone()).collect())
     }
 
     fn handle_due(&mut self) {
@@ -388,11 +471,16 @@ impl DeviceModel {
             .iter_mut()
             .map(|device| device.transport.save())
             .collect::<Result<_, _>>()?;
+        let transports = self.virtio.iter().map(|device| &device.transport);
+        let pace = (0..).zip(transports.map(VirtioMmio::save_pace));
         Ok(DevicesState {
             serial: self.legacy.serial.save(),
             power: self.legacy.pm.save(),
             cmos: self.legacy.cmos.save(),
             virtio,
+            pace: pace
+                .filter_map(|(slot, pace)| Some((slot, pace?)))
+                .collect(),
         })
     }
 
@@ -412,6 +500,14 @@ impl DeviceModel {
             let mut restored = Ok(());
             self.with(slot, |mmio, poller| {
                 restored = mmio.restore(transport, device, poller);
+            });
+            restored.map_err(|error| (self.virtio[slot].id.clone(), error))?;
+        }
+        for (slot, pace) in &state.pace {
+            let slot = *slot as usize;
+            let mut restored = Ok(());
+            self.with(slot, |mmio, poller| {
+                restored = mmio.restore_pace(pace, poller);
             });
             restored.map_err(|error| (self.virtio[slot].id.clone(), error))?;
         }
@@ -449,6 +545,7 @@ impl DeviceModel {
         stats.push(DeviceStats {
             id: "serial".into(),
             kind: "serial".into(),
+            pace: None,
             counters: BTreeMap::from([
                 ("rx_bytes".into(), rx_bytes),
                 ("tx_bytes".into(), tx_bytes),
@@ -506,12 +603,37 @@ fn virtio_stats(device: &NamedDevice) -> DeviceStats {
     counters.insert("events".into(), transport.events);
     counters.insert("interrupts".into(), transport.interrupts);
     counters.insert("faults".into(), transport.faults);
+    if let Some(figures) = device.transport.pace_figures() {
+        counters.extend(pace_counters(&figures));
+    }
     let kind = device.transport.device().kind().name().to_owned();
     DeviceStats {
         id: device.id.clone(),
         kind,
+        pace: device.transport.pace().map(|pace| pace.to_string()),
         counters,
     }
+}
+
+fn pace_counters(figures: &PaceFigures) -> Vec<(String, u64)> {
+    let counters = &figures.counters;
+    let saved_us = u64::try_from(counters.saved.as_micros()).unwrap_or(u64::MAX);
+    let mut all = vec![
+        ("pace_immediate".into(), counters.immediate),
+        ("pace_mature".into(), counters.mature),
+        ("pace_saved_us".into(), saved_us),
+        ("pace_back_offs".into(), figures.back_offs),
+        ("pace_held_interrupts".into(), counters.held),
+        ("pace_outside".into(), figures.outside),
+        ("pace_waiting".into(), figures.waiting),
+    ];
+    for (kind, early) in Safepoint::ALL.iter().zip(counters.early) {
+        all.push((
+            format!("pace_early_{}", kind.name().replace('-', "_")),
+            early,
+        ));
+    }
+    all
 }
 
 #[cfg(test)]

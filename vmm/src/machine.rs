@@ -121,6 +121,8 @@ pub(crate) struct Shared {
     wake: Arc<EventFd>,
     first_run: OnceLock<Instant>,
     confinement: Confinement,
+    /// Completions wait for a vCPU in user mode.
+    awaits_user_mode: Arc<AtomicBool>,
 }
 
 impl Machine {
@@ -182,6 +184,7 @@ impl Machine {
             wake: Arc::clone(&wake),
             first_run: OnceLock::new(),
             confinement,
+            awaits_user_mode: Arc::default(),
         });
         let caller: Arc<dyn Caller> = shared.clone();
         gates.connect(Arc::downgrade(&caller));
@@ -367,5 +370,19 @@ impl ExitHandler for Shared {
 
     fn first_run(&self) {
         self.first_run.get_or_init(Instant::now);
+    }
+
+    fn awaits_user_mode(&self) -> bool {
+        self.awaits_user_mode.load(Ordering::Relaxed)
+    }
+
+    fn seen_in_user_mode(&self, vcpu: u8) {
+        let mut model = self.model();
+        model.seen_in_user_mode(vcpu);
+        let again = model.has_again();
+        drop(model);
+        if again {
+            self.wake();
+        }
     }
 }

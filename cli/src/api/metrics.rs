@@ -15,6 +15,9 @@ const STATES: [(MachineState, &str); 3] = [
     (MachineState::Stopping, "stopping"),
 ];
 
+/// Figures of devices that go down, too.
+const GAUGES: [&str; 1] = ["pace_waiting"];
+
 /// The metrics of the guest `name`.
 pub fn text(name: &str, stats: &MachineStats, protection: &Status) -> String {
     let mut out = Exposition(String::new());
@@ -177,7 +180,12 @@ fn devices(out: &mut Exposition, stats: &MachineStats) {
     let mut families: BTreeMap<String, Vec<(&str, &str, u64)>> = BTreeMap::new();
     for device in &stats.devices {
         for (counter, value) in &device.counters {
-            let name = format!("tandem_device_{}_total", metric_word(counter));
+            let end = if GAUGES.contains(&counter.as_str()) {
+                ""
+            } else {
+                "_total"
+            };
+            let name = format!("tandem_device_{}{end}", metric_word(counter));
             let samples = families.entry(name).or_default();
             samples.push((&device.id, &device.kind, *value));
         }
@@ -186,8 +194,13 @@ fn devices(out: &mut Exposition, stats: &MachineStats) {
         let counter = name
             .trim_start_matches("tandem_device_")
             .trim_end_matches("_total");
+        let kind = if GAUGES.contains(&counter) {
+            "gauge"
+        } else {
+            "counter"
+        };
         let help = format!("The devices' counter `{counter}`.");
-        out.family(&name, "counter", &help);
+        out.family(&name, kind, &help);
         for (id, kind, value) in samples {
             let labels = [("device", id), ("kind", kind)];
             out.sample(&name, &labels, &value.to_string());

@@ -99,11 +99,13 @@ fn stats() -> MachineStats {
             DeviceStats {
                 id: "disk0".into(),
                 kind: "block".into(),
+                pace: None,
                 counters: counters(&[("read_bytes", 512), ("errors", 0)]),
             },
             DeviceStats {
                 id: "disk1\"\\\n".into(),
                 kind: "block".into(),
+                pace: None,
                 counters: counters(&[("read_bytes", 7), ("odd name", 1)]),
             },
         ],

@@ -29,8 +29,8 @@ use tandem_vmm::control::{ControlError, MachineState, StopMode};
 use crate::control::Control;
 use crate::settings::describe;
 use types::{
-    ErrorBody, ErrorCode, FailOverAnswer, FailOverBody, GuestInfo, MigrateBody, ProtectBody,
-    SnapshotBody, StateBody, StopBody, TlsBody,
+    ErrorBody, ErrorCode, FailOverAnswer, FailOverBody, GuestInfo, MigrateBody, PaceBody,
+    ProtectBody, SnapshotBody, StateBody, StopBody, TlsBody,
 };
 
 /// Longest request body, in bytes.
@@ -81,6 +81,8 @@ pub enum Endpoint {
     Resync,
     /// Let its copy take over.
     FailOver,
+    /// Pace the completions of a device.
+    Pace,
     /// Save the guest to a directory.
     Snapshot,
     /// Move the guest to where a target waits for it.
@@ -113,7 +115,7 @@ const fn route(method: Method, path: &'static str, endpoint: Endpoint) -> Route 
 }
 
 /// Every route that the server has.
-pub static ROUTES: [Route; 16] = [
+pub static ROUTES: [Route; 17] = [
     route(Method::GET, "/api/v1/guest", Endpoint::Info),
     route(Method::GET, "/api/v1/stats", Endpoint::Stats),
     route(Method::GET, "/api/v1/logs", Endpoint::Logs),
@@ -125,6 +127,7 @@ pub static ROUTES: [Route; 16] = [
     route(Method::POST, "/api/v1/unprotect", Endpoint::Unprotect),
     route(Method::POST, "/api/v1/resync", Endpoint::Resync),
     route(Method::POST, "/api/v1/failover", Endpoint::FailOver),
+    route(Method::POST, "/api/v1/pace", Endpoint::Pace),
     route(Method::POST, "/api/v1/snapshot", Endpoint::Snapshot),
     route(Method::POST, "/api/v1/migrate", Endpoint::Migrate),
     route(Method::POST, "/api/v1/stop", Endpoint::Stop),
@@ -246,6 +249,7 @@ impl Guest {
                 json(StatusCode::ACCEPTED, &self.control.protection())
             }
             Endpoint::FailOver => self.fail_over(body),
+            Endpoint::Pace => self.pace(body),
             Endpoint::Snapshot => self.snapshot(body),
             Endpoint::Migrate => self.migrate(body),
             Endpoint::Stop => self.stop(body),
@@ -300,6 +304,16 @@ impl Guest {
         let to = self.control.fail_over(body.dry_run)?;
         let dry_run = body.dry_run;
         json(StatusCode::ACCEPTED, &FailOverAnswer { to, dry_run })
+    }
+
+    fn pace(&self, body: &[u8]) -> Result<Response, ErrorBody> {
+        let body: PaceBody = serde_json::from_slice(body).map_err(|reason| {
+            let message =
+                format!("the body must be {{\"device\": \"disk0\", \"pace\": \"PACE\"}}: {reason}");
+            ErrorBody::new(ErrorCode::BadBody, message)
+        })?;
+        self.control.pace(&body.device, body.pace)?;
+        json(StatusCode::OK, &body)
     }
 
     fn snapshot(&self, body: &[u8]) -> Result<Response, ErrorBody> {

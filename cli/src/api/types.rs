@@ -7,7 +7,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tandem_ft::runtime::ResyncMode;
-use tandem_vmm::config::MachineConfig;
+use tandem_vmm::config::{MachineConfig, Pace};
 use tandem_vmm::control::{ControlError, MachineState};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::{MigrationError, Peer, PeerTls, source};
@@ -58,6 +58,16 @@ pub struct StopBody {
     /// End it now, instead of pressing its power button.
     #[serde(default)]
     pub force: bool,
+}
+
+/// How fast completions of a device reach the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PaceBody {
+    /// Identifier of the device, such as `disk0`.
+    pub device: String,
+    /// The pace.
+    pub pace: Pace,
 }
 
 /// Where to save a guest.

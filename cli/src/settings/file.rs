@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use tandem_vmm::config::{DiskConfig, DiskEngine, NetBackendConfig, NetConfig, VsockConfig};
+use tandem_vmm::config::{DiskConfig, DiskEngine, NetBackendConfig, NetConfig, Pace, VsockConfig};
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -113,7 +113,7 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         log_level: root.text("log-level", value::log_level),
         confine: root.text("confine", value::confine),
         user: root.text("user", value::user),
-        protect: root.texts("protect", value::address),
+        protect: root.texts("protect", value::address, 1),
         arbiter: root.text("arbiter", value::path),
         resync: root.text("resync", value::resync),
         tls: root.text("tls", value::path),
@@ -129,6 +129,7 @@ fn disk(section: &mut Section<'_, '_>) -> Option<DiskSetting> {
     let readonly = section.boolean("readonly");
     let direct = section.boolean("direct");
     let engine = section.text("engine", value::engine);
+    let pace = section.pace();
     section.require("path");
     let path = path?;
     Some(DiskSetting {
@@ -140,6 +141,7 @@ fn disk(section: &mut Section<'_, '_>) -> Option<DiskSetting> {
             id: id.map(|id| id.value),
             direct: direct.is_some_and(|v| v.value),
             engine: engine.map_or(DiskEngine::Auto, |v| v.value),
+            pace,
         },
     })
 }
@@ -148,6 +150,7 @@ fn net(section: &mut Section<'_, '_>) -> Option<NetSetting> {
     let tap = section.text("tap", value::tap);
     let socket = section.text("socket", value::socket_path);
     let mac = section.text("mac", value::mac);
+    let pace = section.pace();
     if section.has("tap") == section.has("socket") {
         let at = section.at;
         section.problem(at, "net", "must have `tap` or `socket`, and not both");
@@ -166,8 +169,37 @@ fn net(section: &mut Section<'_, '_>) -> Option<NetSetting> {
         config: NetConfig {
             backend,
             mac: mac.map(|mac| mac.value),
+            pace,
         },
     })
+}
+
+/// A pace by its values: a profile, of which others than given are kept, and lists of safepoints.
+fn pace_table(section: &mut Section<'_, '_>) -> Option<Pace> {
+    let profile = section.text("profile", value::pace);
+    let mut pace = profile.map(|p| p.value).unwrap_or_default();
+    let mut set = |section: &mut Section<'_, '_>, key, at, text: &str| {
+        let result = pace.set(key, text);
+        section.keep(key, at, text, result.map_err(Into::into));
+    };
+    for key in Pace::NUMBERS {
+        if let Some(number) = section.number(key, value::pace_number) {
+            set(section, key, number.at, &number.value.to_string());
+        }
+    }
+    if let Some(coalesce) = section.boolean(Pace::COALESCE) {
+        set(
+            section,
+            Pace::COALESCE,
+            coalesce.at,
+            &coalesce.value.to_string(),
+        );
+    }
+    if let Some(kinds) = section.texts(Pace::SAFEPOINTS, value::safepoint, 0) {
+        let names: Vec<&str> = kinds.value.iter().map(|kind| kind.name()).collect();
+        set(section, Pace::SAFEPOINTS, kinds.at, &names.join("/"));
+    }
+    Some(pace)
 }
 
 fn vsock(section: &mut Section<'_, '_>) -> Option<VsockConfig> {
@@ -325,11 +357,12 @@ impl<'a, 'i> Section<'a, 'i> {
         Some(Located { value: numbers, at })
     }
 
-    /// One text, or a list of them.
+    /// One text, or a list of them, at least so many.
     fn texts<T>(
         &mut self,
         key: &'static str,
         parse: fn(&str) -> Result<T, ValueError>,
+        least: usize,
     ) -> Option<Located<Vec<T>>> {
         const WANTED: &str = "text in quotes, or a list of such";
         let (value, at) = self.get(key)?;
@@ -339,7 +372,7 @@ impl<'a, 'i> Section<'a, 'i> {
                 let value = vec![one.value];
                 return Some(Located { value, at });
             }
-            DeValue::Array(items) if !items.is_empty() => items,
+            DeValue::Array(items) if items.len() >= least => items,
             other => {
                 self.wrong_type(key, at, WANTED, other);
                 return None;
@@ -406,6 +439,24 @@ impl<'a, 'i> Section<'a, 'i> {
         let value = read(&mut section);
         section.finish();
         value
+    }
+
+    /// How a device is paced: text, or a table of values; none if nothing is said.
+    fn pace(&mut self) -> Pace {
+        const KEY: &str = "pace";
+        match self.get(KEY) {
+            None => None,
+            Some((DeValue::String(text), at)) => {
+                let pace = self.keep(KEY, at, text, value::pace(text));
+                pace.map(|pace| pace.value)
+            }
+            Some((DeValue::Table(table), at)) => self.section(KEY, table, at, pace_table),
+            Some((other, at)) => {
+                self.wrong_type(KEY, at, "text in quotes, or a table of values", other);
+                None
+            }
+        }
+        .unwrap_or_default()
     }
 
     /// Reports the keys that nobody asked for.

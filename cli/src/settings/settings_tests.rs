@@ -91,6 +91,53 @@ fn standbys_are_one_or_a_list_of_bounded_length() {
 }
 
 #[test]
+fn a_pace_is_text_or_a_table() {
+    let pace = |text: &str| {
+        let (settings, problems) = file::parse(&format!("[[disk]]\npath = 'a'\npace = {text}\n"));
+        assert_eq!(problems, [], "{text}");
+        settings.disks[0].config.pace.to_string()
+    };
+    assert_eq!(pace("'hdd'"), "hdd");
+    assert_eq!(
+        pace("{ profile = 'ssd', latency-us = 5, safepoints = ['halted'] }"),
+        "ssd+latency-us:5+safepoints:halted"
+    );
+    assert_eq!(
+        pace("{ completions-per-second = 9, coalesce = true, safepoints = [] }"),
+        "custom+completions-per-second:9+coalesce:true+safepoints:"
+    );
+    for (wrong, told) in [
+        (
+            "'tape'",
+            "disk.pace`: `tape` is not allowed: must be `none`, `hdd`",
+        ),
+        (
+            "3",
+            "disk.pace`: must be text in quotes, or a table of values",
+        ),
+        (
+            "{ latency-us = -1 }",
+            "pace.latency-us`: `-1` is not allowed",
+        ),
+        (
+            "{ latency-us = 99999999 }",
+            "pace.latency-us`: `99999999` is not allowed",
+        ),
+        (
+            "{ safepoints = ['lunch'] }",
+            "pace.safepoints`: `lunch` is not allowed: must be one of halted, user-mode, kick, poll",
+        ),
+        ("{ latency = 3 }", "did you mean `latency-us`?"),
+    ] {
+        let lines = lines(&format!("[[disk]]\npath = 'a'\npace = {wrong}\n"));
+        assert!(
+            lines[0].starts_with("vm.toml:3:") && lines[0].contains(told),
+            "{lines:?}"
+        );
+    }
+}
+
+#[test]
 fn what_may_differ_per_host_is_told_from_the_rest() {
     let parse = |text| file::parse(text).0;
     let place = parse("console = \"off\"\nprotect = \"h:1\"\n[[net]]\ntap = \"tap7\"\n");
@@ -281,6 +328,17 @@ fn some_path() -> impl Strategy<Value = PathBuf> {
     "[a-zA-Z0-9 \"'\\\\äß=/.-]{1,20}".prop_map(PathBuf::from)
 }
 
+fn some_pace() -> impl Strategy<Value = Pace> {
+    let texts = [
+        "none",
+        "hdd",
+        "nic-1g",
+        "nvme+coalesce:false",
+        "ssd+latency-us:7+safepoints:",
+    ];
+    proptest::sample::select(texts.map(|text| text.parse().unwrap()).to_vec())
+}
+
 fn some_disk() -> impl Strategy<Value = DiskSetting> {
     let engine = prop_oneof![
         Just(DiskEngine::Auto),
@@ -288,17 +346,24 @@ fn some_disk() -> impl Strategy<Value = DiskSetting> {
         Just(DiskEngine::Threads)
     ];
     let id = proptest::option::of("[!-+\\--~]{1,20}");
-    (some_path(), any::<bool>(), id, any::<bool>(), engine).prop_map(
-        |(path, readonly, id, direct, engine)| {
+    (
+        some_path(),
+        any::<bool>(),
+        id,
+        any::<bool>(),
+        engine,
+        some_pace(),
+    )
+        .prop_map(|(path, readonly, id, direct, engine, pace)| {
             DiskSetting::from(DiskConfig {
                 path,
                 readonly,
                 id,
                 direct,
                 engine,
+                pace,
             })
-        },
-    )
+        })
 }
 
 fn some_net() -> impl Strategy<Value = NetSetting> {
@@ -307,9 +372,9 @@ fn some_net() -> impl Strategy<Value = NetSetting> {
         some_path().prop_map(NetBackendConfig::Socket),
     ];
     let mac = proptest::option::of(any::<[u8; 5]>());
-    (backend, mac).prop_map(|(backend, mac)| {
+    (backend, mac, some_pace()).prop_map(|(backend, mac, pace)| {
         let mac = mac.map(|[a, b, c, d, e]| MacAddr([2, a, b, c, d, e]));
-        NetSetting::from(NetConfig { backend, mac })
+        NetSetting::from(NetConfig { backend, mac, pace })
     })
 }
 

@@ -10,7 +10,8 @@ use bytesize::ByteSize;
 use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::{
     BootProtocol, CPUS_MAX, ConsoleConfig, DISK_ID_LEN_MAX, DiskConfig, DiskEngine, MEMORY_ALIGN,
-    MEMORY_MIN, MacAddr, NAME_LEN_MAX, NetBackendConfig, NetConfig, VsockConfig,
+    MEMORY_MIN, MacAddr, NAME_LEN_MAX, NetBackendConfig, NetConfig, Pace, PaceError, Safepoint,
+    Safepoints, VsockConfig,
 };
 use tandem_vmm::confinement::{Enforcement, User};
 use tandem_vmm::migration::{Address, MigrationError};
@@ -528,12 +529,13 @@ impl Part<'_> {
     }
 }
 
-const DISK_FORM: &str = "path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads]";
+const DISK_FORM: &str =
+    "path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads][,pace=P]";
 
 /// A disk as the flag gives it.
 ///
 /// # Errors
-/// When it does not have the form `path=FILE[,readonly][,id=ID][,direct][,engine=E]`.
+/// When it does not have the form `path=FILE[,readonly][,id=ID][,direct][,engine=E][,pace=P]`.
 pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
     let mut file = None;
     let mut disk = DiskConfig {
@@ -542,17 +544,19 @@ pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
         id: None,
         direct: false,
         engine: DiskEngine::Auto,
+        pace: Pace::default(),
     };
     for part in parts(
         text,
         DISK_FORM,
-        &["path", "readonly", "id", "direct", "engine"],
+        &["path", "readonly", "id", "direct", "engine", "pace"],
     )? {
         match part.key {
             "path" => file = Some(part.read(path)?),
             "readonly" => disk.readonly = part.flag()?,
             "id" => disk.id = Some(part.read(disk_id)?),
             "direct" => disk.direct = part.flag()?,
+            "pace" => disk.pace = part.read(pace)?,
             _ => disk.engine = part.read(engine)?,
         }
     }
@@ -571,29 +575,75 @@ pub fn disk_text(disk: &DiskConfig) -> String {
     if let Some(id) = &disk.id {
         text += &format!(",id={id}");
     }
-    text + &format!(",engine={}", engine_text(disk.engine))
+    text + &format!(
+        ",engine={}{}",
+        engine_text(disk.engine),
+        pace_part(disk.pace)
+    )
+}
+
+/// The part of a device's text that says its pace.
+fn pace_part(pace: Pace) -> String {
+    match pace.is_none() {
+        true => String::new(),
+        false => format!(",pace={pace}"),
+    }
+}
+
+/// How fast completions reach the guest.
+///
+/// # Errors
+/// When it is no profile, or values do not fit.
+pub fn pace(text: &str) -> Result<Pace, ValueError> {
+    Ok(text.parse::<Pace>()?)
+}
+
+impl From<PaceError> for ValueError {
+    fn from(error: PaceError) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// A kind of safepoints.
+///
+/// # Errors
+/// When there is none of this name.
+pub fn safepoint(text: &str) -> Result<Safepoint, ValueError> {
+    let names: Vec<&str> = Safepoints::default().names().collect();
+    Safepoint::from_name(text)
+        .ok_or_else(|| ValueError(format!("must be one of {}", names.join(", "))))
+}
+
+/// A part of a pace, as the number that it is.
+///
+/// # Errors
+/// When it is none.
+pub fn pace_number(text: &str) -> Result<u64, ValueError> {
+    text.parse().or_else(|_| allowed("must be a whole number"))
 }
 
 /// The text of an interface with the address `mac`, as [`net`] reads it.
 pub fn net_text(net: &NetConfig, mac: MacAddr) -> String {
-    match &net.backend {
-        NetBackendConfig::Tap(name) => format!("tap={name},mac={mac}"),
-        NetBackendConfig::Socket(path) => format!("socket={},mac={mac}", path.display()),
-    }
+    let backend = match &net.backend {
+        NetBackendConfig::Tap(name) => format!("tap={name}"),
+        NetBackendConfig::Socket(path) => format!("socket={}", path.display()),
+    };
+    format!("{backend},mac={mac}{}", pace_part(net.pace))
 }
 
-const NET_FORM: &str = "tap=NAME[,mac=M] or socket=PATH[,mac=M]";
+const NET_FORM: &str = "tap=NAME[,mac=M][,pace=P] or socket=PATH[,mac=M][,pace=P]";
 
 /// A network interface as the flag gives it.
 ///
 /// # Errors
-/// When it does not have the form `tap=NAME[,mac=M]` or `socket=PATH[,mac=M]`.
+/// When it does not have the form `tap=NAME[,mac=M][,pace=P]` or `socket=PATH[,mac=M][,pace=P]`.
 pub fn net(text: &str) -> Result<NetConfig, ValueError> {
-    let (mut backends, mut address) = (Vec::new(), None);
-    for part in parts(text, NET_FORM, &["tap", "socket", "mac"])? {
+    let (mut backends, mut address, mut speed) = (Vec::new(), None, Pace::default());
+    for part in parts(text, NET_FORM, &["tap", "socket", "mac", "pace"])? {
         match part.key {
             "tap" => backends.push(NetBackendConfig::Tap(part.read(tap)?)),
             "socket" => backends.push(NetBackendConfig::Socket(part.read(socket_path)?)),
+            "pace" => speed = part.read(pace)?,
             _ => address = Some(part.read(mac)?),
         }
     }
@@ -601,6 +651,7 @@ pub fn net(text: &str) -> Result<NetConfig, ValueError> {
         (Some(backend), true) => Ok(NetConfig {
             backend,
             mac: address,
+            pace: speed,
         }),
         _ => allowed(format!("must have the form {NET_FORM}")),
     }

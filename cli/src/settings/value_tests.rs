@@ -86,6 +86,11 @@ fn disks_name_the_wrong_part() {
     assert!(message(super::disk("path=a,path=b")).contains("`path` twice"));
     assert!(message(super::disk("path=a,engine=x")).contains("`engine` must be `auto`"));
     assert!(message(super::disk("readonly")).contains("path=FILE"));
+    assert!(message(super::disk("path=a,pace=tape")).contains("`pace` must be `none`, `hdd`"));
+    assert_eq!(
+        super::disk("path=a,pace=hdd").map(|d| d.pace.to_string()),
+        Ok("hdd".into())
+    );
     assert!(message(super::disk("path")).contains("path=VALUE"));
 }
 
@@ -96,6 +101,10 @@ fn nets_have_one_backend() {
     assert!(net("mac=52:54:00:12:34:56").is_err());
     assert!(message(net("tap=a-name-that-is-too-long")).contains("1 to 15"));
     assert!(message(net("tap=t,mac=1")).contains("six bytes"));
+    assert_eq!(
+        net("tap=t,pace=nic-1g").map(|n| n.pace.to_string()),
+        Ok("nic-1g".into())
+    );
 }
 
 #[test]
@@ -145,6 +154,6 @@ proptest! {
         let _ = (name(&text), memory(&text), cpus(&text), console(&text), duration(&text));
         let _ = (disk(&text), net(&text), vsock(&text), pin(&text), mac(&text));
         let _ = (control_key(&text), disk_id(&text), tap(&text), log_level(&text), cid(&text));
-        let _ = (user(&text), confine(&text));
+        let _ = (user(&text), confine(&text), pace(&text), safepoint(&text));
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::{self, Display, Write};
 use std::path::Path;
 
-use tandem_vmm::config::{DiskEngine, NetBackendConfig};
+use tandem_vmm::config::{DiskEngine, NetBackendConfig, Pace};
 
 use super::value;
 use super::{Launch, Located, Settings};
@@ -35,6 +35,12 @@ impl Writer {
     fn text(&mut self, key: &str, value: Option<&str>) {
         if let Some(value) = value {
             self.line(key, Quoted(value));
+        }
+    }
+
+    fn pace(&mut self, pace: Pace) {
+        if !pace.is_none() {
+            self.text("pace", Some(&pace.to_string()));
         }
     }
 
@@ -120,6 +126,7 @@ impl Settings {
             if disk.engine != DiskEngine::Auto {
                 out.text("engine", Some(value::engine_text(disk.engine)));
             }
+            out.pace(disk.pace);
         }
         for net in self.nets.iter().map(|n| &n.config) {
             out.header("[[net]]");
@@ -129,6 +136,7 @@ impl Settings {
             }
             let mac = net.mac.map(|mac| mac.to_string());
             out.text("mac", mac.as_deref());
+            out.pace(net.pace);
         }
         if let Some(vsock) = &self.vsock {
             out.header("[vsock]");

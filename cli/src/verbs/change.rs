@@ -1,4 +1,4 @@
-//! Verbs that change a running guest: `pause`, `resume`, `stop`.
+//! Verbs that change a running guest: `pause`, `resume`, `pace`, `stop`.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde_json::json;
 
 use super::Style;
-use crate::api::types::StopBody;
+use crate::api::types::{PaceBody, StopBody};
 use crate::args::ChangeArgs;
 use crate::client::{Client, ClientError};
 use crate::failure::Failure;
@@ -64,6 +64,27 @@ pub(super) fn resume(guest: &Guest, change: &ChangeArgs, style: Style) -> Result
     }
     Client::new(guest)?.post("/api/v1/resume", &json!({}))?;
     tell(guest, "running", style)
+}
+
+/// Paces a device.
+pub(super) fn pace(
+    guest: &Guest,
+    change: &ChangeArgs,
+    body: PaceBody,
+    style: Style,
+) -> Result<(), Failure> {
+    let PaceBody { device, pace } = &body;
+    if change.dry_run {
+        return tell_plan(guest, &format!("pace {device} like {pace} in"), style);
+    }
+    Client::new(guest)?.post("/api/v1/pace", &body)?;
+    let name = guest.name();
+    let printed = match (style.json(), style.quiet) {
+        (true, _) => output::print_json(&json!({ "name": name, "device": device, "pace": pace })),
+        (false, true) => Ok(()),
+        (false, false) => output::print(format!("{name}: {device} is paced like {pace}\n")),
+    };
+    printed.map_err(Failure::host("print the result"))
 }
 
 /// Ends a guest and waits for its process: by its power button, then by force.

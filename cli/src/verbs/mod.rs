@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
+use crate::api::types::PaceBody;
 use crate::args::{Cli, Format, Verb};
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -98,6 +99,14 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
         } => {
             let stop = change::Stop { force, timeout };
             change::stop(&root()?.find(&change.name)?, &change, stop, style)?;
+        }
+        Verb::Pace {
+            change,
+            device,
+            pace,
+        } => {
+            let guest = root()?.find(&change.name)?;
+            change::pace(&guest, &change, PaceBody { device, pace }, style)?;
         }
         Verb::Snapshot { change, directory } => {
             saved::snapshot(&root()?.find(&change.name)?, &change, &directory, style)?;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde_json::json;
+use tandem_vmm::control::{DeviceStats, MachineStats};
 
 use super::Style;
 use crate::api::types::GuestInfo;
@@ -131,7 +132,40 @@ pub(super) fn info(guest: &Guest, style: Style) -> Result<(), Failure> {
     if style.json() {
         return output::print_json(&info).map_err(printing());
     }
-    output::print(info_table(&info, guest).text()).map_err(printing())
+    let stats: MachineStats = Client::new(guest)?.get_json("/api/v1/stats")?;
+    let mut table = info_table(&info, guest);
+    for device in &stats.devices {
+        if let Some(pace) = pace_text(device) {
+            table.row(vec!["pace:".into(), format!("{}: {pace}", device.id)]);
+        }
+    }
+    output::print(table.text()).map_err(printing())
+}
+
+/// How a device is paced, and what became of its completions; nothing for one that never was.
+fn pace_text(device: &DeviceStats) -> Option<String> {
+    let pace = device.pace.as_ref()?;
+    let figure = |name: &str| device.counters.get(&format!("pace_{name}")).copied();
+    let figure = |name| figure(name).unwrap_or_default();
+    let kinds = device.counters.iter();
+    let kinds = kinds.filter_map(|(name, count)| Some((name.strip_prefix("pace_early_")?, count)));
+    let early: Vec<String> = kinds
+        .filter(|(_, count)| **count > 0)
+        .map(|(kind, count)| format!("{} {count}", kind.replace('_', "-")))
+        .collect();
+    let early = if early.is_empty() {
+        "0".to_owned()
+    } else {
+        early.join(", ")
+    };
+    Some(format!(
+        "{pace}; early {early}; mature {}, immediate {}, waiting {}; saved {:.3} s, backed off {}",
+        figure("mature"),
+        figure("immediate"),
+        figure("waiting"),
+        figure("saved_us") as f64 / 1e6,
+        figure("back_offs"),
+    ))
 }
 
 fn info_table(info: &GuestInfo, guest: &Guest) -> Table {

@@ -7,5 +7,7 @@ pub mod halted;
 pub mod line;
 pub mod standing;
 pub mod state;
+pub mod target;
+pub mod user_mode;
 pub mod vcpu;
 pub mod vm;

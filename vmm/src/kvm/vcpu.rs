@@ -37,6 +37,7 @@ use super::exits::{ExitCounters, ExitKind};
 use super::halted::HaltedProbe;
 use super::standing::{Begin, Standing};
 use super::state::trap_may_be_on_its_way;
+use super::user_mode::can_be_interrupted;
 use crate::config::CPUS_MAX;
 use crate::confinement::Entry;
 use crate::dirty::DirtyTracker;
@@ -72,6 +73,14 @@ pub trait ExitHandler: Send + Sync + 'static {
     fn vcpu_ended(&self, end: VcpuEnd);
     /// The first vCPU is about to run for the first time.
     fn first_run(&self);
+    /// Whether somebody waits for a vCPU that can be interrupted at once.
+    fn awaits_user_mode(&self) -> bool {
+        false
+    }
+    /// This vCPU left the guest, in user mode with interrupts enabled and none in service.
+    fn seen_in_user_mode(&self, vcpu: u8) {
+        let _ = vcpu;
+    }
 }
 
 /// Why a vCPU's thread ended.
@@ -196,7 +205,7 @@ pub struct VcpuThread {
     immediate_exit: ImmediateExit,
     counters: Arc<ExitCounters>,
     standing: Arc<Standing>,
-    halted: Option<HaltedProbe>,
+    halted: Option<Arc<HaltedProbe>>,
     thread: Option<JoinHandle<VcpuFd>>,
 }
 
@@ -235,7 +244,7 @@ impl VcpuThread {
             ended: AtomicBool::new(false),
         });
         let immediate_exit = ImmediateExit::of(&mut fd);
-        let halted = HaltedProbe::new(&fd).ok();
+        let halted = HaltedProbe::new(&fd).ok().map(Arc::new);
         let standing = Arc::<Standing>::default();
         let mut runner = Runner {
             index,
@@ -336,7 +345,12 @@ impl VcpuThread {
 
     /// Whether it is halted, and waits for an interrupt; none if this KVM does not tell.
     pub fn is_halted(&self) -> Option<bool> {
-        self.halted.as_ref().map(HaltedProbe::is_halted)
+        self.halted.as_ref().map(|probe| probe.is_halted())
+    }
+
+    /// What tells that; none if this KVM does not.
+    pub fn halted_probe(&self) -> Option<Arc<HaltedProbe>> {
+        self.halted.clone()
     }
 
     fn set_wish(&self, wish: Wish) {
@@ -421,9 +435,17 @@ impl Runner {
                 self.handler.first_run();
             }
             match self.run_once() {
-                Next::Run | Next::Interrupted => {}
+                Next::Run => self.look_for_user_mode(),
+                Next::Interrupted => {}
                 Next::End(end) => return end,
             }
+        }
+    }
+
+    /// After an exit, tells who waits for a moment when the guest can be interrupted.
+    fn look_for_user_mode(&mut self) {
+        if self.handler.awaits_user_mode() && can_be_interrupted(&mut self.fd) {
+            self.handler.seen_in_user_mode(self.index);
         }
     }
 

@@ -8,11 +8,12 @@ use super::saving::Probe;
 use super::{Machine, Running};
 use crate::boot::layout::{self, VirtioSlot};
 use crate::boot::{self, BootSources};
-use crate::build;
+use crate::build::{self, SlotTargets};
 use crate::control::MachineState;
 use crate::cpu::{self, PlatformKind};
 use crate::dirty::{DirtyTracker, Mechanism};
 use crate::error::Error;
+use crate::kvm::target::Targets;
 use crate::kvm::vcpu::{ExitHandler, Scheduling, VcpuSetup, VcpuThread};
 use crate::kvm::vm::Vm;
 use crate::memory;
@@ -70,6 +71,14 @@ impl Machine {
             };
             vcpus.push(VcpuThread::start(index, fd, setup)?);
         }
+        let halted = vcpus.iter().map(VcpuThread::halted_probe).collect();
+        let targets = Targets::new(&vm, halted);
+        let slots = VirtioSlot::first(self.config.virtio_device_count())?;
+        let gsis = slots.iter().map(|slot| slot.gsi).collect();
+        let mut model = self.shared.model();
+        model.connect_processors(Some(Box::new(SlotTargets::new(targets, gsis))));
+        model.tell_vcpus_by(Arc::clone(&self.shared.awaits_user_mode));
+        drop(model);
         self.running = Some(Running {
             probes: vcpus.iter().map(|_| Probe::default()).collect(),
             vcpus,
@@ -152,7 +161,10 @@ impl Machine {
             drop(vcpu.join());
         }
         self.shared.ends().clear();
-        self.shared.model().connect_sci(None);
+        let mut model = self.shared.model();
+        model.connect_sci(None);
+        model.connect_processors(None);
+        drop(model);
         self.acks.detach();
         tracker.detach();
         drop(vm);

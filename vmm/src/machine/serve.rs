@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::thread::sched_getaffinity;
 use tandem_devices::legacy::MachineRequest;
+use tandem_devices::pace::Pace;
 use vmm_sys_util::epoll::EpollEvent;
 
 use super::Machine;
@@ -288,6 +289,7 @@ impl Machine {
                 end = Some(End::Outcome(Outcome::Left));
                 Ok(Answer::Done)
             }
+            Command::Pace(id, pace) => self.pace(&id, pace),
             Command::Stop(StopMode::Force) => {
                 end = Some(End::Outcome(Outcome::Stopped));
                 Ok(Answer::Done)
@@ -396,6 +398,18 @@ impl Machine {
     /// Lets devices work on what came meanwhile, and the vCPUs run.
     pub(super) fn go_on(&mut self) {
         self.go_on_after(|| ());
+    }
+
+    fn pace(&self, id: &str, pace: Pace) -> Result<Answer, ControlError> {
+        let set = self.shared.model().set_pace(id, pace);
+        // What waits is looked at in the next round.
+        self.shared.wake();
+        let allowed = |ids: Vec<String>| match ids.as_slice() {
+            [] => "the guest has no disk and no network interface".to_owned(),
+            ids => format!("`{id}` cannot be paced; allowed are {}", ids.join(", ")),
+        };
+        set.map(|()| Answer::Done)
+            .map_err(|ids| ControlError::Failed(allowed(ids)))
     }
 
     fn leave(&self) -> Result<Outcome, ControlError> {

@@ -148,6 +148,9 @@ impl GuestState {
             writer.state(slot, transport)?;
             writer.device(slot, device)?;
         }
+        for (slot, pace) in &self.devices.pace {
+            writer.state(*slot, pace)?;
+        }
         Ok(())
     }
 
@@ -173,6 +176,7 @@ impl GuestState {
                     Ok((sections.take(slot)?, sections.take_device(kind, slot)?))
                 })
                 .collect::<Result<_, SnapshotError>>()?,
+            pace: sections.take_some(0..hardware.devices.len() as u32)?,
         };
         Ok(Self {
             hardware,

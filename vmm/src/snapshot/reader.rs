@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
+use std::ops::Range;
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
@@ -95,6 +96,23 @@ impl Sections {
             });
         }
         codec::decode(section, &payload)
+    }
+
+    /// Takes those of the states `T` that there are, of these instances.
+    ///
+    /// # Errors
+    /// As [`Sections::take`], but that none is missed.
+    pub fn take_some<T: Saved>(
+        &mut self,
+        instances: Range<u32>,
+    ) -> Result<Vec<(u32, T)>, SnapshotError> {
+        let kind = T::KIND;
+        instances
+            .filter_map(|instance| {
+                let is_there = self.0.contains_key(&SectionId { kind, instance });
+                is_there.then(|| Ok((instance, self.take(instance)?)))
+            })
+            .collect()
     }
 
     /// The sections that nobody took yet: which, version, length of the payload in bytes.

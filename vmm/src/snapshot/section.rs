@@ -38,12 +38,14 @@ pub enum SectionKind {
     Rng,
     /// A socket device, by its slot.
     Vsock,
+    /// Completions that a paced device holds back, by its slot; only of devices that are or were paced.
+    Pace,
 }
 
 /// The name that ends a stream of sections.
 pub(super) const END: &str = "end";
 
-const NAMES: [(SectionKind, &str); 15] = [
+const NAMES: [(SectionKind, &str); 16] = [
     (SectionKind::Hardware, "hardware"),
     (SectionKind::Memory, "memory"),
     (SectionKind::Vcpu, "vcpu"),
@@ -59,6 +61,7 @@ const NAMES: [(SectionKind, &str); 15] = [
     (SectionKind::Console, "virtio-console"),
     (SectionKind::Rng, "virtio-rng"),
     (SectionKind::Vsock, "virtio-vsock"),
+    (SectionKind::Pace, "virtio-pace"),
 ];
 
 impl SectionKind {

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 
+use tandem_devices::pace::PaceState;
 use tandem_devices::state::{
     BlockState, CmosState, ConsoleState, DeviceState, NetState, PmState, RngState, SerialState,
     TransportState, VsockState,
@@ -37,6 +38,7 @@ saved! {
     ConsoleState => Console,
     RngState => Rng,
     VsockState => Vsock,
+    PaceState => Pace,
 }
 
 impl<W: Write> Writer<W> {
