@@ -25,6 +25,16 @@ static ROUTED: [AtomicU32; LINES_MAX as usize] = [const { AtomicU32::new(0) }; L
 pub struct Line(u32);
 
 impl Line {
+    /// Its number, that of its bit among those that are pending.
+    pub fn number(self) -> u32 {
+        self.0
+    }
+
+    /// The vector of its interrupt.
+    pub fn vector(self) -> u32 {
+        apic::FIRST_VECTOR + self.0
+    }
+
     /// Whether an interrupt arrived since the last call.
     pub fn take(self) -> bool {
         let bit = 1 << self.0;

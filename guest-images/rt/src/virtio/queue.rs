@@ -116,7 +116,7 @@ impl Queue {
     }
 
     /// Addresses of the descriptors, of the driver's area and of the device's area.
-    pub(crate) fn addresses(&self) -> [u64; 3] {
+    pub fn addresses(&self) -> [u64; 3] {
         [0, self.at.avail, self.at.used].map(|at| self.memory.address(at))
     }
 

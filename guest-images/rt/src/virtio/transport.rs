@@ -57,6 +57,11 @@ impl Transport {
         self.kind
     }
 
+    /// Address of its registers.
+    pub fn base(&self) -> u64 {
+        self.base
+    }
+
     /// Resets the device and settles on those of the `wanted` features that it has;
     /// [`VERSION_1`] is added. Returns the features in use.
     ///

@@ -1,0 +1,5 @@
+//! Links the guest by the shared layout.
+
+fn main() {
+    linkage::emit();
+}
