@@ -10,6 +10,7 @@ mod figures;
 mod loads;
 mod memory;
 mod moves;
+mod pace;
 mod protect;
 mod qmp;
 mod rows;

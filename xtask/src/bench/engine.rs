@@ -57,6 +57,8 @@ pub(super) struct Machine {
     pub(super) tap: Option<&'static str>,
     /// Disks: image, and whether it is read-only.
     pub(super) disks: Vec<(PathBuf, bool)>,
+    /// How its disks are paced; ours only.
+    pub(super) pace: Option<&'static str>,
     /// Whether the machine is described by ACPI.
     pub(super) acpi: bool,
 }
@@ -71,6 +73,7 @@ impl Machine {
             memory_mib: 128,
             tap: None,
             disks: Vec::new(),
+            pace: None,
             acpi: false,
         }
     }
@@ -95,6 +98,12 @@ impl Machine {
     /// With one more disk.
     pub(super) fn disk(mut self, image: &Path, readonly: bool) -> Self {
         self.disks.push((image.to_owned(), readonly));
+        self
+    }
+
+    /// With paced disks.
+    pub(super) fn paced(mut self, pace: &'static str) -> Self {
+        self.pace = Some(pace);
         self
     }
 
@@ -220,9 +229,11 @@ impl Bench {
         }
         for (image, readonly) in &machine.disks {
             let readonly = if *readonly { ",readonly" } else { "" };
+            let pace = machine.pace.map(|pace| format!(",pace={pace}"));
+            let options = format!("{readonly}{}", pace.unwrap_or_default());
             command
                 .arg("--disk")
-                .arg(format!("path={}{readonly}", image.display()));
+                .arg(format!("path={}{options}", image.display()));
         }
         if let Some(tap) = machine.tap {
             command.arg("--net").arg(format!("tap={tap},mac={MAC}"));

@@ -281,7 +281,7 @@ fn wrk_figures(runs: &[(&str, &str, u32)]) -> Result<Vec<Sample>> {
 }
 
 /// Makes an empty disk image whose blocks are all allocated.
-fn make_disk(path: &Path) -> Result<()> {
+pub(super) fn make_disk(path: &Path) -> Result<()> {
     let zeros = vec![0; 1 << 20];
     let mut file =
         File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
@@ -293,7 +293,7 @@ fn make_disk(path: &Path) -> Result<()> {
 }
 
 /// The last number right before `mark`.
-fn number_before(text: &str, mark: &str) -> Option<f64> {
+pub(super) fn number_before(text: &str, mark: &str) -> Option<f64> {
     let before = &text[..text.rfind(mark)?];
     before.rsplit(' ').next()?.parse().ok()
 }

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::engine::{Bench, Engine};
 use super::figures::Sample;
-use super::{loads, moves, protect};
+use super::{loads, moves, pace, protect};
 use crate::process;
 
 /// A row: one guest under one load, which may give several figures.
@@ -68,6 +68,12 @@ pub(super) const ROWS: &[Row] = &[
         programs: &[],
         images: &[],
         measure: loads::disk,
+    },
+    Row {
+        name: "pace",
+        programs: &[],
+        images: &[],
+        measure: pace::pace,
     },
     Row {
         name: "pause",
