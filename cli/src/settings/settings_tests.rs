@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use tandem_ft::runtime::ResyncMode;
-use tandem_vmm::config::{DiskEngine, MacAddr};
+use tandem_vmm::config::{DiskEngine, MacAddr, Pace};
 
 use super::*;
 
@@ -336,7 +336,7 @@ fn some_pace() -> impl Strategy<Value = Pace> {
         "nvme+coalesce:false",
         "ssd+latency-us:7+safepoints:",
     ];
-    proptest::sample::select(texts.map(|text| text.parse().unwrap()).to_vec())
+    proptest::sample::select(texts.map(|text| text.parse().expect("a pace")).to_vec())
 }
 
 fn some_disk() -> impl Strategy<Value = DiskSetting> {

@@ -70,14 +70,14 @@ pub(super) fn resume(guest: &Guest, change: &ChangeArgs, style: Style) -> Result
 pub(super) fn pace(
     guest: &Guest,
     change: &ChangeArgs,
-    body: PaceBody,
+    body: &PaceBody,
     style: Style,
 ) -> Result<(), Failure> {
-    let PaceBody { device, pace } = &body;
+    let PaceBody { device, pace } = body;
     if change.dry_run {
         return tell_plan(guest, &format!("pace {device} like {pace} in"), style);
     }
-    Client::new(guest)?.post("/api/v1/pace", &body)?;
+    Client::new(guest)?.post("/api/v1/pace", body)?;
     let name = guest.name();
     let printed = match (style.json(), style.quiet) {
         (true, _) => output::print_json(&json!({ "name": name, "device": device, "pace": pace })),

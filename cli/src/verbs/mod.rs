@@ -106,7 +106,7 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             pace,
         } => {
             let guest = root()?.find(&change.name)?;
-            change::pace(&guest, &change, PaceBody { device, pace }, style)?;
+            change::pace(&guest, &change, &PaceBody { device, pace }, style)?;
         }
         Verb::Snapshot { change, directory } => {
             saved::snapshot(&root()?.find(&change.name)?, &change, &directory, style)?;

@@ -28,7 +28,7 @@ pub const PACE_TOKEN: u32 = 0x7fff_ffff;
 /// wakes again and again takes the CPU from a guest that is at work.
 const LOOK_MIN: Duration = Duration::from_micros(50);
 /// Time to a maturity that is waited out, if nothing else waits: a timer would take longer.
-const SPIN_MAX: Duration = Duration::from_micros(3);
+const SPIN_MAX: Duration = Duration::from_micros(4);
 /// How late a safepoint may be seen.
 const LOOK_MAX: Duration = Duration::from_micros(400);
 
