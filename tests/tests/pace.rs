@@ -8,8 +8,10 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tandem_tests::guest::{Ended, Guest, GuestBuilder, Life};
-use tandem_tests::in_each_life;
+use tandem_tests::network::{CMDLINE, GUEST, Network};
+use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
+use tandem_tests::{in_each_life, in_every_life};
 use tempfile::TempDir;
 
 const IMAGE_SIZE: u64 = 32 << 20;
@@ -18,6 +20,7 @@ const SLOW: &str = "custom+latency-us:20000+completions-per-second:50";
 const SLOW_US: u64 = 20_000;
 
 in_each_life!(nothing_is_lost_or_comes_twice);
+in_every_life!(a_paced_card_serves_its_clients);
 
 struct Image {
     _directory: TempDir,
@@ -41,10 +44,14 @@ fn guest(name: &str, image: &Image, cmdline: &str, pace: &str) -> GuestBuilder {
 
 /// A figure of the first disk.
 fn figure(guest: &Guest, name: &str) -> u64 {
+    figure_of(guest, "disk0", name)
+}
+
+fn figure_of(guest: &Guest, device: &str, name: &str) -> u64 {
     let metrics = guest.succeed(&["metrics", "guest"]);
     let lines = metrics
         .lines()
-        .filter(|line| line.contains("device=\"disk0\""));
+        .filter(|line| line.contains(&format!("device=\"{device}\"")));
     let wanted = format!("tandem_device_{name}");
     let mut values = lines
         .filter(|line| line.starts_with(&wanted) && line[wanted.len()..].starts_with(['{', '_']))
@@ -198,4 +205,57 @@ fn stats(guest: &Guest) -> Value {
     api.read_to_string(&mut answer).unwrap();
     let (_, body) = answer.split_once("\r\n\r\n").unwrap();
     serde_json::from_str(body).unwrap()
+}
+
+fn store(network: &Network, words: &[&str]) -> String {
+    let all: Vec<_> = ["-h", GUEST].iter().chain(words).copied().collect();
+    network.run("redis-cli", &all).trim().to_owned()
+}
+
+fn lacks_network() -> bool {
+    let programs = ["ip", "redis-cli", "redis-benchmark"].map(Need::Program);
+    must_skip(&[&[Need::Kvm, Need::Root], &programs[..]].concat())
+}
+
+fn a_paced_card_serves_its_clients(life: Life) {
+    if lacks_network() {
+        return;
+    }
+    let network = Network::new();
+    let server = GuestBuilder::image("kv", CMDLINE).in_network(&network);
+    let guest = server.live(life, "kv: ready");
+    guest.succeed(&["pace", "guest", "net0", "nic-1g"]);
+    assert_eq!(store(&network, &["SET", "key", "value"]), "OK");
+    let load = [
+        "-h", GUEST, "-t", "set,get", "-n", "2000", "-c", "10", "--csv",
+    ];
+    let table = network.run("redis-benchmark", &load);
+    assert_eq!(table.matches("ET\"").count(), 2, "{table}");
+    assert_eq!(store(&network, &["GET", "key"]), "value");
+    let figure = |name: &str| figure_of(&guest, "net0", name);
+    assert!(figure("pace_early_halted") > 0);
+    assert_eq!(figure("pace_outside"), 0);
+}
+
+#[test]
+fn a_pace_goes_with_a_protected_guest() {
+    if lacks_network() {
+        return;
+    }
+    let network = Network::new();
+    let server = GuestBuilder::image("kv", CMDLINE).in_network(&network);
+    let mut pair = Pair::ready(server, "kv: ready");
+    pair.side(Side::Primary)
+        .succeed(&["pace", "guest", "net0", "nic-1g"]);
+    assert_eq!(store(&network, &["SET", "key", "value"]), "OK");
+    pair.resync();
+    let copy = pair.fail_over();
+    assert_eq!(store(&network, &["GET", "key"]), "value");
+    let all = stats(&copy);
+    let devices = all["devices"].as_array().unwrap();
+    let card = devices
+        .iter()
+        .find(|device| device["id"] == "net0")
+        .unwrap();
+    assert_eq!(card["pace"], "nic-1g");
 }
