@@ -166,7 +166,7 @@ fn net_flag(net: &NetConfig) -> String {
         NetBackendConfig::Socket(path) => format!("socket={}", path.display()),
     };
     let mac = net.mac.map_or(String::new(), |mac| format!(",mac={mac}"));
-    format!("--net={backend}{mac}")
+    format!("--net={backend}{mac},pace={}", net.pace)
 }
 
 proptest! {
