@@ -155,6 +155,36 @@ fn a_fragile_guest_lives_under_the_rule() {
 }
 
 #[test]
+fn a_busy_guest_is_interrupted_where_it_is_seen_in_user_mode() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let image = image();
+    let pace = format!("{SLOW}+safepoints:user-mode");
+    let mut guest = guest("fragile", &image, "ops=30 busy stay", &pace).start();
+    let begun = Instant::now();
+    guest.wait_for("fragile: done 30");
+    let nominal = Duration::from_micros(30 * SLOW_US);
+    assert!(begun.elapsed() < nominal, "{:?}", begun.elapsed());
+    assert!(figure(&guest, "pace_early_user_mode") > 20);
+    assert_eq!(figure(&guest, "pace_outside"), 0);
+}
+
+#[test]
+fn of_several_vcpus_the_one_counts_that_is_interrupted() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let image = image();
+    let pace = format!("{SLOW}+safepoints:halted");
+    let words = "blocks=512 ops=100 depth=1 flush=0 stay";
+    let two = guest("disk", &image, words, &pace).arg("--cpus").arg("2");
+    let mut guest = two.start();
+    guest.wait_for("disk: done");
+    assert!(figure(&guest, "pace_early_halted") > 80);
+}
+
+#[test]
 fn a_fragile_guest_dies_of_completions_that_come_too_fast() {
     if must_skip(&[Need::Kvm]) {
         return;
