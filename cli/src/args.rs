@@ -398,10 +398,10 @@ pub struct RunArgs {
     /// Memory, such as 512MiB [default: 128MiB]
     #[arg(long, value_name = "SIZE", value_parser = value::memory)]
     pub memory: Option<u64>,
-    /// Disk: path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads]; repeatable
+    /// Disk: path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads][,pace=P]; repeatable
     #[arg(long = "disk", value_name = "DISK", value_parser = value::disk)]
     pub disks: Vec<DiskConfig>,
-    /// Network interface: tap=NAME[,mac=M] or socket=PATH[,mac=M]; repeatable
+    /// Network interface: tap=NAME[,mac=M][,pace=P] or socket=PATH[,mac=M][,pace=P]; repeatable
     #[arg(long = "net", value_name = "NET", value_parser = value::net)]
     pub nets: Vec<NetConfig>,
     /// Virtio socket: cid=N,path=SOCKET
@@ -537,10 +537,10 @@ pub struct PlaceArgs {
     /// Name of the guest, unique on this host [default: the one it had]
     #[arg(long, value_parser = value::name)]
     pub name: Option<String>,
-    /// Disk: path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads]; repeatable
+    /// Disk: path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads][,pace=P]; repeatable
     #[arg(long = "disk", value_name = "DISK", value_parser = value::disk)]
     pub disks: Vec<DiskConfig>,
-    /// Network interface: tap=NAME[,mac=M] or socket=PATH[,mac=M]; repeatable
+    /// Network interface: tap=NAME[,mac=M][,pace=P] or socket=PATH[,mac=M][,pace=P]; repeatable
     #[arg(long = "net", value_name = "NET", value_parser = value::net)]
     pub nets: Vec<NetConfig>,
     /// Virtio socket: cid=N,path=SOCKET

@@ -177,7 +177,7 @@ fn install(line: irq::Line) {
         (&raw mut boot_idt)
             .cast::<u64>()
             .add(entry)
-            .write_volatile(gate)
+            .write_volatile(gate);
     };
 }
 
