@@ -6,6 +6,7 @@ use std::io;
 use proptest::array::uniform32;
 use proptest::collection::vec;
 use proptest::prelude::*;
+use tandem_devices::pace::{PaceState, PacedQueueState, WaitingState};
 use tandem_devices::state::{
     BlockState, CmosState, ConsoleState, DeviceState, NetState, PmState, QueueState, RngState,
     SerialState, TransportState, VsockState,
@@ -192,6 +193,34 @@ fn other_versions_and_fields_are_refused() {
         wider.starts_with("section cmos 0 cannot be understood"),
         "{wider}"
     );
+}
+
+/// What a paced disk holds back: one completion of some tens of milliseconds.
+fn pace() -> PaceState {
+    let waiting = WaitingState {
+        remaining_ns: 30_000_000,
+        entries: vec![(7, 4097), (9, 1)],
+    };
+    let queue = PacedQueueState {
+        queue: 0,
+        busy_ns: 5,
+        head: 1 << 40,
+        waiting: vec![waiting],
+    };
+    PaceState::new("hdd+safepoints:halted".parse().unwrap(), vec![queue])
+}
+
+#[test]
+fn only_devices_that_are_paced_have_a_section_of_it() {
+    let bytes = write(|to| {
+        to.state(1, &pace())?;
+        to.state(3, &pace())
+    });
+    let mut sections = Sections::read_all(&bytes[..]).unwrap();
+    let some: Vec<(u32, PaceState)> = sections.take_some(0..3).unwrap();
+    assert_eq!(some, [(1, pace())]);
+    let left = sections.finish().unwrap_err();
+    assert!(matches!(left, SnapshotError::LeftOver { .. }), "{left}");
 }
 
 #[test]
