@@ -90,6 +90,15 @@ fn count_up(connection: &TcpStream, ends: &AtomicBool) -> Vec<Instant> {
     replies
 }
 
+/// Tells a client to end when it is dropped, also by a panic.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
 /// The longest time without a reply between two moments.
 fn longest_gap(replies: &[Instant], from: Instant, to: Instant) -> Duration {
     let within = replies.iter().filter(|at| (from..to).contains(at));
@@ -105,8 +114,8 @@ fn a_survivor_is_protected_again_as_soon_as_its_memory_is_sent() {
     }
     let network = Network::new();
     let mut hosts = Hosts::new(&network, 3);
-    hosts.stand_by(1, ONCE);
-    hosts.stand_by(2, ONCE);
+    hosts.stand_by(1, ALWAYS);
+    hosts.stand_by(2, ALWAYS);
     let memory = format!("{MEMORY_MIB}MiB");
     hosts.run(0, guest().arg("--memory").arg(memory));
     hosts.on(0).wait_for("kv: ready");
@@ -116,6 +125,7 @@ fn a_survivor_is_protected_again_as_soon_as_its_memory_is_sent() {
     let mut periods = Vec::new();
     let replies = std::thread::scope(|scope| {
         let client = scope.spawn(|| count_up(&connection, &ends));
+        let at_end = End(&ends);
         for _ in 0..KILLS {
             let (lost, before) = (owner, term(&status));
             let killed = Instant::now();
@@ -125,9 +135,9 @@ fn a_survivor_is_protected_again_as_soon_as_its_memory_is_sent() {
             (owner, status) = hosts.wait_protected_after(before);
             assert_eq!(owner, alone);
             periods.push((killed, alone_at, Instant::now()));
-            hosts.stand_by(lost, ONCE);
+            hosts.stand_by(lost, ALWAYS);
         }
-        ends.store(true, Ordering::SeqCst);
+        drop(at_end);
         client.join().expect("the client had all replies")
     });
     for (killed, alone, protected) in periods {
