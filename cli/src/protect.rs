@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use tandem_ft::arbiter::ArbiterError;
 use tandem_ft::keeper::Keeper;
-use tandem_ft::runtime::{Claims, Guest, Pair, Protect, ProtectionError, Protector, Standbys};
+use tandem_ft::runtime::{
+    Claims, Desk, Guest, Pair, Protect, ProtectionError, Protector, Standbys,
+};
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
@@ -34,26 +36,17 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
         }
         None => None,
     };
-    let pair = pair(&launch.machine)?;
     let started = context.started;
     run_machine(launch, context, |config, confinement, place| {
-        let description = describe(&config);
+        let made = (pair(&config)?, describe(&config));
         let keeper = match &protect {
             // As long as this process has one thread.
             Some(_) => Some(keeper(confinement)?),
             None => None,
         };
-        let surroundings = surroundings(confinement, &pair);
-        let machine = Machine::open(config, surroundings, started)?;
-        let guest = Guest {
-            pair,
-            handle: machine.handle(),
-            description,
-            confinement: confinement.entry(ThreadKind::Protection),
-            keeper,
-            keepers_place: place.path(KEEPER_SOCKET),
-        };
-        Ok::<_, Failure>((machine, beside(guest, protect, || {})?))
+        let machine = Machine::open(config, surroundings(confinement, &made.0), started)?;
+        let guest = guest(&machine, made, confinement, place, keeper);
+        Ok::<_, Failure>((machine, beside(guest, protect, |_| {})?))
     })
 }
 
@@ -65,38 +58,39 @@ pub(crate) fn pair(machine: &MachineConfig) -> Result<Arc<Pair>, Failure> {
     ))
 }
 
-/// What goes on beside `machine`, which goes on from a state that was saved: it can be protected. At its beginning
-/// `begin` is called.
-pub(crate) fn beside_saved(
+/// The guest that `machine` runs, as what protects it knows it: with its gates and its description.
+pub(crate) fn guest(
     machine: &Machine,
     (pair, description): (Arc<Pair>, String),
     confinement: &Confinement,
     place: &Place,
-    begin: impl FnOnce() + 'static,
-) -> Result<Beside, Failure> {
-    let guest = Guest {
+    keeper: Option<Keeper>,
+) -> Guest {
+    Guest {
         pair,
         handle: machine.handle(),
         description,
         confinement: confinement.entry(ThreadKind::Protection),
-        keeper: None,
+        keeper,
         keepers_place: place.path(KEEPER_SOCKET),
-    };
-    beside(guest, None, begin)
+    }
 }
 
-fn beside(
+/// What goes on beside a guest's machine: it can be protected, and is if `protect` says how. At its beginning `begin`
+/// is called.
+pub(crate) fn beside(
     guest: Guest,
     protect: Option<Protect>,
-    begin: impl FnOnce() + 'static,
+    begin: impl FnOnce(Desk) + 'static,
 ) -> Result<Beside, Failure> {
     let pair = Arc::clone(&guest.pair);
     let protector = Protector::start(guest, protect)?;
+    let desk = protector.desk();
     Ok(Beside {
         pair,
-        desk: protector.desk(),
+        desk: desk.clone(),
         begin: Box::new(move || {
-            begin();
+            begin(desk);
             Box::new(move || protector.finish())
         }),
     })

@@ -34,10 +34,9 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         }
     };
     let mut offer = Some(offer);
-    let pair = protect::pair(&launch.machine)?;
     let ran = run_machine(launch, context, |config, confinement, place| {
-        let description = describe(&config);
-        let surroundings = protect::surroundings(confinement, &pair);
+        let made = (protect::pair(&config)?, describe(&config));
+        let surroundings = protect::surroundings(confinement, &made.0);
         let memory = memory::allocate(config.memory, config.hugepages)?;
         let received = match offer.take() {
             Some(offer) => offer.accept(&memory)?,
@@ -47,8 +46,8 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         let memory = SavedMemory::Loaded(memory);
         match Machine::restore(config, &received.state, memory, surroundings, started) {
             Ok(machine) => {
-                let (made, announce) = ((pair, description), || received.announce());
-                let beside = protect::beside_saved(&machine, made, confinement, place, announce)?;
+                let guest = protect::guest(&machine, made, confinement, place, None);
+                let beside = protect::beside(guest, None, |_| received.announce())?;
                 Ok::<_, Failure>((machine, beside))
             }
             Err(error) => {

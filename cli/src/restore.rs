@@ -25,10 +25,9 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
     let snapshot = directory::open_snapshot(&args.directory)?;
     let launch = plan(args, &snapshot)?;
     let (paused, eager) = (args.paused, args.eager);
-    let pair = protect::pair(&launch.machine)?;
     run_machine(launch, context, |config, confinement, place| {
-        let description = describe(&config);
-        let surroundings = protect::surroundings(confinement, &pair);
+        let made = (protect::pair(&config)?, describe(&config));
+        let surroundings = protect::surroundings(confinement, &made.0);
         let Snapshot {
             state,
             memory,
@@ -53,9 +52,8 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
         if paused {
             machine.start_paused();
         }
-        let made = (pair, description);
-        let beside = protect::beside_saved(&machine, made, confinement, place, || {})?;
-        Ok::<_, Failure>((machine, beside))
+        let guest = protect::guest(&machine, made, confinement, place, None);
+        Ok::<_, Failure>((machine, protect::beside(guest, None, |_| {})?))
     })
 }
 

@@ -3,7 +3,6 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -11,8 +10,7 @@ use tandem_ft::arbiter::DirectoryArbiter;
 use tandem_ft::mirror;
 use tandem_ft::runtime::status::{Role, Status};
 use tandem_ft::runtime::{
-    CALLS_TIMEOUT, Calls, Claims, Guest, Invitation, Pair, ProtectionError, Protector, Standby,
-    Standbys, Taker,
+    CALLS_TIMEOUT, Calls, Claims, Invitation, ProtectionError, Standby, Standbys, Taker,
 };
 use tandem_vmm::config::ConsoleConfig;
 use tandem_vmm::confinement::ThreadKind;
@@ -26,10 +24,10 @@ use crate::args::StandbyArgs;
 use crate::client::Client;
 use crate::exit::Exit;
 use crate::failure::Failure;
-use crate::protect::{keeper, routes, surroundings};
+use crate::protect::{self, keeper, routes, surroundings};
 use crate::receive::listen;
-use crate::run::{Beside, RunContext, accept, run_machine};
-use crate::runtime_dir::{KEEPER_SOCKET, PlaceError, Root};
+use crate::run::{RunContext, accept, run_machine};
+use crate::runtime_dir::{PlaceError, Root};
 use crate::settings::{Launch, Located, Origin, Problem, Settings, describe, file, value};
 use crate::{output, reception};
 
@@ -132,9 +130,7 @@ fn one(
         // What is only staged is to be given back page by page.
         let huge = config.hugepages && invitation.as_ref().is_none_or(Invitation::keeps_image);
         let beside = memory::allocate(config.memory, huge)?;
-        let pair = Pair::new(&config.name, config.nets.len(), config.disks.len())
-            .map_err(Failure::host("make gates for the guest"))?;
-        let pair = Arc::new(pair);
+        let pair = protect::pair(&config)?;
         let (Some(invitation), Some(calls)) = (invitation.take(), calls.take()) else {
             return Err(Failure::host("take a guest")(
                 io::ErrorKind::NotFound.into(),
@@ -170,26 +166,13 @@ fn one(
         machine.become_copy();
         machine.start_paused();
         let handle = machine.handle();
-        let guest = Guest {
-            pair: Arc::clone(&pair),
-            handle: handle.clone(),
-            description,
-            confinement: confinement.entry(ThreadKind::Protection),
-            keeper: Some(keeper),
-            keepers_place: place.path(KEEPER_SOCKET),
-        };
-        let protector = Protector::start(guest, None)?;
-        let desk = protector.desk();
-        let beside = Beside {
-            pair,
-            desk: desk.clone(),
-            begin: Box::new(move || {
-                if let Err(error) = joined.start(handle, desk) {
-                    tracing::error!(%error, "the copy stands: it cannot follow its primary");
-                }
-                Box::new(move || protector.finish())
-            }),
-        };
+        let made = (pair, description);
+        let guest = protect::guest(&machine, made, confinement, place, Some(keeper));
+        let beside = protect::beside(guest, None, move |desk| {
+            if let Err(error) = joined.start(handle, desk) {
+                tracing::error!(%error, "the copy stands: it cannot follow its primary");
+            }
+        })?;
         Ok((machine, beside))
     });
     if let (Some(invitation), Err(failure)) = (invitation, &ran) {
