@@ -241,9 +241,9 @@ impl DeviceModel {
         self.processors = processors;
     }
 
-    /// Lets vCPUs see in `flag` whether completions wait for one in user mode.
-    pub fn tell_vcpus_by(&mut self, flag: Arc<AtomicBool>) {
-        self.awaits_user_mode = flag;
+    /// Whether completions wait for a vCPU in user mode, to be looked at without the lock of all this.
+    pub fn watch_awaits_user_mode(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.awaits_user_mode)
     }
 
     /// The serial port.

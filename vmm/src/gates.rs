@@ -4,13 +4,14 @@
 //! backends of their own in between when the devices are built.
 
 use std::fs::File;
+use std::sync::{Arc, Weak};
 
 use tandem_devices::virtio::block::BlockBackend;
 use tandem_devices::virtio::net::NetBackend;
 
 use crate::confinement::Confinement;
 use crate::console::ConsoleHub;
-use std::sync::{Arc, Weak};
+use crate::until::Until;
 
 /// Lets a guest's devices work on the calling thread, as the device loop does on its own.
 pub trait Caller: Send + Sync {
@@ -39,6 +40,12 @@ pub trait Gates: Send + Sync {
 
     /// The guest's console, before the guest runs.
     fn console(&self, console: &ConsoleHub);
+
+    /// Until when the guest may run. Its vCPUs look at this themselves, so that no thread that stood still has to
+    /// stop them.
+    fn limit(&self) -> Arc<Until> {
+        Arc::default()
+    }
 
     /// Whether outputs wait for another copy of the guest, so that each takes a while in any case.
     fn compare(&self) -> bool {

@@ -25,3 +25,4 @@ pub mod resources;
 pub mod scheduling;
 pub mod snapshot;
 pub mod timers;
+pub mod until;

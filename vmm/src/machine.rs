@@ -179,12 +179,12 @@ impl Machine {
         let (model, connections, port) = build::devices(&config, resources, &host)?;
         let shared = Arc::new(Shared {
             stands: model.watch_stands(),
+            awaits_user_mode: model.watch_awaits_user_mode(),
             model: Mutex::new(model),
             ends: Mutex::new(Vec::new()),
             wake: Arc::clone(&wake),
             first_run: OnceLock::new(),
             confinement,
-            awaits_user_mode: Arc::default(),
         });
         let caller: Arc<dyn Caller> = shared.clone();
         gates.connect(Arc::downgrade(&caller));

@@ -1,9 +1,11 @@
 //! Whether outputs that were matched may leave now: a permit that the pair's roles give, and that every gate
 //! looks at, with the time, right before an output leaves.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tandem_vmm::until::Until;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::pair::Gate;
@@ -11,9 +13,10 @@ use crate::pair::Gate;
 /// The permit of one guest's gates. Looking at it takes no lock.
 #[derive(Debug)]
 pub struct Permit {
-    base: Instant,
-    /// Until when outputs may leave, in ns since `base`.
-    until: AtomicU64,
+    /// Until when outputs may leave.
+    outputs: Until,
+    /// Until when the guest's vCPUs may run; they look at it themselves.
+    guest: Arc<Until>,
     /// Outputs wait for it, or something else is to be looked at.
     attention: AtomicBool,
     /// Whoever looks at the gates wants to know of outputs that wait for the copy's.
@@ -25,41 +28,33 @@ impl Permit {
     /// Everything may leave; `event` is written when somebody is to look at the gates.
     pub fn new(event: EventFd) -> Self {
         Self {
-            base: Instant::now(),
-            until: AtomicU64::new(u64::MAX),
+            outputs: Until::default(),
+            guest: Arc::default(),
             attention: AtomicBool::new(false),
             eager: AtomicBool::new(false),
             event,
         }
     }
 
-    /// From now on it is as `gate` says.
-    pub fn set(&self, gate: Gate) {
-        let until = match gate {
-            Gate::Open => u64::MAX,
-            Gate::Shut => 0,
-            Gate::Until(end) => self.nanoseconds(end),
-        };
-        self.until.store(until, Ordering::SeqCst);
+    /// From now on outputs may leave as `outputs` says, and the guest may run as `guest` does.
+    pub fn set(&self, outputs: Gate, guest: Gate) {
+        set(&self.outputs, outputs);
+        set(&self.guest, guest);
+    }
+
+    /// Until when the guest may run.
+    pub fn guest(&self) -> Arc<Until> {
+        Arc::clone(&self.guest)
     }
 
     /// Whether an output may leave now.
     pub fn lets_out(&self, now: Instant) -> bool {
-        self.nanoseconds(now) < self.until.load(Ordering::SeqCst)
+        self.outputs.holds(now)
     }
 
     /// How long outputs may still leave as things are; none if for ever.
     pub fn left(&self, now: Instant) -> Option<Duration> {
-        match self.until.load(Ordering::SeqCst) {
-            u64::MAX => None,
-            until => Some(Duration::from_nanos(
-                until.saturating_sub(self.nanoseconds(now)),
-            )),
-        }
-    }
-
-    fn nanoseconds(&self, moment: Instant) -> u64 {
-        u64::try_from(moment.saturating_duration_since(self.base).as_nanos()).unwrap_or(u64::MAX)
+        self.outputs.left_at(|| now)
     }
 
     /// Somebody is to look at the gates: something does not match, or waits.
@@ -96,5 +91,13 @@ impl Permit {
     /// What becomes readable when somebody calls.
     pub fn event(&self) -> &EventFd {
         &self.event
+    }
+}
+
+fn set(until: &Until, gate: Gate) {
+    match gate {
+        Gate::Open => until.for_ever(),
+        Gate::Shut => until.over(),
+        Gate::Until(end) => until.set(end),
     }
 }

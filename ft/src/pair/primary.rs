@@ -149,6 +149,15 @@ impl Session {
             (true, ..) => Gate::Shut,
         }
     }
+
+    /// Whether the guest may run.
+    fn guest(&self) -> Gate {
+        match (self.may_take_over(), self.lease.until()) {
+            (false, _) => Gate::Open,
+            (true, Some(until)) => Gate::Until(until),
+            (true, None) => Gate::Shut,
+        }
+    }
 }
 
 impl Primary {
@@ -207,6 +216,16 @@ impl Primary {
             (Some(_), _) => Gate::Shut,
             (None, None) => Gate::Open,
             (None, Some(session)) => session.gate(),
+        }
+    }
+
+    /// Whether the guest may run, whatever was done about [`Action::StopGuest`] by now: who stopped this process or
+    /// its thread for longer than the lease finds a guest that stands.
+    pub fn guest(&self) -> Gate {
+        match (self.over, &self.session) {
+            (Some(_), _) => Gate::Shut,
+            (None, None) => Gate::Open,
+            (None, Some(session)) => session.guest(),
         }
     }
 

@@ -249,6 +249,7 @@ fn who_loses_the_term_is_fenced_for_good() {
     assert_eq!(ended, [Action::End(Ending::Fenced(found))]);
     assert_eq!(side.machine.state(), PrimaryState::Fenced);
     assert_eq!(side.machine.gate(), Gate::Shut);
+    assert_eq!(side.machine.guest(), Gate::Shut);
     assert_eq!(side.machine.deadline(), None);
     for event in [
         PrimaryEvent::Joined,
@@ -270,8 +271,11 @@ fn without_an_arbiter_the_guest_stands_before_the_lease_ends() {
     let left = lease_end - side.now - STOP_AHEAD;
     assert_eq!(side.pass(left), [Action::StopGuest]);
     assert!(side.machine.is_suspended());
+    // Whoever was to stop it.
+    assert!(side.machine.guest().lets_out(side.now));
     assert_eq!(side.pass(STOP_AHEAD), [Action::Ask(NEXT)]);
     assert!(!side.machine.gate().lets_out(side.now));
+    assert!(!side.machine.guest().lets_out(side.now));
     let alone = [Action::GoAlone(NEXT), Action::ResumeGuest, Action::Release];
     assert_eq!(side.claimed(NEXT, Outcome::Won), alone);
 }

@@ -13,6 +13,7 @@ use tandem_devices::virtio::block::BlockBackend;
 use tandem_devices::virtio::net::NetBackend;
 use tandem_vmm::console::ConsoleHub;
 use tandem_vmm::gates::{Caller, Gates};
+use tandem_vmm::until::Until;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::events::{Event, Events, describe};
@@ -411,6 +412,10 @@ impl Gates for Pair {
             Some(gate) => Box::new(GatedBackend::new(Arc::clone(gate), outside)),
             None => outside,
         }
+    }
+
+    fn limit(&self) -> Arc<Until> {
+        self.permit.guest()
     }
 
     fn compare(&self) -> bool {

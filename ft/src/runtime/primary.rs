@@ -79,7 +79,7 @@ impl Core {
             return false;
         }
         let actions = machine.handle(Instant::now(), event);
-        self.pair.permit().set(machine.gate());
+        self.pair.permit().set(machine.gate(), machine.guest());
         self.pair.lock_status().term = machine.term().0;
         let send = self.carry_out(actions);
         drop(machine);
@@ -94,7 +94,8 @@ impl Core {
     pub(super) fn leave(&self) {
         let machine = lock(&self.machine);
         self.left.store(true, Ordering::SeqCst);
-        self.pair.permit().set(pair::Gate::Shut);
+        let shut = pair::Gate::Shut;
+        self.pair.permit().set(shut, shut);
         drop(machine);
     }
 

@@ -146,6 +146,12 @@ impl Process {
         }
     }
 
+    /// Whether its guest runs as the one that the outside talks to.
+    pub(super) fn runs_live(&self, now: Instant) -> bool {
+        self.owner()
+            .is_some_and(|owner| !owner.is_suspended() && owner.guest().lets_out(now))
+    }
+
     pub(super) fn is_alone(&self) -> bool {
         self.owner()
             .is_some_and(|owner| owner.state() == PrimaryState::Alone)
@@ -216,7 +222,7 @@ impl Process {
     }
 
     fn request(&mut self, now: Instant, position: usize, choice: u64) {
-        if self.owner().is_none_or(Primary::is_suspended) {
+        if !self.runs_live(now) {
             return;
         }
         if self.forwards {

@@ -635,8 +635,9 @@ impl World {
         let Some(owner) = slot.process.owner().filter(|_| slot.alive) else {
             return;
         };
-        let open = owner.gate().lets_out(self.local(slot.process.host));
-        let runs = !slot.stopped && !owner.is_suspended();
+        let local = self.local(slot.process.host);
+        let open = owner.gate().lets_out(local);
+        let runs = !slot.stopped && slot.process.runs_live(local);
         if open || runs {
             self.wrong(|| {
                 format!("process {index} is live, and {other} too (emits {open}, runs {runs})")

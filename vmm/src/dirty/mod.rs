@@ -45,7 +45,7 @@ mod ring;
 mod tracker;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use mechanism::{Enabled, Mechanism};
 pub use page_set::{PAGE_SIZE, PageSet};

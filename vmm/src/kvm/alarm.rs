@@ -6,13 +6,16 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::time::Duration;
 
-/// Sends a signal to the thread that made it after each interval, until it is dropped. So a signal
+/// Sends a signal to the thread that made it, again and again, until it is called off or dropped. So a signal
 /// that comes too early, before the thread is where it shall be interrupted, is followed by another.
 pub(super) struct Alarm(libc::timer_t);
 
+// SAFETY: it is the number of a timer of the process, by which any thread may set and delete it.
+unsafe impl Send for Alarm {}
+
 impl Alarm {
-    /// Starts it. The signal must have a handler.
-    pub(super) fn start(signal: i32, interval: Duration) -> io::Result<Self> {
+    /// One that is not set. The signal must have a handler.
+    pub(super) fn new(signal: i32) -> io::Result<Self> {
         // SAFETY: the structure is plain data, for which zeros are a value.
         let mut event: libc::sigevent = unsafe { MaybeUninit::zeroed().assume_init() };
         event.sigev_notify = libc::SIGEV_THREAD_ID;
@@ -28,20 +31,34 @@ impl Alarm {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: written by the call that succeeded.
-        let alarm = Self(unsafe { timer.assume_init() });
-        let time = libc::timespec {
-            tv_sec: interval.as_secs() as libc::time_t,
-            tv_nsec: libc::c_long::from(interval.subsec_nanos()),
-        };
+        Ok(Self(unsafe { timer.assume_init() }))
+    }
+
+    /// One that sends `signal` after each `interval`.
+    pub(super) fn start(signal: i32, interval: Duration) -> io::Result<Self> {
+        let alarm = Self::new(signal)?;
+        alarm.set(interval, interval)?;
+        Ok(alarm)
+    }
+
+    /// The next signal comes after `first`, and then one after each `interval`; none if `first` is zero.
+    pub(super) fn set(&self, first: Duration, interval: Duration) -> io::Result<()> {
         let times = libc::itimerspec {
-            it_interval: time,
-            it_value: time,
+            it_interval: timespec(interval),
+            it_value: timespec(first),
         };
         // SAFETY: the timer exists; nobody asks for the former times.
-        match unsafe { libc::timer_settime(alarm.0, 0, &raw const times, std::ptr::null_mut()) } {
-            0 => Ok(alarm),
+        match unsafe { libc::timer_settime(self.0, 0, &raw const times, std::ptr::null_mut()) } {
+            0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+}
+
+fn timespec(time: Duration) -> libc::timespec {
+    libc::timespec {
+        tv_sec: time.as_secs() as libc::time_t,
+        tv_nsec: libc::c_long::from(time.subsec_nanos()),
     }
 }
 

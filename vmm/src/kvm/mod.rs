@@ -4,6 +4,7 @@ pub mod acks;
 mod alarm;
 pub mod exits;
 pub mod halted;
+mod limit;
 pub mod line;
 pub mod standing;
 pub mod state;

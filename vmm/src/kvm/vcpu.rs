@@ -35,6 +35,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 use super::alarm::Alarm;
 use super::exits::{ExitCounters, ExitKind};
 use super::halted::HaltedProbe;
+use super::limit::RunLimit;
 use super::standing::{Begin, Standing};
 use super::state::trap_may_be_on_its_way;
 use super::user_mode::can_be_interrupted;
@@ -42,6 +43,7 @@ use crate::config::CPUS_MAX;
 use crate::confinement::Entry;
 use crate::dirty::DirtyTracker;
 use crate::error::Error;
+use crate::until::Until;
 
 /// The signal that takes a vCPU out of the guest: SIGRTMIN + 0.
 const KICK_SIGNAL: i32 = 0;
@@ -52,6 +54,9 @@ const COMPLETION_EXITS_MAX: u32 = 4096;
 /// How long a vCPU may run on to get past a trap, at a time, and how often.
 const TRAP_TIME: Duration = Duration::from_micros(50);
 const TRAP_TRIES_MAX: u32 = 20;
+
+/// How often a vCPU whose guest may not run looks whether it may again.
+const LIMIT_LOOK: Duration = Duration::from_millis(1);
 
 /// What the machine does for a vCPU that left the guest.
 pub trait ExitHandler: Send + Sync + 'static {
@@ -140,6 +145,14 @@ impl Control {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Sleeps for a moment, unless something else than running is wished.
+    fn rest(&self) {
+        let parking = self.lock();
+        if self.wish() == Wish::Run {
+            drop(self.changed.wait_timeout(parking, LIMIT_LOOK));
+        }
+    }
+
     fn set_parked(&self, parked: bool) {
         self.lock().parked = parked;
         self.changed.notify_all();
@@ -219,6 +232,8 @@ pub struct VcpuSetup {
     pub traps: Option<Arc<GuestMemory>>,
     /// How it is scheduled.
     pub scheduling: Scheduling,
+    /// Until when it may run.
+    pub limit: Arc<Until>,
     /// Counts its exits.
     pub counters: Arc<ExitCounters>,
 }
@@ -235,6 +250,7 @@ impl VcpuThread {
             dirty,
             traps,
             scheduling,
+            limit,
             counters,
         } = setup;
         let control = Arc::new(Control {
@@ -254,6 +270,7 @@ impl VcpuThread {
             traps,
             control: Arc::clone(&control),
             immediate_exit,
+            limit: RunLimit::new(limit, SIGRTMIN() + KICK_SIGNAL),
             counters: Arc::clone(&counters),
             standing: Arc::clone(&standing),
         };
@@ -402,6 +419,7 @@ struct Runner {
     traps: Option<Arc<GuestMemory>>,
     control: Arc<Control>,
     immediate_exit: ImmediateExit,
+    limit: RunLimit,
     counters: Arc<ExitCounters>,
     standing: Arc<Standing>,
 }
@@ -422,6 +440,7 @@ impl Runner {
                 Wish::Exit => return VcpuEnd::Asked,
                 Wish::Pause => {
                     let begin = Begin::now();
+                    self.limit.call_off();
                     if let Some(end) = self.come_to_rest() {
                         return end;
                     }
@@ -429,7 +448,11 @@ impl Runner {
                     self.standing.set(begin.end());
                     continue;
                 }
-                Wish::Run => {}
+                Wish::Run if self.limit.lets_run() => {}
+                Wish::Run => {
+                    self.control.rest();
+                    continue;
+                }
             }
             if std::mem::take(&mut first) {
                 self.handler.first_run();

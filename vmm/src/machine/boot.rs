@@ -63,6 +63,7 @@ impl Machine {
                 handler: Arc::clone(&handler),
                 dirty: Arc::clone(&tracker),
                 traps: traps.cloned(),
+                limit: self.gates.limit(),
                 scheduling: Scheduling {
                     cpu: self.config.pin.get(usize::from(index)).copied(),
                     realtime: self.config.realtime,
@@ -75,10 +76,8 @@ impl Machine {
         let targets = Targets::new(&vm, halted);
         let slots = VirtioSlot::first(self.config.virtio_device_count())?;
         let gsis = slots.iter().map(|slot| slot.gsi).collect();
-        let mut model = self.shared.model();
-        model.connect_processors(Some(Box::new(SlotTargets::new(targets, gsis))));
-        model.tell_vcpus_by(Arc::clone(&self.shared.awaits_user_mode));
-        drop(model);
+        let targets = Box::new(SlotTargets::new(targets, gsis));
+        self.shared.model().connect_processors(Some(targets));
         self.running = Some(Running {
             probes: vcpus.iter().map(|_| Probe::default()).collect(),
             vcpus,

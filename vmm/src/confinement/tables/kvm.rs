@@ -80,9 +80,9 @@ pub(super) const VCPU: &[Rule] = &[
     allow(Sysno::rt_sigtimedwait, "takes the kick that paused a vCPU"),
     allow(
         Sysno::timer_create,
-        "looks again at a vCPU that is slow to pause",
+        "looks again at a vCPU that is slow to pause, and stops one whose guest may run no more",
     )
-    .rare("only where a trap may be on its way"),
+    .rare("only in a protected guest, or where a trap may be on its way"),
     allow(Sysno::timer_settime, "as `timer_create`").rare("as `timer_create`"),
     allow(Sysno::timer_delete, "as `timer_create`").rare("as `timer_create`"),
     allow(

@@ -21,10 +21,11 @@ use crate::kvm::vcpu::{
     ExitHandler, Scheduling, VcpuEnd, VcpuSetup, VcpuThread, install_kick_handler,
 };
 use crate::kvm::vm::Vm;
+use crate::until::Until;
 
 const MIB: u64 = 1 << 20;
 /// Guest memory: two slots with a hole between them.
-pub(super) const REGIONS: [(u64, u64); 2] = [(0, 16 * MIB), (4096 * MIB, 8 * MIB)];
+pub(crate) const REGIONS: [(u64, u64); 2] = [(0, 16 * MIB), (4096 * MIB, 8 * MIB)];
 /// Guest memory that holds neither code nor page tables, as the guest's addresses see it: the
 /// second slot follows the first.
 const DATA_START: u64 = 2 * MIB;
@@ -34,7 +35,7 @@ const PML4: u64 = 0x9000;
 const PDPT: u64 = 0xa000;
 const PD: u64 = 0xb000;
 /// Where the guest writes: an address with as many bits as the mask after this.
-const WINDOW: u64 = 8 * MIB;
+pub(crate) const WINDOW: u64 = 8 * MIB;
 /// Longest write of a device in bytes.
 const DEVICE_WRITE_MAX: usize = 9_000;
 
@@ -64,7 +65,7 @@ const SWEEP: &[u8] = &[
 
 /// What the guest does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Program {
+pub(crate) enum Program {
     /// Random places in a window of `mask + 8` bytes, from ring 3.
     Scatter { mask: u64, idle: u32 },
     /// One page after the other in `bytes`, from ring 0.
@@ -72,9 +73,11 @@ pub(super) enum Program {
 }
 
 /// A running guest with its tracker.
-pub(super) struct Guest {
-    pub(super) memory: Arc<GuestMemory>,
-    pub(super) tracker: Arc<DirtyTracker>,
+pub(crate) struct Guest {
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) tracker: Arc<DirtyTracker>,
+    /// Until when it may run.
+    pub(crate) limit: Arc<Until>,
     counters: Vec<Arc<ExitCounters>>,
     device: Device,
     // Before what they use.
@@ -83,7 +86,7 @@ pub(super) struct Guest {
 
 impl Guest {
     /// Builds it, paused; tracking is off.
-    pub(super) fn new(kvm: &Kvm, mechanism: Mechanism, cpus: u8, program: Program) -> Self {
+    pub(crate) fn new(kvm: &Kvm, mechanism: Mechanism, cpus: u8, program: Program) -> Self {
         install_kick_handler().unwrap();
         let ranges = REGIONS.map(|(start, len)| (GuestAddress(start), len as usize));
         let memory = Arc::new(GuestMemory::from_ranges(&ranges).unwrap());
@@ -92,6 +95,7 @@ impl Guest {
         let fds: Vec<VcpuFd> = (0..cpus).map(|i| vm.create_vcpu(i).unwrap()).collect();
         let tracker = Arc::new(DirtyTracker::new(&vm, &memory, &enabled, &fds).unwrap());
         write_code_and_tables(&memory, program);
+        let limit = Arc::<Until>::default();
         let counters: Vec<Arc<ExitCounters>> = fds.iter().map(|_| Arc::default()).collect();
         let vcpus = (0..)
             .zip(fds)
@@ -103,6 +107,7 @@ impl Guest {
                     dirty: Arc::clone(&tracker),
                     traps: None,
                     scheduling: Scheduling::default(),
+                    limit: Arc::clone(&limit),
                     counters: Arc::clone(counters),
                 };
                 VcpuThread::start(index, fd, setup).unwrap()
@@ -112,24 +117,25 @@ impl Guest {
             device: Device::start(&memory),
             memory,
             tracker,
+            limit,
             counters,
         }
     }
 
     /// Lets vCPUs and device run.
-    pub(super) fn resume(&self) {
+    pub(crate) fn resume(&self) {
         self.vcpus.iter().for_each(VcpuThread::resume);
     }
 
     /// Stops the vCPUs, and the device for as long as the guard lives.
-    pub(super) fn pause(&self) -> MutexGuard<'_, ()> {
+    pub(crate) fn pause(&self) -> MutexGuard<'_, ()> {
         self.vcpus.iter().for_each(VcpuThread::ask_pause);
         self.vcpus.iter().for_each(VcpuThread::wait_parked);
         self.device.busy.lock().unwrap()
     }
 
     /// How often a full ring took a vCPU out of the guest.
-    pub(super) fn full_rings(&self) -> u64 {
+    pub(crate) fn full_rings(&self) -> u64 {
         self.counters
             .iter()
             .map(|c| c.by_name()["dirty_ring_full"])
@@ -184,7 +190,7 @@ fn xorshift(state: &mut u64) -> u64 {
 }
 
 /// Writes, as `choice` says, through one or two buffers of a request.
-pub(super) fn write_as_device(memory: &Arc<GuestMemory>, choice: u64) {
+pub(crate) fn write_as_device(memory: &Arc<GuestMemory>, choice: u64) {
     let mut seed = choice | 1;
     let bytes = vec![choice as u8; 1 + xorshift(&mut seed) as usize % DEVICE_WRITE_MAX];
     let (first, second) = bytes.split_at(bytes.len() / 2);
@@ -197,7 +203,7 @@ pub(super) fn write_as_device(memory: &Arc<GuestMemory>, choice: u64) {
 }
 
 /// Writes, as `choice` says, the way that queues are written.
-pub(super) fn write_directly(memory: &GuestMemory, choice: u64) {
+pub(crate) fn write_directly(memory: &GuestMemory, choice: u64) {
     let mut seed = choice | 1;
     let at = data_address(xorshift(&mut seed), size_of::<u64>());
     memory.write_obj(choice, at).unwrap();

@@ -1,6 +1,6 @@
 //! Tracking on real KVM: a copy kept from harvested pages equals guest memory, whatever happens.
 
-mod guest;
+pub(crate) mod guest;
 
 use std::time::{Duration, Instant};
 

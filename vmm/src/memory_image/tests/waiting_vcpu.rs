@@ -187,6 +187,7 @@ fn it_ends_at_the_kick_or_when_loading_is_stopped() {
             dirty: Arc::new(dirty),
             traps: None,
             scheduling: Scheduling::default(),
+            limit: Arc::default(),
             counters: Arc::default(),
         };
         let vcpu = VcpuThread::start(0, fd, setup).unwrap();
