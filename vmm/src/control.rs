@@ -19,6 +19,8 @@ use crate::snapshot::{GuestState, HardwareState};
 
 /// Longest wait for the machine's answer to a command.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often who waits for a halted guest's requests looks whether they are done.
+const SETTLE_LOOK: Duration = Duration::from_micros(100);
 
 /// Where a machine is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,7 +115,7 @@ pub enum Command {
     Pause,
     /// Stop all vCPUs alone.
     Halt,
-    /// Wait for requests that were begun before.
+    /// Say whether requests are done that were begun before.
     Settle,
     /// Run on.
     Resume,
@@ -164,6 +166,8 @@ pub enum Command {
 pub enum Answer {
     /// Done.
     Done,
+    /// Whether no request is under way.
+    Settled(bool),
     /// State and counters.
     Stats(Box<MachineStats>),
     /// What it takes to copy the guest's memory.
@@ -321,12 +325,19 @@ impl Handle {
         self.request(Command::Halt).map(drop)
     }
 
-    /// Waits until the requests are done that a machine had begun when it was halted.
+    /// Waits until the requests are done that a machine had begun when it was halted. It takes what else it
+    /// is asked for meanwhile, for a disk may be slow. When nobody `wants` it any more, it is as if the machine were gone.
     ///
     /// # Errors
     /// As [`Handle::request`], and when it runs.
-    pub fn settle(&self) -> Result<(), ControlError> {
-        self.request(Command::Settle).map(drop)
+    pub fn settle(&self, wants: impl Fn() -> bool) -> Result<(), ControlError> {
+        while wants() {
+            match self.request(Command::Settle)? {
+                Answer::Settled(false) => std::thread::sleep(SETTLE_LOOK),
+                _ => return Ok(()),
+            }
+        }
+        Err(ControlError::Gone)
     }
 
     /// Lets a paused machine run on.

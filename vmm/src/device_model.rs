@@ -442,6 +442,17 @@ impl DeviceModel {
         }
     }
 
+    /// As far as [`DeviceModel::quiesce`] comes without waiting; gives whether nothing is in flight any more.
+    pub fn settle(&mut self) -> bool {
+        let mut settled = true;
+        for slot in 0..self.virtio.len() {
+            self.with(slot, |transport, poller| {
+                settled &= transport.settle(poller)
+            });
+        }
+        settled
+    }
+
     /// Lets all devices look at all their queues, after a pause.
     pub fn kick_all(&mut self) {
         for slot in 0..self.virtio.len() {

@@ -295,6 +295,11 @@ pub trait VirtioDevice: Send {
         Ok(())
     }
 
+    /// As far as [`VirtioDevice::quiesce`] comes without waiting; gives whether nothing is in flight any more.
+    fn settle(&mut self, ctx: &mut Context<'_>) -> Result<bool, DeviceFault> {
+        self.quiesce(ctx).map(|()| true)
+    }
+
     /// What the device has to remember beside the transport's state. Only after
     /// [`VirtioDevice::quiesce`], before anything else is asked of it.
     ///

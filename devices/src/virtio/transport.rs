@@ -185,6 +185,17 @@ impl VirtioMmio {
         }
     }
 
+    /// As far as [`VirtioMmio::quiesce`] comes without waiting; gives whether nothing is in flight any more.
+    pub fn settle(&mut self, poller: &mut dyn Poller) -> bool {
+        let mut settled = true;
+        if self.active {
+            self.run(poller, |device, ctx| {
+                device.settle(ctx).map(|done| settled = done)
+            });
+        }
+        settled
+    }
+
     /// Lets the device look at everything: all its queues. After a pause.
     pub fn kick_all(&mut self, poller: &mut dyn Poller) {
         for queue in 0..self.queues.len() {

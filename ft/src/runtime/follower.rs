@@ -80,7 +80,7 @@ fn load(
     let handle = core.handle().ok_or(ControlError::Gone)?;
     // The mark may have come between the last load and the resume that followed it.
     drop(handle.halt());
-    handle.settle()?;
+    handle.settle(|| !core.is_over())?;
     replicas.stage(&core.pair, receiver.link())?;
     if let Image::Staged(stage) = image {
         complete(core, receiver, stage)?;

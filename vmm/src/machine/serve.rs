@@ -346,8 +346,7 @@ impl Machine {
 
     fn settle(&mut self) -> Result<Answer, ControlError> {
         self.expect_state("settle", MachineState::Paused, "paused")?;
-        self.shared.model().quiesce();
-        Ok(Answer::Done)
+        Ok(Answer::Settled(self.shared.model().settle()))
     }
 
     fn resume(&mut self) -> Result<Answer, ControlError> {

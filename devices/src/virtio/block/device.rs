@@ -420,6 +420,11 @@ impl VirtioDevice for Block {
         Ok(())
     }
 
+    fn settle(&mut self, ctx: &mut Context<'_>) -> Result<bool, DeviceFault> {
+        self.take_completions(ctx)?;
+        Ok(self.in_flight() == 0)
+    }
+
     fn save(&self) -> Result<DeviceState, SaveError> {
         match self.in_flight() {
             0 => Ok(DeviceState::Block(self.shape())),

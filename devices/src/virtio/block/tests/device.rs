@@ -318,6 +318,21 @@ fn quiesce_finishes_all_requests_in_flight() {
 }
 
 #[test]
+fn settling_takes_what_is_done_and_waits_for_nothing() {
+    let (mut disk, backend) = started();
+    backend.contents().hold = true;
+    offer_reads(&mut disk, 10);
+    let mut settled = || disk.driver.transport.settle(&mut disk.driver.poller);
+    assert!(!settled());
+    backend.contents().release = 4;
+    assert!(!settled());
+    backend.contents().release = 6;
+    assert!(settled());
+    let heads: Vec<_> = (0..10).map(|_| disk.completed().0).collect();
+    assert_eq!(heads, (0..10).map(|n| n * 3).collect::<Vec<u32>>());
+}
+
+#[test]
 fn failures_of_the_host_are_errors_of_the_request() {
     let (mut disk, backend) = started();
     backend.contents().broken = true;
