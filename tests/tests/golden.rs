@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use tandem_devices::pace::PaceState;
 use tandem_tests::guest::GuestBuilder;
 use tandem_tests::images;
 use tandem_tests::skip::{Need, must_skip};
@@ -28,6 +29,7 @@ use tandem_vmm::config::{
 };
 use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Frozen, Handle, StopMode};
+use tandem_vmm::device_model::DevicesState;
 use tandem_vmm::error::Error;
 use tandem_vmm::kvm::state::StateError;
 use tandem_vmm::machine::{Machine, SavedMemory};
@@ -43,8 +45,10 @@ const KEEP_IN: &str = "TANDEM_GOLDEN";
 const PACKED_MEMORY: &str = "memory.lz4";
 /// What the guest prints last when it goes on.
 const EXPECTED: &str = "expected";
-/// The golden snapshots: one of little, one of every device.
-const NAMES: [&str; 2] = ["plain", "devices"];
+/// The golden snapshots: one of little, one of every device, one whose disk holds completions back.
+const NAMES: [&str; 3] = ["plain", "devices", "paced"];
+/// How that disk is paced.
+const PACE: &str = "custom+latency-us:10000+completions-per-second:400+safepoints:";
 /// Guests are linked at 2 MiB.
 const MEMORY_SIZE: u64 = 4 << 20;
 const DISK_SIZE: u64 = 64 << 10;
@@ -124,15 +128,23 @@ fn config(name: &str, directory: &Path) -> MachineConfig {
     if name == "plain" {
         return plain;
     }
+    let disk = DiskConfig {
+        path: at("disk.img"),
+        readonly: false,
+        id: None,
+        direct: false,
+        engine: DiskEngine::Auto,
+        pace: Pace::default(),
+    };
+    if name == "paced" {
+        let pace = PACE.parse().unwrap();
+        return MachineConfig {
+            disks: vec![DiskConfig { pace, ..disk }],
+            ..plain
+        };
+    }
     MachineConfig {
-        disks: vec![DiskConfig {
-            path: at("disk.img"),
-            readonly: false,
-            id: None,
-            direct: false,
-            engine: DiskEngine::Auto,
-            pace: Pace::default(),
-        }],
+        disks: vec![disk],
         nets: vec![NetConfig {
             backend: NetBackendConfig::Socket(at("net.sock")),
             mac: None,
@@ -167,6 +179,7 @@ fn every_section_is_understood_and_written_as_it_was() {
         assert_eq!(memory.bytes, MEMORY_SIZE);
         assert_eq!(memory.chunk_size, CHUNK_SIZE);
     }
+    assert!(holds_back(&golden("paced")));
     // Every kind of device is kept.
     let all = directory::sections(&golden("devices")).unwrap();
     let kinds: Vec<_> = all.iter().map(|(id, _, _)| id.kind.name()).collect();
@@ -255,11 +268,24 @@ fn devices_and_interrupt_controllers_are_restored_on_any_processor() {
             ..golden.clone()
         };
         let again = restore_and_save(name, &unpacked, &mixed).unwrap();
-        assert_eq!(again.devices, golden.devices, "{name}");
+        assert_eq!(timeless(again.devices), timeless(golden.devices), "{name}");
         assert_eq!(again.kvm.irqchip, golden.kvm.irqchip, "{name}");
         assert!(again.kvm.clock.ns >= golden.kvm.clock.ns);
         assert_eq!(again.hardware.devices, golden.hardware.devices);
     }
+}
+
+/// Devices without what time changes though the guest stands: how long completions have still to wait.
+fn timeless(mut devices: DevicesState) -> DevicesState {
+    let queues = devices
+        .pace
+        .iter_mut()
+        .flat_map(|(_, pace)| &mut pace.queues);
+    for queue in queues {
+        queue.busy_ns = 0;
+        queue.waiting.iter_mut().for_each(|w| w.remaining_ns = 0);
+    }
+    devices
 }
 
 /// Whether this host has the processor that the guest was shown; every other refusal is a failure.
@@ -329,24 +355,38 @@ fn make(to: &Path) {
         .arg(format!("socket={}", at("net.sock")))
         .arg("--vsock")
         .arg(format!("cid=3,path={}", at("vsock.sock")));
-    for (name, guest) in [("plain", plain), ("devices", devices)] {
+    let paced = GuestBuilder::image("disk", "blocks=13 ops=1600 depth=8 flush=0 write=100 stay")
+        .arg("--disk")
+        .arg(format!("path={},pace={PACE}", at("disk.img")));
+    for (name, guest) in [("plain", plain), ("devices", devices), ("paced", paced)] {
         let mut guest = guest.arg("--memory").arg("4MiB").start();
         guest.wait_for(match name {
             "plain" => "dirty: ready",
+            "paced" => "disk: ready",
             _ => "hello: virtio console",
         });
         std::thread::sleep(Duration::from_millis(100));
         let saved = room.path().join(name);
         guest.save(&saved);
+        assert!(name != "paced" || holds_back(&saved), "nothing was waiting");
         if name == "devices" {
             guest.type_in(&format!("{TYPED}\n"));
         }
         let last = guest.wait_for(match name {
             "plain" => "dirty: done",
+            "paced" => "disk: done",
             _ => "GOLDEN",
         });
         keep(&saved, &to.join(name), room.path(), &last);
     }
+}
+
+/// Whether completions wait in a saved disk.
+fn holds_back(saved: &Path) -> bool {
+    let mut sections = directory::sections(saved).unwrap();
+    let state = GuestState::take(&mut sections).unwrap();
+    let waiting = |(_, pace): &(u32, PaceState)| pace.queues.iter().any(|q| !q.waiting.is_empty());
+    state.devices.pace.iter().any(waiting)
 }
 
 /// Puts a snapshot to where it is kept, without the names of places of this machine.
