@@ -273,6 +273,10 @@ fn status_table(status: &Status) -> String {
             "last resync",
             status.last_resync.clone().unwrap_or_default(),
         ),
+        (
+            "last difference",
+            status.last_difference.clone().unwrap_or_default(),
+        ),
         ("pause", times(&status.pause_us)),
         ("resync", times(&status.resync_us)),
         ("bytes per dirty page", sent),

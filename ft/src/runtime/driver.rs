@@ -488,6 +488,10 @@ impl<'a> Driver<'a> {
     ) -> Result<(), ProtectionError> {
         let core = &self.core;
         let why = core.pair.mismatch();
+        if let Some(difference) = &why {
+            core.pair.happened("differed", difference.clone());
+            core.pair.lock_status().last_difference = Some(difference.clone());
+        }
         let Connected {
             session,
             checkpoints,

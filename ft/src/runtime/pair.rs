@@ -248,6 +248,11 @@ impl Pair {
         nets.chain(self.console.mismatch()).next()
     }
 
+    /// Whether it is frames that do not match.
+    pub(super) fn frames_differ(&self) -> bool {
+        self.nets.iter().any(|net| net.mismatch().is_some())
+    }
+
     /// Whether frames wait for the secondary's.
     pub(super) fn waits(&self) -> bool {
         self.nets.iter().any(|net| net.waits())

@@ -227,31 +227,37 @@ impl PrimaryTalk {
             return;
         }
         if pair.mismatch().is_some() {
-            self.differs();
-        } else if self.eagerness.is_eager() && pair.waits() {
-            self.hurry();
+            self.differs(now);
+        } else if self.eagerness.is_eager(now) && pair.waits() {
+            self.hurry(now);
         }
         if called {
             self.core.event(PrimaryEvent::OutputsQueued);
         }
     }
 
-    fn differs(&mut self) {
-        self.resync(Eagerness::differed);
+    fn differs(&mut self, now: Instant) {
+        let frames = self.core.pair.frames_differ();
+        self.resync(now, |eagerness, matched| {
+            // The console is waited for in any case.
+            if frames {
+                eagerness.differed(now, matched);
+            }
+        });
     }
 
     /// Outputs would differ: they are not waited for.
-    fn hurry(&mut self) {
-        self.resync(Eagerness::hurried);
+    fn hurry(&mut self, now: Instant) {
+        self.resync(now, |eagerness, matched| eagerness.hurried(now, matched));
     }
 
     /// Asks for a checkpoint, once in an epoch; `count` counts why.
-    fn resync(&mut self, count: impl FnOnce(&mut Eagerness, u64)) {
+    fn resync(&mut self, now: Instant, count: impl FnOnce(&mut Eagerness, u64)) {
         let pair = &self.core.pair;
         let epoch = pair.epoch();
         if self.mismatch_in.replace(epoch) != Some(epoch) {
             count(&mut self.eagerness, pair.matched());
-            pair.permit().set_eager(self.eagerness.is_eager());
+            pair.permit().set_eager(self.eagerness.is_eager(now));
             self.core.event(PrimaryEvent::Mismatch);
         }
     }
@@ -277,7 +283,7 @@ impl Talk for PrimaryTalk {
             kind => return Err(format!("the secondary said {kind:?}")),
         };
         if differs {
-            self.differs();
+            self.differs(now);
         }
         Ok(())
     }

@@ -48,6 +48,8 @@ pub struct Status {
     pub resyncs: u64,
     /// Why the last of them was made.
     pub last_resync: Option<String>,
+    /// What of both copies' outputs differed last: where, and what each said.
+    pub last_difference: Option<String>,
     /// How long outputs of the last ones that left had been held.
     pub added_latency_us: Percentiles,
     /// How much later than the guest the secondary said the same, of those that it said.
@@ -109,6 +111,7 @@ impl Status {
             matched_outputs: 0,
             resyncs: 0,
             last_resync: None,
+            last_difference: None,
             added_latency_us: Percentiles::default(),
             secondary_lag_us: Percentiles::default(),
             lease_ms: None,
