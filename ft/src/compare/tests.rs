@@ -389,6 +389,32 @@ fn a_side_that_opens_where_the_other_refuses_is_found() {
     pair.none_released();
 }
 
+/// TCP Fast Open (RFC 7413): the reply may come with the opening, under a cookie of each side's own.
+#[test]
+fn data_that_comes_with_the_opening_is_compared_as_any() {
+    let open = |seq: u32, cookie: u8, bytes: &[u8]| {
+        Tcp::new(WEB, seq, C, bytes)
+            .flags(SYN | ACK)
+            .option(&[34, 10, cookie, 1, 2, 3, 4, 5, 6, 7])
+            .frame()
+    };
+    let mut pair = pair();
+    pair.primary(open(P, 1, b"hello"));
+    pair.secondary(open(S, 2, b""));
+    pair.none_released();
+    pair.secondary(data(S, 1, b"hel"));
+    pair.none_released();
+    pair.secondary(data(S, 4, b"lo"));
+    assert_eq!(pair.released(), [open(P, 1, b"hello")]);
+    pair.primary(open(P, 1, b"hello"));
+    assert_eq!(pair.released().len(), 1, "an opening is repeated");
+    let mut pair = with(Limits::default());
+    pair.primary(open(P, 1, b"hello"));
+    pair.secondary(open(S, 1, b"other"));
+    pair.none_released();
+    assert!(pair.cause().is_some());
+}
+
 #[test]
 fn the_openings_have_to_agree() {
     let open = |seq: u32, scale: u8| {
