@@ -245,7 +245,11 @@ impl VirtioMmio {
             poller: &mut *poller,
             pacing: self.pacing.as_deref_mut(),
         };
-        let result = step(self.device.as_mut(), &mut ctx).and_then(|()| self.interrupt_if_wanted());
+        let done = step(self.device.as_mut(), &mut ctx);
+        if let Some(pacing) = &mut self.pacing {
+            pacing.end_batch();
+        }
+        let result = done.and_then(|()| self.interrupt_if_wanted());
         if let Err(fault) = result {
             self.fault(&fault, poller);
         }

@@ -60,6 +60,8 @@ pub struct Pacing {
     queues: Vec<Paced>,
     /// When the pacers' time began.
     began: Instant,
+    /// When the first of a batch of completions came: the others count from there, which makes none of them early.
+    batch: Option<Duration>,
     look: Duration,
     out: Vec<Delivery>,
 }
@@ -89,6 +91,7 @@ impl Pacing {
             pace,
             queues: paced.collect(),
             began: Instant::now(),
+            batch: None,
             look: LOOK_MIN,
             out: Vec::new(),
         }
@@ -110,6 +113,7 @@ impl Pacing {
     /// The device begins with a request of `queue`.
     pub(in crate::virtio) fn begin(&mut self, queue: usize) -> Duration {
         self.queues[queue].pacer.begin();
+        self.batch = None;
         self.now()
     }
 
@@ -124,10 +128,13 @@ impl Pacing {
     ) -> Result<(), DeviceFault> {
         self.look = LOOK_MIN;
         let completion = Completion { entries, work };
-        self.step(index, queue, mem, Input::Completion(completion))?;
-        match self.nearly_mature(index) {
+        let now = self.batch.unwrap_or_else(|| self.now());
+        self.batch = Some(now);
+        self.step_at(now, index, queue, mem, Input::Completion(completion))?;
+        match self.nearly_mature(index, now) {
             None => Ok(()),
             Some(at) => {
+                self.batch = None;
                 while self.now() < at {
                     std::hint::spin_loop();
                 }
@@ -136,14 +143,19 @@ impl Pacing {
         }
     }
 
-    /// When the only completion that waits matures, if that is as good as now.
-    fn nearly_mature(&self, index: usize) -> Option<Duration> {
-        let pacer = &self.queues[index].pacer;
-        let at = pacer.next_maturity().filter(|_| pacer.waiting() == 1)?;
-        (at <= self.now() + SPIN_MAX).then_some(at)
+    /// A batch of completions is over.
+    pub(super) fn end_batch(&mut self) {
+        self.batch = None;
     }
 
-    /// Lets a queue's pacer take a step, and gives the driver what that delivers.
+    /// When the only completion that waits matures, if that is as good as now.
+    fn nearly_mature(&self, index: usize, now: Duration) -> Option<Duration> {
+        let pacer = &self.queues[index].pacer;
+        let at = pacer.next_maturity().filter(|_| pacer.waiting() == 1)?;
+        (at <= now + SPIN_MAX).then_some(at)
+    }
+
+    /// Lets a queue's pacer take a step now.
     fn step(
         &mut self,
         index: usize,
@@ -151,7 +163,19 @@ impl Pacing {
         mem: &GuestMemory,
         input: Input,
     ) -> Result<(), DeviceFault> {
-        let (now, paced) = (self.now(), &mut self.queues[index]);
+        self.step_at(self.now(), index, queue, mem, input)
+    }
+
+    /// Lets a queue's pacer take a step, and gives the driver what that delivers.
+    fn step_at(
+        &mut self,
+        now: Duration,
+        index: usize,
+        queue: &mut VirtQueue,
+        mem: &GuestMemory,
+        input: Input,
+    ) -> Result<(), DeviceFault> {
+        let paced = &mut self.queues[index];
         let reached = match input {
             Input::Safepoint(kind) => Some(kind),
             Input::Completion(_) | Input::Tick => None,
@@ -179,10 +203,9 @@ impl Pacing {
 
     /// When to be called again at the latest.
     fn due(&self) -> Option<Duration> {
-        let now = self.now();
         let pacers = self.queues.iter().map(|queue| &queue.pacer);
         let times = pacers.flat_map(|p| [p.next_maturity(), p.interrupt_due()]);
-        let first = times.flatten().min()?.saturating_sub(now);
+        let first = times.flatten().min()?.saturating_sub(self.now());
         let looks = self.is_waiting() && self.pace.safepoints.contains(Safepoint::Halted);
         Some(if looks { first.min(self.look) } else { first })
     }
@@ -369,6 +392,10 @@ impl VirtioMmio {
     /// Delivers what matured or may pass unnoticed, and interrupts the driver if it wants that.
     pub(super) fn settle_pace(&mut self) -> Result<(), DeviceFault> {
         self.deliver_paced()?;
+        if !self.queues.iter().any(VirtQueue::has_unannounced) {
+            self.forget_delivered();
+            return Ok(());
+        }
         let open = self.take_acks();
         let mut wanted = false;
         let Some(pacing) = &mut self.pacing else {
@@ -396,6 +423,12 @@ impl VirtioMmio {
         Ok(())
     }
 
+    /// The driver has no interrupt to get for what was delivered.
+    fn forget_delivered(&mut self) {
+        let queues = self.pacing.iter_mut().flat_map(|p| &mut p.queues);
+        queues.for_each(|queue| queue.delivered = 0);
+    }
+
     fn deliver_paced(&mut self) -> Result<(), DeviceFault> {
         let polls = self.awaits(Safepoint::Poll);
         let open = polls && self.take_acks();
@@ -403,6 +436,9 @@ impl VirtioMmio {
             return Ok(());
         };
         for (index, queue) in self.queues.iter_mut().enumerate() {
+            if pacing.queues[index].pacer.waiting() == 0 {
+                continue;
+            }
             pacing.step(index, queue, &self.mem, Input::Tick)?;
             let paced = &mut pacing.queues[index];
             let count = paced.pacer.entries_waiting() as u16;
