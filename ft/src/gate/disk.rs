@@ -1,5 +1,8 @@
 //! The gate of a disk: it knows which blocks the guest wrote since the last checkpoint, and lets writes wait
 //! while the other side's replica is made the same.
+//!
+//! What the host fails the guest does not get to see while it has a copy, whose disk may be whole: the copy takes over, or
+//! ends if it is its own disk. Only a guest that has no copy any more, or is stopped for a checkpoint, is told.
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -70,6 +73,7 @@ impl DiskGate {
     /// From now on it is known what is written: what was begun before may yet be.
     pub(crate) fn track(&self) {
         let mut state = self.lock();
+        state.failure = None;
         let mut written = RoaringBitmap::new();
         for blocks in state.under_way.values() {
             written.insert_range(blocks.clone());
@@ -106,16 +110,27 @@ impl DiskGate {
     pub(crate) fn let_go(&self) {
         if std::mem::take(&mut self.lock().holds) {
             self.let_go.notify_all();
-            if let Err(error) = self.event.write(1) {
-                tracing::error!(%error, "cannot wake a disk");
-            }
+            self.wake();
         }
     }
 
     /// The guest has no copy any more: nothing is known of what it writes.
     pub(crate) fn open(&self) {
-        self.lock().written = None;
+        let mut state = self.lock();
+        state.written = None;
+        let withheld = state.failure.is_some();
+        drop(state);
         self.let_go();
+        if withheld {
+            self.wake();
+        }
+    }
+
+    /// Lets the device look at its backend.
+    fn wake(&self) {
+        if let Err(error) = self.event.write(1) {
+            tracing::error!(%error, "cannot wake a disk");
+        }
     }
 
     /// Why the host failed a request, if it did while the guest had a copy.
@@ -141,14 +156,23 @@ impl DiskGate {
         self.lock().under_way.remove(&token);
     }
 
-    /// The host failed a request.
-    fn failed(&self, error: &io::Error) {
+    /// Whether the guest has a copy.
+    fn has_copy(&self) -> bool {
+        self.lock().written.is_some()
+    }
+
+    /// The host failed a request. Whether the guest is not to see that.
+    fn withholds(&self, error: &io::Error) -> bool {
         let mut state = self.lock();
-        if state.written.is_some() && state.failure.is_none() {
+        if state.written.is_none() {
+            return false;
+        }
+        if state.failure.is_none() {
             state.failure = Some(format!("disk {} failed: {error}", self.number));
             drop(state);
             self.permit.wake();
         }
+        true
     }
 
     fn wait_let_go(&self) {
@@ -168,6 +192,10 @@ pub(crate) struct GatedDisk {
     held: VecDeque<BlockIo>,
     /// Requests that the outside has.
     in_flight: usize,
+    /// Requests that the host failed, of which the guest does not know; in flight for the device, which bounds them.
+    withheld: VecDeque<(usize, io::Error)>,
+    /// It gets to know.
+    tells: bool,
 }
 
 impl GatedDisk {
@@ -180,6 +208,8 @@ impl GatedDisk {
             outside,
             held: VecDeque::new(),
             in_flight: 0,
+            withheld: VecDeque::new(),
+            tells: false,
         }
     }
 
@@ -199,6 +229,16 @@ impl GatedDisk {
             self.pass(io);
         }
         self.outside.flush_batch()
+    }
+
+    /// A failure that the guest is told of after all.
+    fn next_told(&mut self) -> Option<(usize, io::Result<()>)> {
+        let (token, error) = match self.withheld.is_empty() {
+            false if self.tells || !self.gate.has_copy() => self.withheld.pop_front()?,
+            _ => return None,
+        };
+        self.tells &= !self.withheld.is_empty();
+        Some((token, Err(error)))
     }
 }
 
@@ -251,17 +291,29 @@ impl BlockBackend for GatedDisk {
         if let Err(error) = self.pass_held() {
             tracing::error!(%error, "cannot pass on what waited for a disk");
         }
-        let (token, result) = self.outside.next_completed()?;
-        self.in_flight = self.in_flight.saturating_sub(1);
-        self.gate.done(token);
-        if let Err(error) = &result {
-            self.gate.failed(error);
+        if let Some(told) = self.next_told() {
+            return Some(told);
         }
-        Some((token, result))
+        loop {
+            let (token, result) = self.outside.next_completed()?;
+            self.in_flight = self.in_flight.saturating_sub(1);
+            self.gate.done(token);
+            match result {
+                Err(error) if self.gate.withholds(&error) => {
+                    self.withheld.push_back((token, error))
+                }
+                result => return Some((token, result)),
+            }
+        }
     }
 
     fn wait(&mut self) -> io::Result<()> {
         if self.in_flight == 0 {
+            // The guest is to be saved, and what it does not know cannot be.
+            self.tells = !self.withheld.is_empty();
+            if self.tells {
+                return Ok(());
+            }
             self.gate.wait_let_go();
             self.pass_held()?;
         }
@@ -280,6 +332,9 @@ mod tests {
     use vm_memory::GuestAddress;
 
     use super::*;
+
+    /// Requests from this token on fail.
+    const BROKEN: usize = 100;
 
     /// Requests that are done when a test says so.
     #[derive(Clone, Default)]
@@ -317,7 +372,16 @@ mod tests {
         }
 
         fn next_completed(&mut self) -> Option<(usize, io::Result<()>)> {
-            Some((self.0.lock().unwrap().pop_front()?, Ok(())))
+            let token = self.0.lock().unwrap().pop_front()?;
+            let broken = || io::Error::from(io::ErrorKind::StorageFull);
+            Some((
+                token,
+                if token < BROKEN {
+                    Ok(())
+                } else {
+                    Err(broken())
+                },
+            ))
         }
 
         fn wait(&mut self) -> io::Result<()> {
@@ -366,6 +430,44 @@ mod tests {
         while disk.next_completed().is_some() {}
         gate.track();
         assert!(blocks(&gate).is_empty());
+    }
+
+    #[test]
+    fn a_guest_with_a_copy_does_not_see_what_the_host_fails() {
+        let (gate, mut disk) = disk();
+        disk.submit(request(BROKEN, WRITE, 10));
+        assert!(matches!(disk.next_completed(), Some((BROKEN, Err(_)))));
+        assert_eq!(gate.failure(), None, "nobody else has the guest");
+        gate.track();
+        disk.submit(request(BROKEN + 1, WRITE, 10));
+        disk.submit(request(2, WRITE, 20));
+        assert!(matches!(disk.next_completed(), Some((2, Ok(())))));
+        assert!(disk.next_completed().is_none());
+        assert!(gate.failure().unwrap().starts_with("disk 0 failed: "));
+        gate.open();
+        assert!(matches!(
+            disk.next_completed(),
+            Some((token, Err(_))) if token == BROKEN + 1
+        ));
+        gate.track();
+        assert_eq!(gate.failure(), None, "that was another copy");
+    }
+
+    #[test]
+    fn a_guest_that_is_saved_knows_what_failed() {
+        let (gate, mut disk) = disk();
+        gate.track();
+        for token in [BROKEN, BROKEN + 1] {
+            disk.submit(request(token, WRITE, 10));
+        }
+        assert!(disk.next_completed().is_none());
+        disk.wait().unwrap();
+        for failed in [BROKEN, BROKEN + 1] {
+            let next = disk.next_completed();
+            assert!(matches!(next, Some((token, Err(_))) if token == failed));
+        }
+        disk.submit(request(BROKEN, WRITE, 10));
+        assert!(disk.next_completed().is_none(), "it runs again");
     }
 
     #[test]

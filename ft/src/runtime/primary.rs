@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use tandem_vmm::control::{Handle, StopMode};
+use tandem_vmm::control::{ControlError, Handle, StopMode};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::Link;
 
@@ -90,8 +90,22 @@ impl Core {
         lock(&self.machine).state()
     }
 
+    /// Whether the secondary was told to take over, by this process's end.
+    pub(super) fn has_left(&self) -> bool {
+        self.left.load(Ordering::SeqCst)
+    }
+
+    /// Ends the guest here, so that the secondary takes over: `why`.
+    pub(super) fn hand_over(&self, why: &str) -> Result<(), ControlError> {
+        self.leave();
+        let peer = self.pair.status().peer.unwrap_or_default();
+        let text = format!("the secondary at {peer} is to take over: {why}");
+        self.pair.happened("failing-over", text);
+        self.handle.give_up()
+    }
+
     /// Nothing leaves here any more, and nothing is decided; what is held the secondary has too.
-    pub(super) fn leave(&self) {
+    fn leave(&self) {
         let machine = lock(&self.machine);
         self.left.store(true, Ordering::SeqCst);
         let shut = pair::Gate::Shut;
@@ -236,6 +250,18 @@ impl PrimaryTalk {
         }
     }
 
+    /// The host's disk failed, which the guest does not know yet: its copy goes on with its own.
+    fn look_at_disks(&self) {
+        let core = &self.core;
+        if let Some(why) = core.pair.disk_failure()
+            && matches!(core.state(), PrimaryState::Protected(_))
+            && !core.has_left()
+            && let Err(error) = core.hand_over(&why)
+        {
+            tracing::error!(%error, %why, "the secondary could not be let take over");
+        }
+    }
+
     fn differs(&mut self, now: Instant) {
         let frames = self.core.pair.frames_differ();
         self.resync(now, |eagerness, matched| {
@@ -290,6 +316,7 @@ impl Talk for PrimaryTalk {
 
     fn tick(&mut self, now: Instant) -> Option<Instant> {
         self.look_at_gates(now);
+        self.look_at_disks();
         let core = &self.core;
         core.pair.tell_settled();
         core.pair.tell_committed();

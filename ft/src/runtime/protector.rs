@@ -99,8 +99,6 @@ pub(super) struct Shared {
     pub(super) stop: AtomicBool,
     /// It is not to be protected any more.
     pub(super) dismiss: AtomicBool,
-    /// The secondary is to take over.
-    leave: AtomicBool,
     pub(super) core: Mutex<Option<Arc<Core>>>,
 }
 
@@ -114,7 +112,6 @@ pub struct Protector {
 #[derive(Clone)]
 pub struct Desk {
     pair: Arc<Pair>,
-    handle: Handle,
     shared: Arc<Shared>,
     requests: Sender<Request>,
 }
@@ -128,13 +125,11 @@ impl Protector {
         let shared = Arc::new(Shared {
             stop: AtomicBool::new(false),
             dismiss: AtomicBool::new(false),
-            leave: AtomicBool::new(false),
             core: Mutex::new(None),
         });
         let (requests, incoming) = channel();
         let desk = Desk {
             pair: Arc::clone(&guest.pair),
-            handle: guest.handle.clone(),
             shared: Arc::clone(&shared),
             requests,
         };
@@ -156,7 +151,7 @@ impl Protector {
     pub fn finish(self) {
         let shared = &self.desk.shared;
         let core = lock(&shared.core).clone();
-        if shared.leave.load(Ordering::SeqCst) {
+        if core.as_ref().is_some_and(|core| core.has_left()) {
             // The end of this process says the rest.
             return;
         }
@@ -288,15 +283,10 @@ impl Desk {
     /// When it could not.
     pub fn fail_over(&self) -> Result<String, String> {
         let peer = self.may_fail_over()?;
-        self.shared.leave.store(true, Ordering::SeqCst);
-        if let Some(core) = &*lock(&self.shared.core) {
-            core.leave();
-        }
-        self.pair.happened(
-            "failing-over",
-            format!("the secondary at {peer} is to take over"),
-        );
-        self.handle.give_up().map_err(|error| error.to_string())?;
+        let core = lock(&self.shared.core).clone();
+        let core = core.ok_or("the guest is not protected")?;
+        core.hand_over("asked for")
+            .map_err(|error| error.to_string())?;
         Ok(peer)
     }
 }

@@ -464,6 +464,25 @@ fn a_standby_whose_room_runs_out_ends_and_the_guest_goes_on() {
     expect_end_of_protection(&images, pair);
 }
 
+/// Its image is cut off under it: reads and writes fail, of which the guest sees nothing.
+#[test]
+fn a_guest_whose_disk_fails_goes_on_at_its_copy() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let images = Images::new(SMALL);
+    let mut pair = images.start_protected();
+    let image = File::options().write(true).open(images.path(Side::Primary));
+    image.unwrap().set_len(1 << 20).unwrap();
+    assert_eq!(pair.wait_alone(), Side::Secondary);
+    pair.wait_end(Side::Primary);
+    let mut survivor = pair.into_side(Side::Secondary);
+    survivor.console_lines();
+    expect_reports(&mut survivor);
+    kill(survivor);
+    images.expect_promises(Side::Secondary);
+}
+
 fn store(kernel: &Path, image: &Path, network: &Network) -> GuestBuilder {
     GuestBuilder::kernel(kernel)
         .arg("--cmdline")
