@@ -9,6 +9,7 @@ use tandem_vmm::snapshot::SnapshotError;
 
 use crate::CheckpointId;
 use crate::backend::BackendError;
+use crate::place::PlaceError;
 
 /// Why a store cannot do something.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +33,14 @@ pub enum StoreError {
     GuestName {
         /// The name, made printable and cut.
         name: String,
+    },
+    /// It is no address of a store.
+    #[error("`{text}` is no address of a store")]
+    Place {
+        /// The text, made printable.
+        text: String,
+        /// What is allowed.
+        source: PlaceError,
     },
     /// It is no store, or one of another version.
     #[error("{place} is not a store that this version reads: {what}")]

@@ -39,6 +39,7 @@ pub mod guest;
 pub mod manifest;
 mod names;
 pub mod owner;
+pub mod place;
 pub mod plain;
 pub mod prune;
 pub mod read;
@@ -54,6 +55,7 @@ pub mod write;
 pub use error::StoreError;
 pub use guest::Guest;
 pub use names::{CheckpointId, ObjectId};
+pub use place::Place;
 pub use store::{Options, Store};
 
 /// Bytes of a page: of guest memory, and of what of a disk is kept together.

@@ -1,7 +1,7 @@
 //! A store: what it is, and the guests in it.
 
 use std::collections::BTreeSet;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -12,14 +12,12 @@ use crate::envelope::{self, Kind};
 use crate::names::{GUESTS, random_name};
 use crate::owner::ObjectArbiter;
 use crate::seal::Key;
-use crate::{FORMAT_VERSION, Guest, StoreError};
+use crate::{FORMAT_VERSION, Guest, Place, StoreError};
 
 /// Name of the object that says which store this is.
 pub(crate) const FORMAT: &str = "format";
 /// Directory of the arbiter's terms.
 const TERMS: &str = "terms";
-/// Begins the name of a bucket.
-const S3: &str = "s3://";
 
 /// How a store is opened.
 #[derive(Clone, Debug, Default)]
@@ -49,26 +47,41 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store at `place` to write to it: a directory that exists, or `s3://BUCKET/PREFIX`. It is made
-    /// if there is none, and the storage is raced against itself.
+    /// As [`Store::open_at`], by the place's address.
+    ///
+    /// # Errors
+    /// As that, and when it is no address.
+    pub fn open(address: &str, options: Options) -> Result<Self, StoreError> {
+        Self::open_at(&place_of(address)?, options)
+    }
+
+    /// As [`Store::read_at`], by the place's address.
+    ///
+    /// # Errors
+    /// As that, and when it is no address.
+    pub fn open_to_read(address: &str, options: Options) -> Result<Self, StoreError> {
+        Self::read_at(&place_of(address)?, options)
+    }
+
+    /// Opens the store at `place` to write to it: a directory that exists, or a bucket. It is made if there is
+    /// none, and the storage is raced against itself.
     ///
     /// # Errors
     /// When the storage fails or two writers can win, the store has another version, or the key does not
     /// fit.
-    pub fn open(place: &str, options: Options) -> Result<Self, StoreError> {
-        let store = Self::begin(place, options)?;
-        store.prepare()
+    pub fn open_at(place: &Place, options: Options) -> Result<Self, StoreError> {
+        Self::begin(place, options)?.prepare()
     }
 
-    /// Opens the store at `place` to read from it.
+    /// Opens the store at `place`, as it is: to read from it, or to remove something.
     ///
     /// # Errors
-    /// As [`Store::open`], and when there is none.
-    pub fn open_to_read(place: &str, options: Options) -> Result<Self, StoreError> {
+    /// As [`Store::open_at`], and when there is none.
+    pub fn read_at(place: &Place, options: Options) -> Result<Self, StoreError> {
         Self::begin(place, options)?.expect_format()
     }
 
-    /// As [`Store::open`], on a backend. Its terms are objects.
+    /// As [`Store::open_at`], on a backend. Its terms are objects.
     ///
     /// # Errors
     /// As that.
@@ -76,7 +89,7 @@ impl Store {
         Self::unchecked(backend, options, None).prepare()
     }
 
-    /// As [`Store::open_to_read`], on a backend.
+    /// As [`Store::read_at`], on a backend.
     ///
     /// # Errors
     /// As that.
@@ -84,11 +97,10 @@ impl Store {
         Self::unchecked(backend, options, None).expect_format()
     }
 
-    fn begin(place: &str, options: Options) -> Result<Self, StoreError> {
-        if place.starts_with(S3) {
+    fn begin(place: &Place, options: Options) -> Result<Self, StoreError> {
+        let Some(path) = place.directory() else {
             return Ok(Self::unchecked(bucket(place)?, options, None));
-        }
-        let path = Path::new(place);
+        };
         let backend = Arc::new(Directory::open(path)?);
         Ok(Self::unchecked(backend, options, Some(path.to_owned())))
     }
@@ -215,13 +227,20 @@ impl Store {
     }
 }
 
+fn place_of(address: &str) -> Result<Place, StoreError> {
+    address.parse().map_err(|source| StoreError::Place {
+        text: address.escape_debug().to_string(),
+        source,
+    })
+}
+
 #[cfg(feature = "s3")]
-fn bucket(place: &str) -> Result<Arc<dyn Backend>, StoreError> {
+fn bucket(place: &Place) -> Result<Arc<dyn Backend>, StoreError> {
     Ok(Arc::new(crate::backend::ObjectBackend::bucket(place)?))
 }
 
 #[cfg(not(feature = "s3"))]
-fn bucket(place: &str) -> Result<Arc<dyn Backend>, StoreError> {
+fn bucket(place: &Place) -> Result<Arc<dyn Backend>, StoreError> {
     Err(StoreError::Foreign {
         place: format!("`{place}`"),
         what: "this Tandem was built without S3; build it with `--features s3`".to_owned(),

@@ -16,10 +16,8 @@ use object_store::{
 use tokio::runtime::{Builder, Runtime};
 
 use super::{Backend, BackendError, Created, Entry, OBJECTS_MAX};
-use crate::StoreError;
+use crate::{Place, StoreError};
 
-/// Begins the name of a bucket.
-const S3: &str = "s3://";
 /// How long one request may take.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
 /// How long a call goes on trying, requests included.
@@ -38,13 +36,13 @@ pub struct ObjectBackend {
 }
 
 impl ObjectBackend {
-    /// The bucket `s3://BUCKET/PREFIX`. Credentials, region and endpoint come from the environment, as the AWS
+    /// The bucket `place`. Credentials, region and endpoint come from the environment, as the AWS
     /// tools take them (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`), or from
     /// the host's role. Plain HTTP is used only with an endpoint that says so.
     ///
     /// # Errors
-    /// When it is no such name, or something is missing in the environment.
-    pub fn bucket(place: &str) -> Result<Self, StoreError> {
+    /// When it is no bucket, or something is missing in the environment.
+    pub fn bucket(place: &Place) -> Result<Self, StoreError> {
         Self::bucket_with(place, &BTreeMap::new())
     }
 
@@ -53,16 +51,14 @@ impl ObjectBackend {
     ///
     /// # Errors
     /// As that.
-    pub fn bucket_with(place: &str, settings: &BTreeMap<&str, &str>) -> Result<Self, StoreError> {
+    pub fn bucket_with(place: &Place, settings: &BTreeMap<&str, &str>) -> Result<Self, StoreError> {
         let foreign = |what: String| StoreError::Foreign {
             place: format!("`{place}`"),
             what,
         };
-        let rest = place.strip_prefix(S3).unwrap_or_default();
-        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-        if bucket.is_empty() {
-            return Err(foreign("it must be `s3://BUCKET/PREFIX`".to_owned()));
-        }
+        let Place::Bucket { bucket, prefix } = place else {
+            return Err(foreign("it is no bucket".to_owned()));
+        };
         provide_cryptography();
         let retry = RetryConfig {
             backoff: BackoffConfig::default(),
@@ -86,7 +82,8 @@ impl ObjectBackend {
         let store = builder
             .build()
             .map_err(|error| foreign(error.to_string()))?;
-        Self::over(Arc::new(store), prefix, place).map_err(|error| foreign(error.to_string()))
+        Self::over(Arc::new(store), prefix, &place.to_string())
+            .map_err(|error| foreign(error.to_string()))
     }
 
     /// The objects of `store` whose names begin with `prefix`.

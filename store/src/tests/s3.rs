@@ -13,6 +13,7 @@ use object_store::memory::InMemory;
 
 use super::contract::fulfil;
 use crate::backend::ObjectBackend;
+use crate::{Options, Store};
 
 /// Names moto's server, if it is not on the path.
 const MOTO: &str = "TANDEM_MOTO_SERVER";
@@ -92,7 +93,7 @@ fn a_bucket_fulfils_it() {
     ]);
     for place in ["s3://bucket/some/prefix", "s3://bucket"] {
         fulfil(Arc::new(
-            ObjectBackend::bucket_with(place, &settings).unwrap(),
+            ObjectBackend::bucket_with(&place.parse().unwrap(), &settings).unwrap(),
         ));
     }
 }
@@ -108,7 +109,10 @@ fn objects_in_memory_fulfil_it() {
 #[test]
 fn what_names_no_bucket_is_refused() {
     for place in ["s3://", "s3:///prefix"] {
-        let error = ObjectBackend::bucket(place).unwrap_err().to_string();
-        assert!(error.contains("s3://BUCKET/PREFIX"), "{error}");
+        let error = Store::open(place, Options::default()).unwrap_err();
+        let allowed = std::error::Error::source(&error).unwrap().to_string();
+        assert!(allowed.contains("s3://BUCKET/PREFIX"), "{error}: {allowed}");
     }
+    let error = ObjectBackend::bucket(&"/directory".parse().unwrap()).unwrap_err();
+    assert!(error.to_string().contains("no bucket"), "{error}");
 }
