@@ -11,6 +11,7 @@ use crate::manifest::{DESCRIPTION_LENGTH_MAX, Manifest, ObjectRecord};
 use crate::names::{Names, ObjectKind};
 use crate::owner::{self, Starts, Taken};
 use crate::seal::Key;
+use crate::survey::Seen;
 use crate::{CheckpointId, StoreError};
 
 /// A guest in a store.
@@ -162,9 +163,9 @@ impl Guest {
     /// When the storage fails, or there are checkpoints and none is whole.
     pub fn newest_whole(&self) -> Result<Option<Whole>, StoreError> {
         let mut passed_over = Vec::new();
-        let mut lengths = None;
+        let mut seen = Seen::default();
         for id in self.checkpoints()? {
-            match self.expect_whole(id, &mut lengths) {
+            match self.expect_whole(id, &mut seen) {
                 Ok(manifest) => {
                     return Ok(Some(Whole {
                         manifest,
@@ -187,28 +188,9 @@ impl Guest {
         }
     }
 
-    fn expect_whole(
-        &self,
-        id: CheckpointId,
-        lengths: &mut Option<HashMap<String, u64>>,
-    ) -> Result<Manifest, StoreError> {
+    fn expect_whole(&self, id: CheckpointId, seen: &mut Seen) -> Result<Manifest, StoreError> {
         let manifest = self.manifest(id)?;
-        self.description(&manifest)?;
-        // Listed after the first manifest was read, so all that this needs is in it.
-        let lengths = match lengths {
-            Some(lengths) => lengths,
-            None => lengths.insert(self.object_lengths()?),
-        };
-        for (name, length) in manifest.objects(&self.names) {
-            match lengths.get(&name) {
-                None => return Err(StoreError::Missing { name }),
-                Some(found) if *found != length => {
-                    let what = format!("it has {found} bytes, not {length}");
-                    return Err(StoreError::damaged(&name, what));
-                }
-                Some(_) => {}
-            }
-        }
+        seen.expect_whole(self, &manifest)?;
         Ok(manifest)
     }
 

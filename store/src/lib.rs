@@ -45,7 +45,10 @@ pub mod prune;
 pub mod read;
 pub mod seal;
 mod store;
+pub mod survey;
 mod table;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 pub mod upload;

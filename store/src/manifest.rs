@@ -8,7 +8,7 @@
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::chunk::PackRecord;
+use crate::chunk::{CHUNKS_MAX, PackRecord};
 use crate::envelope::{self, HASH_LENGTH, Kind};
 use crate::names::{Names, ObjectKind};
 use crate::seal::Key;
@@ -219,11 +219,20 @@ impl Manifest {
             ),
         ];
         for image in &self.images {
-            bounds.push((
-                format!("image `{}` in pages", image.name),
-                image.pages(),
-                PAGES_MAX,
-            ));
+            let name = image.name.escape_debug();
+            bounds.push((format!("image `{name}` in pages"), image.pages(), PAGES_MAX));
+            let held = format!("the number of pages that `{name}` holds");
+            bounds.push((held, image.held, image.pages()));
+        }
+        let table = self.table.iter().map(|table| table.length).max();
+        let length = self.packs.iter().map(|pack| pack.length).max();
+        let chunks = self.packs.iter().map(|pack| pack.chunks).max();
+        for (what, found, max) in [
+            ("the table in bytes", table, Kind::TABLE.object_length_max()),
+            ("a pack in bytes", length, Kind::PACK.object_length_max()),
+            ("a pack in chunks", chunks.map(u64::from), CHUNKS_MAX.into()),
+        ] {
+            bounds.push((what.to_owned(), found.unwrap_or_default(), max));
         }
         let images = self.images.iter().map(|image| &image.name);
         for name in self

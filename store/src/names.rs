@@ -64,6 +64,15 @@ pub(crate) enum ObjectKind {
 impl ObjectKind {
     const ALL: [Self; 3] = [Self::Pack, Self::Table, Self::Description];
 
+    /// What people call it.
+    pub(crate) fn title(self) -> &'static str {
+        match self {
+            Self::Pack => "pack",
+            Self::Table => "table",
+            Self::Description => "description",
+        }
+    }
+
     fn extension(self) -> &'static str {
         match self {
             Self::Pack => "pack",

@@ -42,6 +42,32 @@ pub(crate) struct Start {
     pub(crate) base: Option<CheckpointId>,
 }
 
+impl Start {
+    /// Reads that of `term`, which began from `base`; nothing if it was removed.
+    pub(crate) fn read(
+        guest: &Guest,
+        term: u64,
+        base: Option<CheckpointId>,
+    ) -> Result<Option<Self>, StoreError> {
+        let name = guest.names().start(Term(term), base);
+        let Some(object) = guest
+            .backend()
+            .get(&name, Kind::START.object_length_max())?
+        else {
+            return Ok(None);
+        };
+        let content = envelope::unwrap(Kind::START, &name, &object, guest.key())?;
+        let start: Self = envelope::from_bytes(&name, &content)?;
+        match (start.term, start.base) == (term, base) && start.guest == guest.name() {
+            true => Ok(Some(start)),
+            false => Err(StoreError::damaged(
+                &name,
+                "it is another start than its name says",
+            )),
+        }
+    }
+}
+
 /// How the terms of a guest began: from a checkpoint or anew.
 pub(crate) type Starts = BTreeMap<u64, Option<CheckpointId>>;
 

@@ -63,13 +63,36 @@ pub fn sweep(store: &Store) -> Result<u64, StoreError> {
 /// When the storage fails, or fewer than [`KEEP_MIN`] are to be kept. What was removed until then is
 /// gone; nothing that is kept needed it.
 pub fn prune(guest: &Guest, keep: usize, dry: bool) -> Result<Pruned, StoreError> {
+    prune_begun_before(guest, keep, None, dry)
+}
+
+/// As [`prune`], but keeps more: from the newest back as far as they were begun at `before_ms` or later, in
+/// milliseconds since 1970 by the clocks of the hosts that made them.
+///
+/// # Errors
+/// As [`prune`].
+pub fn prune_before(
+    guest: &Guest,
+    keep: usize,
+    before_ms: u64,
+    dry: bool,
+) -> Result<Pruned, StoreError> {
+    prune_begun_before(guest, keep, Some(before_ms), dry)
+}
+
+fn prune_begun_before(
+    guest: &Guest,
+    keep: usize,
+    before_ms: Option<u64>,
+    dry: bool,
+) -> Result<Pruned, StoreError> {
     if keep < KEEP_MIN {
         return Err(StoreError::Foreign {
             place: format!("a guest of which {keep} checkpoints are kept"),
             what: format!("at least {KEEP_MIN} must be kept"),
         });
     }
-    let Some(plan) = plan(guest, keep)? else {
+    let Some(plan) = plan(guest, keep, before_ms)? else {
         return Ok(Pruned::default());
     };
     if !dry && !raise_floor(guest, &plan)? {
@@ -111,17 +134,20 @@ fn remove(guest: &Guest, name: &str, dry: bool) -> Result<(), StoreError> {
 }
 
 /// What is to go; nothing if there is no checkpoint yet that could be kept.
-fn plan(guest: &Guest, keep: usize) -> Result<Option<Plan>, StoreError> {
+fn plan(guest: &Guest, keep: usize, before_ms: Option<u64>) -> Result<Option<Plan>, StoreError> {
     guest.refresh()?;
     let floor = guest.floor()?;
     let starts = guest.starts()?;
     let all = guest.all_ids()?;
     let mut kept = Vec::new();
     for id in owner::counting(&starts, &all, floor) {
-        if kept.len() == keep {
+        let enough = kept.len() >= keep;
+        if enough && before_ms.is_none() {
             break;
         }
+        let is_old = |manifest: &Manifest| before_ms.is_none_or(|ms| manifest.begun_ms < ms);
         match guest.manifest(id) {
+            Ok(manifest) if enough && is_old(&manifest) => break,
             Ok(manifest) => kept.push(manifest),
             // One that is damaged is none of those that are kept.
             Err(error) if error.is_damage() => {

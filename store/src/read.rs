@@ -6,9 +6,10 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use roaring::RoaringBitmap;
 use tandem_ft::delta::runs;
 
-use crate::chunk::{self, ChunkRef, Hash, PackIndex, PackRecord};
+use crate::chunk::{self, CHUNKS_MAX, ChunkRef, Hash, PackIndex, PackRecord};
 use crate::envelope::{self, HEAD_LENGTH, Head, Kind};
 use crate::manifest::{Manifest, ObjectRecord, SavedTable};
 use crate::names::{ObjectId, ObjectKind};
@@ -18,6 +19,8 @@ use crate::{Guest, PAGE, Page, StoreError};
 
 /// Bytes of blocks that are kept, where nothing else is said.
 pub const CACHE_BYTES: usize = 16 << 20;
+/// Number of a pack that a table names and the checkpoint does not have.
+const GONE: u32 = u32::MAX - 1;
 /// A pack is read whole if more than one in so many of its chunks is wanted.
 const WHOLE_SHARE: usize = 4;
 
@@ -304,6 +307,7 @@ impl Reader {
         &self,
         id: ObjectId,
         object: &[u8],
+        needed: &NeededChunks,
         mut bad: impl FnMut(StoreError),
     ) -> Result<(), StoreError> {
         let number = self.number(id)?;
@@ -319,11 +323,9 @@ impl Reader {
             };
             for chunk in block.chunks.clone() {
                 let base = pack.chunk(chunk)?.base;
-                let at = ChunkRef {
-                    pack: number,
-                    chunk,
-                };
-                if base.is_none_or(|(base, _)| self.numbers.contains_key(&base)) || self.needs(at) {
+                if base.is_none_or(|(base, _)| self.numbers.contains_key(&base))
+                    || needed.contains(number, chunk)
+                {
                     self.resolve(&pack, chunk, &bytes, &mut content)
                         .unwrap_or_else(&mut bad);
                 }
@@ -332,9 +334,32 @@ impl Reader {
         Ok(())
     }
 
-    fn needs(&self, chunk: ChunkRef) -> bool {
-        let mut pages = self.tables.iter().flat_map(Table::iter);
-        pages.any(|(_, at)| at == chunk)
+    /// The same without tables, which are most of what it takes in memory; and which chunks they name. It can
+    /// check packs then, and reads no pages.
+    pub(crate) fn without_tables(mut self) -> (Self, NeededChunks) {
+        let mut needed = NeededChunks::default();
+        for (_, at) in std::mem::take(&mut self.tables)
+            .iter()
+            .flat_map(Table::iter)
+        {
+            needed.0.entry(at.pack).or_default().insert(at.chunk);
+        }
+        for chunks in needed.0.values_mut() {
+            chunks.optimize();
+        }
+        (self, needed)
+    }
+}
+
+/// Chunks that pages of a checkpoint need, by the numbers of packs in its manifest.
+#[derive(Default)]
+pub(crate) struct NeededChunks(HashMap<u32, RoaringBitmap>);
+
+impl NeededChunks {
+    fn contains(&self, pack: u32, chunk: u32) -> bool {
+        self.0
+            .get(&pack)
+            .is_some_and(|chunks| chunks.contains(chunk))
     }
 }
 
@@ -419,6 +444,8 @@ fn read_tables(guest: &Guest, manifest: &Manifest) -> Result<Vec<Table>, StoreEr
         .map(|image| Table::new(image.pages()))
         .collect();
     let checkpoint = guest.names().checkpoint(manifest.id);
+    let pack_of = |number: u32| manifest.packs.get(number as usize);
+    let chunks_of = |number: u32| pack_of(number).map_or(0, |pack| pack.chunks);
     if let Some(record) = &manifest.table {
         let (name, saved) = read_table(guest, record)?;
         for image in &saved.images {
@@ -427,7 +454,8 @@ fn read_tables(guest: &Guest, manifest: &Manifest) -> Result<Vec<Table>, StoreEr
             // Packs that only changed pages needed are not the checkpoint's any more.
             let pack = |number: u64| {
                 let id = saved.packs.get(usize::try_from(number).ok()?)?;
-                Some(numbers.get(id).copied().unwrap_or(u32::MAX - 1))
+                let there = numbers.get(id).copied();
+                Some(there.map_or((GONE, CHUNKS_MAX), |number| (number, chunks_of(number))))
             };
             let applied = table.and_then(|table| table.apply(&image.runs, pack));
             applied.ok_or_else(|| StoreError::damaged(&name, "its pages do not fit the images"))?;
@@ -436,22 +464,23 @@ fn read_tables(guest: &Guest, manifest: &Manifest) -> Result<Vec<Table>, StoreEr
     for (table, image) in tables.iter_mut().zip(&manifest.images) {
         let pack = |number: u64| {
             let there = number < manifest.packs.len() as u64;
-            there.then_some(number as u32)
+            there.then(|| (number as u32, chunks_of(number as u32)))
         };
         let applied = table.apply(&image.changes, pack);
         applied.ok_or_else(|| {
             let what = format!("the pages of `{}` do not fit it", image.name.escape_debug());
             StoreError::damaged(&checkpoint, what)
         })?;
-        let is_there = |at: ChunkRef| {
-            let pack = manifest.packs.get(at.pack as usize);
-            pack.is_some_and(|pack| at.chunk < pack.chunks)
-        };
-        if !table.iter().all(|(_, at)| is_there(at)) {
+        if !table.iter().all(|(_, at)| at.pack != GONE) {
             return Err(StoreError::damaged(
                 &checkpoint,
                 "it lacks a pack that its pages need",
             ));
+        }
+        if table.held() != image.held {
+            let (name, held) = (image.name.escape_debug(), table.held());
+            let what = format!("`{name}` holds {held} pages, not {}", image.held);
+            return Err(StoreError::damaged(&checkpoint, what));
         }
     }
     Ok(tables)

@@ -7,10 +7,12 @@
 
 use std::fmt;
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::io::{self, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, MAX_TAG_LEN, NONCE_LEN, Nonce, UnboundKey};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::StoreError;
 
@@ -61,6 +63,29 @@ impl Key {
                 KEY_LENGTH * 2
             ),
         })
+    }
+
+    /// Draws a key, and writes it to a file that must not exist, for its owner alone.
+    ///
+    /// # Errors
+    /// When the file is there or cannot be written, or the host has no random bytes.
+    pub fn create(path: &Path) -> Result<Self, StoreError> {
+        let mut key = [0; KEY_LENGTH];
+        let drawn = getrandom(&mut key, GetRandomFlags::empty()).map_err(io::Error::from);
+        let drawn = drawn.and_then(|length| match length == KEY_LENGTH {
+            true => Ok(()),
+            false => Err(io::ErrorKind::UnexpectedEof.into()),
+        });
+        drawn.map_err(StoreError::file("draw a key for", path))?;
+        let digits: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut options = fs::File::options();
+        let file = options.write(true).create_new(true).mode(0o600).open(path);
+        let written = file.and_then(|mut file| {
+            writeln!(file, "{digits}")?;
+            file.sync_all()
+        });
+        written.map_err(StoreError::file("write", path))?;
+        Ok(Self(key))
     }
 
     /// The key with these hexadecimal digits.
@@ -157,6 +182,17 @@ mod key_tests {
         assert_eq!(open(key("a"), "y", salt, 3), None);
         assert_eq!(open(key("a"), "x", [2; SALT_LENGTH], 3), None);
         assert_eq!(open(key("a"), "x", salt, 4), None);
+    }
+
+    #[test]
+    fn a_key_that_was_drawn_is_read_and_never_overwritten() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("key");
+        let key = Key::create(&path).unwrap();
+        assert_eq!(Key::read(&path).unwrap(), key);
+        assert!(key != Key([0; KEY_LENGTH]));
+        assert!(matches!(Key::create(&path), Err(StoreError::File { .. })));
+        assert_eq!(Key::read(&path).unwrap(), key);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! A store: what it is, and the guests in it.
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -79,6 +80,18 @@ impl Store {
     /// As [`Store::open_at`], and when there is none.
     pub fn read_at(place: &Place, options: Options) -> Result<Self, StoreError> {
         Self::begin(place, options)?.expect_format()
+    }
+
+    /// Whether there is a store at `place`, of any version and with any key.
+    ///
+    /// # Errors
+    /// When the storage fails.
+    pub fn is_at(place: &Place) -> Result<bool, StoreError> {
+        let store = Self::begin(place, Options::default())?;
+        let found = store
+            .backend
+            .get(FORMAT, Kind::FORMAT.object_length_max())?;
+        Ok(found.is_some())
     }
 
     /// As [`Store::open_at`], on a backend. Its terms are objects.
@@ -205,6 +218,17 @@ impl Store {
         Ok(names.collect::<BTreeSet<_>>().into_iter().collect())
     }
 
+    /// As [`Store::arbiter`], where a guest was ever owned: for whoever only reads.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn arbiter_if_used(&self) -> Result<Option<Box<dyn Arbiter>>, StoreError> {
+        match &self.directory {
+            Some(directory) if !directory.join(TERMS).is_dir() => Ok(None),
+            _ => self.arbiter().map(Some),
+        }
+    }
+
     /// Who decides who owns the guests of this store: the store itself.
     ///
     /// # Errors
@@ -214,12 +238,12 @@ impl Store {
             return Ok(Box::new(ObjectArbiter::new(Arc::clone(&self.backend))));
         };
         let terms = directory.join(TERMS);
-        match std::fs::create_dir(&terms) {
+        match fs::create_dir(&terms) {
             Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
                 return Err(StoreError::file("make", &terms)(error));
             }
             _ => {
-                let synced = std::fs::File::open(directory).and_then(|d| d.sync_all());
+                let synced = fs::File::open(directory).and_then(|d| d.sync_all());
                 synced.map_err(StoreError::file("make durable", directory))?;
             }
         }

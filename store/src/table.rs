@@ -16,14 +16,21 @@ use crate::chunk::ChunkRef;
 /// Most pages of an image: those of 1 TiB.
 pub(crate) const PAGES_MAX: u64 = 1 << 28;
 
+/// Pages of a leaf.
+const LEAF_PAGES: usize = 512;
+
 /// Pages and their content; those that are not in it have none of their own.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+///
+/// It takes memory for what is held, not for what an image says that it could have.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Table {
-    pages: Vec<u64>,
+    /// Words of [`LEAF_PAGES`] pages each, or of the last pages; none of pages that were always zero.
+    leaves: Vec<Option<Box<[u64; LEAF_PAGES]>>>,
+    pages: u64,
     held: u64,
 }
 
-/// Of a page that is zero. The number of a pack is one more in a word, so a new table is untouched memory.
+/// Of a page that is zero. The number of a pack is one more in a word.
 const ZERO: u64 = 0;
 
 fn word(content: Option<ChunkRef>) -> u64 {
@@ -32,18 +39,33 @@ fn word(content: Option<ChunkRef>) -> u64 {
     })
 }
 
+fn content(word: u64) -> Option<ChunkRef> {
+    (word != ZERO).then(|| ChunkRef {
+        pack: ((word >> 32) - 1) as u32,
+        chunk: word as u32,
+    })
+}
+
+/// Leaf of a page, and where it is in that.
+fn place(page: u64) -> (usize, usize) {
+    let pages = LEAF_PAGES as u64;
+    ((page / pages) as usize, (page % pages) as usize)
+}
+
 impl Table {
     /// One of as many pages, all zero.
     pub(crate) fn new(pages: u64) -> Self {
+        let leaves = pages.div_ceil(LEAF_PAGES as u64);
         Self {
-            pages: vec![ZERO; pages as usize],
+            leaves: (0..leaves).map(|_| None).collect(),
+            pages,
             held: 0,
         }
     }
 
     /// Pages of the image.
     pub(crate) fn len(&self) -> u64 {
-        self.pages.len() as u64
+        self.pages
     }
 
     /// Pages that are not zero.
@@ -51,13 +73,18 @@ impl Table {
         self.held
     }
 
+    /// Bytes of memory that it takes.
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        let leaf =
+            |leaf: &Option<Box<_>>| size_of_val(leaf) + leaf.as_deref().map_or(0, size_of_val);
+        let leaves = self.leaves.iter().map(|leaf_of| leaf(leaf_of) as u64);
+        leaves.sum()
+    }
+
     /// The content of a page; nothing if it is zero.
     pub(crate) fn get(&self, page: u64) -> Option<ChunkRef> {
-        let word = *self.pages.get(page as usize)?;
-        (word != ZERO).then(|| ChunkRef {
-            pack: ((word >> 32) - 1) as u32,
-            chunk: word as u32,
-        })
+        let (leaf, place) = place(page);
+        content(self.leaves.get(leaf)?.as_ref()?[place])
     }
 
     /// Sets it.
@@ -65,15 +92,24 @@ impl Table {
     /// # Panics
     /// If there is no such page.
     pub(crate) fn set(&mut self, page: u64, content: Option<ChunkRef>) {
-        let place = &mut self.pages[page as usize];
-        self.held -= u64::from(*place != ZERO);
-        *place = word(content);
-        self.held += u64::from(*place != ZERO);
+        assert!(page < self.pages, "page {page:#x} of {:#x}", self.pages);
+        let (leaf, place) = place(page);
+        let leaf = &mut self.leaves[leaf];
+        if leaf.is_none() && content.is_none() {
+            return;
+        }
+        let word_of = &mut leaf.get_or_insert_with(|| Box::new([ZERO; LEAF_PAGES]))[place];
+        self.held -= u64::from(*word_of != ZERO);
+        *word_of = word(content);
+        self.held += u64::from(*word_of != ZERO);
     }
 
     /// The pages that are not zero.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, ChunkRef)> {
-        (0..self.len()).filter_map(|page| Some((page, self.get(page)?)))
+        let leaves = (0..).step_by(LEAF_PAGES).zip(&self.leaves);
+        let leaves = leaves.filter_map(|(first, leaf)| Some((first, leaf.as_ref()?)));
+        let pages = leaves.flat_map(|(first, leaf)| (first..).zip(leaf.iter()));
+        pages.filter_map(|(page, word)| Some((page, content(*word)?)))
     }
 
     /// Those of `pages` as runs, with packs by the numbers that `number` gives.
@@ -89,11 +125,12 @@ impl Table {
         runs.end(&mut number)
     }
 
-    /// Puts `runs` into it, with packs as `pack` says. Nothing if they do not fit.
+    /// Puts `runs` into it, with packs as `pack` says: their numbers here, and how many chunks they have. Nothing if
+    /// they do not fit.
     pub(crate) fn apply(
         &mut self,
         mut runs: &[u8],
-        pack: impl Fn(u64) -> Option<u32>,
+        pack: impl Fn(u64) -> Option<(u32, u32)>,
     ) -> Option<()> {
         let mut next = 0u64;
         while !runs.is_empty() {
@@ -104,16 +141,22 @@ impl Table {
             }
             let content = match varint::take(&mut runs)? {
                 0 => None,
-                number => Some((pack(number - 1)?, varint::take(&mut runs)?)),
+                number => {
+                    let (pack, chunks) = pack(number - 1)?;
+                    let first = varint::take(&mut runs)?;
+                    let end_chunk = first.checked_add(end - start)?;
+                    // Before any page is set, of which a few bytes may name many.
+                    if end_chunk > u64::from(chunks) {
+                        return None;
+                    }
+                    Some((pack, first))
+                }
             };
             for page in start..end {
-                let content = match content {
-                    None => None,
-                    Some((pack, first)) => {
-                        let chunk = u32::try_from(first.checked_add(page - start)?).ok()?;
-                        Some(ChunkRef { pack, chunk })
-                    }
-                };
+                let content = content.map(|(pack, first)| ChunkRef {
+                    pack,
+                    chunk: (first + (page - start)) as u32,
+                });
                 self.set(page, content);
             }
             next = end;
@@ -178,18 +221,35 @@ mod run_tests {
             }
             let runs = table.runs(0..table.len(), |pack| u64::from(pack) + 5);
             let mut read = Table::new(table.len());
-            prop_assert_eq!(read.apply(&runs, |number| Some(number as u32 - 5)), Some(()));
-            prop_assert_eq!(&read, &table);
+            prop_assert_eq!(read.apply(&runs, |number| Some((number as u32 - 5, 240))), Some(()));
+            prop_assert!(read.iter().eq(table.iter()));
             prop_assert_eq!(read.held(), table.iter().count() as u64);
         }
 
         #[test]
         fn anything_else_is_refused_or_fits(runs: Vec<u8>) {
             let mut table = Table::new(64);
-            let pack = |number: u64| (number < 3).then_some(number as u32);
+            let pack = |number: u64| (number < 3).then_some((number as u32, 9));
             if table.apply(&runs, pack).is_some() {
-                prop_assert!(table.iter().all(|(page, at)| page < 64 && at.pack < 3));
+                prop_assert!(table.iter().all(|(page, at)| page < 64 && at.pack < 3 && at.chunk < 9));
             }
         }
+    }
+
+    #[test]
+    fn an_image_takes_memory_for_what_it_holds() {
+        let mut table = Table::new(PAGES_MAX);
+        let empty = table.memory_bytes();
+        assert!(empty < 8 << 20, "{empty}");
+        let at = ChunkRef { pack: 1, chunk: 2 };
+        for page in [0, LEAF_PAGES as u64, PAGES_MAX - 1] {
+            table.set(page, Some(at));
+            assert_eq!(table.get(page), Some(at));
+        }
+        table.set(7, None);
+        table.set(0, None);
+        assert_eq!((table.held(), table.iter().count()), (2, 2));
+        let leaf = (LEAF_PAGES * size_of::<u64>()) as u64;
+        assert_eq!(table.memory_bytes(), empty + 3 * leaf);
     }
 }

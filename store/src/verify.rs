@@ -13,9 +13,9 @@ use crate::backend::{Entry, OBJECT_LENGTH_MAX};
 use crate::chunk::PackRecord;
 use crate::envelope::{self, Head, Kind};
 use crate::manifest::{Manifest, ObjectRecord};
-use crate::names::{ObjectId, ObjectKind};
+use crate::names::{GUESTS, ObjectId, ObjectKind};
 use crate::owner::{ObjectArbiter, Start};
-use crate::read::{self, Reader};
+use crate::read::{self, NeededChunks, Reader};
 use crate::{CheckpointId, Guest, Store, StoreError};
 
 /// Something that is not what was written.
@@ -64,7 +64,14 @@ pub fn verify(
         progress,
     };
     for name in guests {
-        let guest = store.guest(&name)?;
+        let guest = match store.guest(&name) {
+            Err(StoreError::GuestName { .. }) if only.is_none() => {
+                let what = "it is below a name that no guest has".to_owned();
+                verifier.damaged(&format!("{GUESTS}{}", name.escape_debug()), what, &[]);
+                continue;
+            }
+            guest => guest?,
+        };
         for error in ObjectArbiter::new(Arc::clone(store.backend())).check(&name)? {
             verifier.keep("terms", Err(error), &[])?;
         }
@@ -73,6 +80,25 @@ pub fn verify(
         }
         verifier.guest(&guest)?;
     }
+    verifier.report.damaged.sort();
+    Ok(verifier.report)
+}
+
+/// Reads all of one checkpoint of `guest`: its manifest, and whatever that needs. `progress` is told of all that is
+/// read.
+///
+/// # Errors
+/// When the storage fails, or there is no such checkpoint. That something is damaged is no error.
+pub fn verify_checkpoint(
+    guest: &Guest,
+    id: CheckpointId,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<Report, StoreError> {
+    let mut verifier = Verifier {
+        report: Report::default(),
+        progress,
+    };
+    verifier.checkpoint(guest, id)?;
     verifier.report.damaged.sort();
     Ok(verifier.report)
 }
@@ -157,11 +183,40 @@ impl Verifier<'_> {
                 self.object(guest, entry, &mut needs)?;
             }
         }
-        let missing = std::mem::take(&mut needs.wanted);
-        for (name, checkpoints) in missing {
+        self.missing(needs);
+        Ok(())
+    }
+
+    /// Checks a checkpoint, whether it counts or not.
+    fn checkpoint(&mut self, guest: &Guest, id: CheckpointId) -> Result<(), StoreError> {
+        let names = guest.names();
+        let entries = guest.backend().list(&names.checkpoints())?;
+        let entry = entries.iter().find(|e| e.name == names.checkpoint(id));
+        let Some(entry) = entry else {
+            return Err(StoreError::NoSuchCheckpoint {
+                guest: guest.name().to_owned(),
+                id,
+            });
+        };
+        (self.progress)(Progress::Begin(entry.length));
+        self.report.checkpoints += 1;
+        let mut needs = Needs::default();
+        self.manifest(guest, entry, &[id], &mut needs)?;
+        let mut entries = guest.backend().list(&names.objects())?;
+        entries.retain(|entry| needs.wanted.contains_key(&entry.name));
+        (self.progress)(Progress::Begin(entries.iter().map(|e| e.length).sum()));
+        for entry in &entries {
+            self.object(guest, entry, &mut needs)?;
+        }
+        self.missing(needs);
+        Ok(())
+    }
+
+    /// What is needed and was not found.
+    fn missing(&mut self, needs: Needs) {
+        for (name, checkpoints) in needs.wanted {
             self.damaged(&name, "it is missing".to_owned(), &checkpoints);
         }
-        Ok(())
     }
 
     fn manifest(
@@ -266,7 +321,8 @@ impl Verifier<'_> {
         expect_record(name, record, &object, &hash)?;
         // The first fault says it: whoever mends the object mends all of it.
         let mut first = Ok(());
-        needs.readers[*reader].check_pack(id, &object, |error| {
+        let (reader, needed) = &needs.readers[*reader];
+        reader.check_pack(id, &object, needed, |error| {
             if first.is_ok() {
                 first = Err(error);
             }
@@ -309,18 +365,7 @@ fn whole(guest: &Guest, kind: Kind, name: &str) -> Result<(), StoreError> {
 fn mark(guest: &Guest, name: &str) -> Result<(), StoreError> {
     let names = guest.names();
     if let Some((term, base)) = names.parse_start(name) {
-        let Some(object) = guest.backend().get(name, Kind::START.object_length_max())? else {
-            return Ok(());
-        };
-        let content = envelope::unwrap(Kind::START, name, &object, guest.key())?;
-        let start: Start = envelope::from_bytes(name, &content)?;
-        return match (start.term, start.base) == (term, base) && start.guest == guest.name() {
-            true => Ok(()),
-            false => Err(StoreError::damaged(
-                name,
-                "it is another start than its name says",
-            )),
-        };
+        return Start::read(guest, term, base).map(drop);
     }
     match name.starts_with(&names.floors()) {
         true => whole(guest, Kind::FLOOR, name),
@@ -331,8 +376,8 @@ fn mark(guest: &Guest, name: &str) -> Result<(), StoreError> {
 /// What checkpoints need.
 #[derive(Default)]
 struct Needs {
-    /// Those whose tables could be read.
-    readers: Vec<Reader>,
+    /// Those whose tables could be read, and the chunks that their pages need.
+    readers: Vec<(Reader, NeededChunks)>,
     /// The first of these that has each pack, and what it says of that.
     packs: HashMap<ObjectId, (usize, PackRecord)>,
     tables: HashMap<ObjectId, ObjectRecord>,
@@ -353,7 +398,7 @@ impl Needs {
         }
         // The state was checked with the manifest.
         manifest.sections.clear();
-        let reader = Reader::open(guest, manifest)?;
+        let (reader, needed) = Reader::open(guest, manifest)?.without_tables();
         for pack in &reader.manifest().packs {
             let new = (self.readers.len(), pack.clone());
             let (_, known) = self.packs.entry(pack.id).or_insert(new);
@@ -361,7 +406,7 @@ impl Needs {
                 return Err(contradiction(&name));
             }
         }
-        self.readers.push(reader);
+        self.readers.push((reader, needed));
         Ok(())
     }
 }

@@ -218,7 +218,11 @@ impl Writer {
 
     /// Bytes of memory that it takes for what it knows of the store.
     pub fn memory_bytes(&self) -> u64 {
-        let tables = self.state.images.iter().map(|image| image.table.len() * 8);
+        let tables = self
+            .state
+            .images
+            .iter()
+            .map(|image| image.table.memory_bytes());
         tables.sum::<u64>() + self.known.memory_bytes()
     }
 

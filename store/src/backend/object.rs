@@ -107,6 +107,12 @@ impl ObjectBackend {
         Path::from(format!("{}{name}", self.prefix))
     }
 
+    /// That the storage fails at `action` on `name`.
+    fn failed(&self, action: &'static str, name: &str) -> impl FnOnce(Error) -> BackendError {
+        let storage = BackendError::storage(action, name, self);
+        move |error| storage(reason(&error))
+    }
+
     fn put_new(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
         let payload = bytes::Bytes::copy_from_slice(bytes).into();
         let path = self.path(name);
@@ -116,7 +122,7 @@ impl ObjectBackend {
 
     fn read(&self, name: &str, length_max: u64) -> Result<Option<Vec<u8>>, BackendError> {
         let path = self.path(name);
-        let failed = |error: Error| BackendError::storage("read", name, self)(error);
+        let failed = |error| self.failed("read", name)(error);
         let got = match self.runtime.block_on(self.store.get(&path)) {
             Err(Error::NotFound { .. }) => return Ok(None),
             got => got.map_err(failed)?,
@@ -141,7 +147,7 @@ impl Backend for ObjectBackend {
         match (self.read(name, bytes.len() as u64), failed) {
             (Ok(Some(found)), _) if found == bytes => Ok(Created::Yes),
             (Ok(Some(_)) | Err(BackendError::TooLong { .. }), _) => Ok(Created::Taken),
-            (_, failed) => Err(BackendError::storage("write", name, self)(failed)),
+            (_, failed) => Err(self.failed("write", name)(failed)),
         }
     }
 
@@ -162,7 +168,7 @@ impl Backend for ObjectBackend {
             Ok(_) | Err(Error::NotFound { .. }) => Err(BackendError::missing(name, self)),
             Err(error) => match self.runtime.block_on(self.store.head(&path)) {
                 Ok(meta) if meta.size < wanted as u64 => Err(BackendError::missing(name, self)),
-                _ => Err(BackendError::storage("read", name, self)(error)),
+                _ => Err(self.failed("read", name)(error)),
             },
         }
     }
@@ -184,7 +190,7 @@ impl Backend for ObjectBackend {
             }
             Ok::<_, Error>(entries)
         });
-        let mut entries = listed.map_err(BackendError::storage("list", prefix, self))?;
+        let mut entries = listed.map_err(self.failed("list", prefix))?;
         if entries.len() > OBJECTS_MAX {
             let (prefix, place) = (prefix.to_owned(), self.place());
             return Err(BackendError::Crowded { prefix, place });
@@ -196,9 +202,20 @@ impl Backend for ObjectBackend {
     fn remove(&self, name: &str) -> Result<(), BackendError> {
         match self.runtime.block_on(self.store.delete(&self.path(name))) {
             Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(BackendError::storage("remove", name, self)(error)),
+            Err(error) => Err(self.failed("remove", name)(error)),
         }
     }
+}
+
+/// Why a request failed: the error and its causes, without those that repeat what caused them.
+fn reason(error: &Error) -> String {
+    let causes = std::iter::successors(Some(error as &dyn std::error::Error), |e| e.source());
+    let causes: Vec<String> = causes.map(ToString::to_string).collect();
+    let next = causes.iter().skip(1).map(Some).chain([None]);
+    let own = causes.iter().zip(next);
+    let own = own.filter(|(cause, next)| next.is_none_or(|next| !cause.contains(next)));
+    let own: Vec<&str> = own.map(|(cause, _)| cause.as_str()).collect();
+    own.join(": ")
 }
 
 /// The endpoint that was set, if one was.

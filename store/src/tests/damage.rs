@@ -7,7 +7,7 @@ use super::disk::{Disk, Fault, ROOT};
 use super::*;
 use crate::backend::Directory;
 use crate::seal::Key;
-use crate::verify::{Report, damaged_checkpoints, verify};
+use crate::verify::{Report, damaged_checkpoints, verify, verify_checkpoint};
 use crate::{Options, Store, StoreError};
 
 fn open(disk: &Disk, options: Options) -> Result<Store, StoreError> {
@@ -81,6 +81,43 @@ fn verifying_finds_every_byte_that_changed() {
             "{flips} flips were undone"
         );
     }
+}
+
+#[test]
+fn verifying_one_checkpoint_finds_what_is_wrong_with_it_and_nothing_else() {
+    let disk = small_store(&Options::default());
+    let store = open(&disk, Options::default()).unwrap();
+    let guest = store.guest(GUEST).unwrap();
+    let check = |id| verify_checkpoint(&guest, id, &mut |_| {}).unwrap().damaged;
+    let ids = guest.checkpoints().unwrap();
+    for id in ids {
+        assert_eq!(check(id), []);
+        let manifest = guest.manifest(id).unwrap();
+        let parts = crate::survey::parts(&guest, &manifest);
+        let needed: Vec<String> = parts.into_iter().map(|part| part.name).collect();
+        for path in disk.files() {
+            let name = path.strip_prefix(ROOT).unwrap().to_str().unwrap();
+            let is_its = needed.iter().any(|n| n == name) || name == guest.names().checkpoint(id);
+            let middle = disk.content(&path).len() / 2;
+            disk.flip(&path, middle, 5);
+            let found: Vec<String> = check(id).into_iter().map(|damage| damage.name).collect();
+            disk.flip(&path, middle, 5);
+            assert_eq!(found.is_empty(), !is_its, "{id}: {name}: {found:?}");
+            assert!(
+                !is_its || found.iter().any(|n| n == name),
+                "{id}: {name}: {found:?}"
+            );
+        }
+    }
+    let none = crate::CheckpointId {
+        term: 9,
+        sequence: 9,
+    };
+    let error = verify_checkpoint(&guest, none, &mut |_| {}).unwrap_err();
+    assert!(
+        matches!(error, StoreError::NoSuchCheckpoint { .. }),
+        "{error}"
+    );
 }
 
 #[test]

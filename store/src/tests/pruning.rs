@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::names::CheckpointId;
-use crate::prune::{prune, usage};
+use crate::prune::{prune, prune_before, usage};
 use crate::verify::verify;
 use crate::{Guest, Store, StoreError};
 
@@ -46,6 +46,63 @@ fn a_store_that_is_pruned_holds_what_it_keeps_and_little_else() {
         prune(&guest, 1, false),
         Err(StoreError::Foreign { .. })
     ));
+}
+
+#[test]
+fn what_is_young_is_kept_and_the_survey_shows_it() {
+    let root = directory();
+    let store = store_in(root.path());
+    let guest = store.guest(GUEST).unwrap();
+    let mut writer = new_writer(&store);
+    let mut memory = Memory::new(200, 21);
+    let mut begun = Vec::new();
+    for _ in 0..5 {
+        memory.run(100);
+        // Times differ, by a millisecond at least.
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        let made = memory.checkpoint(&mut writer).unwrap();
+        begun.push(guest.manifest(made.id).unwrap().begun_ms);
+    }
+    assert_eq!(
+        prune_before(&guest, 2, begun[0], false)
+            .unwrap()
+            .checkpoints,
+        0
+    );
+    assert_eq!(
+        prune_before(&guest, 2, begun[1], true).unwrap().checkpoints,
+        1
+    );
+    assert_eq!(
+        prune_before(&guest, 2, begun[1], false)
+            .unwrap()
+            .checkpoints,
+        1
+    );
+    assert_eq!(
+        prune_before(&guest, 2, u64::MAX, false)
+            .unwrap()
+            .checkpoints,
+        2
+    );
+    let survey = guest.survey().unwrap();
+    assert_eq!(survey.newest, guest.checkpoints().unwrap().first().copied());
+    let shown: Vec<_> = survey.checkpoints.iter().map(|c| c.id).collect();
+    assert_eq!(shown, guest.checkpoints().unwrap());
+    let newest = survey.checkpoints[0].summary.as_ref().unwrap();
+    assert_eq!(
+        (newest.begun_ms, newest.image_bytes),
+        (begun[4], memory.bytes())
+    );
+    let zero = memory
+        .pages
+        .iter()
+        .filter(|page| **page == [0; crate::PAGE]);
+    assert_eq!(newest.held, (memory.pages.len() - zero.count()) as u64);
+    assert_eq!(survey.taken.unwrap().host, "a");
+    assert_eq!(survey.totals.bytes, usage(&guest).unwrap().stored_bytes);
+    assert!(survey.totals.deduplication().unwrap() > 1.0);
+    expect_sound(&store);
 }
 
 #[test]

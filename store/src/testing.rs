@@ -1,0 +1,87 @@
+//! Storage for tests, of this crate and of others: moto's S3 server.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Names moto's server, if it is not on the path.
+const MOTO: &str = "TANDEM_MOTO_SERVER";
+/// Longest wait until it answers.
+const START_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// A server with the bucket `bucket`, which is killed when the test ends.
+#[derive(Debug)]
+pub struct S3Server {
+    child: Child,
+    port: u16,
+}
+
+impl S3Server {
+    /// Starts moto; says why the test is skipped where it is not installed.
+    ///
+    /// # Panics
+    /// When it is installed and does not start.
+    pub fn start() -> Option<Self> {
+        let path = std::env::var("PATH").unwrap_or_default();
+        let on_path = std::env::split_paths(&path).map(|directory| directory.join("moto_server"));
+        let named = std::env::var(MOTO).map(PathBuf::from);
+        let Some(program) = named.into_iter().chain(on_path).find(|path| path.is_file()) else {
+            println!("skipped: no program moto_server (of the Python package moto), and no {MOTO}");
+            return None;
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").expect("there is a port");
+        let port = listener.local_addr().expect("it is bound").port();
+        drop(listener);
+        let child = Command::new(program)
+            .args(["-H", "127.0.0.1", "-p", &port.to_string()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("it can be run");
+        let server = Self { child, port };
+        server.make_bucket();
+        Some(server)
+    }
+
+    /// What a client has to have in its environment.
+    pub fn settings(&self) -> [(&'static str, String); 4] {
+        let endpoint = format!("http://127.0.0.1:{}", self.port);
+        [
+            ("AWS_ENDPOINT_URL", endpoint),
+            ("AWS_ACCESS_KEY_ID", "test".to_owned()),
+            ("AWS_SECRET_ACCESS_KEY", "test".to_owned()),
+            ("AWS_REGION", "us-east-1".to_owned()),
+        ]
+    }
+
+    fn make_bucket(&self) {
+        let started = Instant::now();
+        loop {
+            let answer = self.request("PUT /bucket HTTP/1.1");
+            if answer.as_ref().is_ok_and(|answer| answer.contains(" 200 ")) {
+                return;
+            }
+            assert!(started.elapsed() < START_TIME_MAX, "{answer:?}");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn request(&self, line: &str) -> std::io::Result<String> {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port))?;
+        let head = "Host: 127.0.0.1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+        write!(stream, "{line}\r\n{head}")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+}
+
+impl Drop for S3Server {
+    fn drop(&mut self) {
+        self.child.kill().expect("it is a child");
+        self.child.wait().expect("it was killed");
+    }
+}
