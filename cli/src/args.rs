@@ -3,6 +3,8 @@
 // Doc comments are help texts here; their brackets are no links.
 #![allow(rustdoc::broken_intra_doc_links)]
 
+mod stores;
+
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -12,6 +14,11 @@ use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, Pac
 use tandem_vmm::confinement::{Enforcement, User};
 use tandem_vmm::migration::Address;
 use tracing::level_filters::LevelFilter;
+
+pub use stores::{
+    CheckpointsArgs, ExportArgs, ImportArgs, InspectArgs, PruneArgs, StoreArgs, StoreVerb,
+    VerifyArgs,
+};
 
 use crate::exit;
 use crate::settings::{Located, Settings, value};
@@ -266,13 +273,30 @@ pub enum Verb {
         #[command(subcommand)]
         keys: KeysVerb,
     },
-    /// Show what a snapshot holds, and whether it is whole
-    Inspect {
-        /// The snapshot's directory
-        directory: PathBuf,
-        /// Read all of its memory and check it too
-        #[arg(long)]
-        verify: bool,
+    /// List the checkpoints of a guest in a store, and what they take there
+    #[command(after_help = stores::checkpoints_help())]
+    Checkpoints(CheckpointsArgs),
+    /// Show what a snapshot or a checkpoint holds, and whether it is whole
+    #[command(after_help = stores::inspect_help())]
+    Inspect(InspectArgs),
+    /// Read every byte of a guest's checkpoints in a store, and say what is damaged
+    #[command(after_help = stores::verify_help())]
+    Verify(VerifyArgs),
+    /// Remove old checkpoints of a guest from a store
+    #[command(after_help = stores::prune_help())]
+    Prune(PruneArgs),
+    /// Make a snapshot, as `tandem restore` takes it, of a checkpoint in a store
+    #[command(after_help = stores::export_help())]
+    Export(ExportArgs),
+    /// Make a checkpoint in a store of a snapshot
+    #[command(after_help = stores::import_help())]
+    Import(ImportArgs),
+    /// Make and try stores of checkpoints
+    #[command(after_help = stores::STORE)]
+    Store {
+        /// What to do with it.
+        #[command(subcommand)]
+        store: StoreVerb,
     },
     /// Print a guest's metrics in Prometheus' text format
     Metrics {

@@ -6,6 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use tandem_ft::runtime::ProtectionError;
+use tandem_store::StoreError;
 use tandem_vmm::error::ErrorKind;
 use tandem_vmm::migration::MigrationError;
 use tandem_vmm::snapshot::SnapshotError;
@@ -16,6 +17,7 @@ use crate::keys::KeysFailure;
 use crate::runtime_dir::PlaceError;
 use crate::settings::Problem;
 use crate::settings::file::FileError;
+use crate::settings::value::ValueError;
 
 /// Why a verb failed.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +65,37 @@ pub enum Failure {
         /// Its name.
         name: String,
     },
+    /// A store, or a checkpoint in it, cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A store has nothing of a guest.
+    #[error("{place} has no guest `{name}`; it has {}", list(.has))]
+    NotStored {
+        /// The guest.
+        name: String,
+        /// The store.
+        place: String,
+        /// Guests that it has.
+        has: Vec<String>,
+    },
+    /// A store has something of a guest already.
+    #[error(
+        "guest `{name}` {what}: give it another name by --name, or take its place by --replace"
+    )]
+    Stored {
+        /// The guest.
+        name: String,
+        /// What it has.
+        what: String,
+    },
+    /// A word is neither a guest of a store nor a checkpoint.
+    #[error("`{text}` names no checkpoint")]
+    Checkpoint {
+        /// The word, made printable.
+        text: String,
+        /// What is allowed.
+        source: ValueError,
+    },
     /// Keys cannot be made or shown.
     #[error(transparent)]
     Keys(#[from] KeysFailure),
@@ -105,7 +138,9 @@ impl Failure {
             Self::Migration(MigrationError::Address { .. } | MigrationError::Keys(_)) => {
                 Exit::Usage
             }
-            Self::Keys(_) => Exit::Failed,
+            Self::Keys(_) | Self::NotStored { .. } | Self::Stored { .. } => Exit::Failed,
+            Self::Checkpoint { .. } => Exit::Usage,
+            Self::Store(error) => store_exit(error),
             Self::Migration(MigrationError::Link { .. }) => Exit::Resource,
             Self::Migration(_) => Exit::Failed,
             Self::Protection(error) => protection_exit(error),
@@ -144,11 +179,33 @@ fn machine_exit(kind: ErrorKind) -> Exit {
     }
 }
 
+fn store_exit(error: &StoreError) -> Exit {
+    match error {
+        StoreError::GuestName { .. }
+        | StoreError::Place { .. }
+        | StoreError::Foreign { .. }
+        | StoreError::Key { .. } => Exit::Usage,
+        StoreError::Snapshot(_) | StoreError::Memory(_) => Exit::Snapshot,
+        StoreError::NoCheckpoint { damaged, .. } if !damaged.is_empty() => Exit::Snapshot,
+        error if error.is_damage() => Exit::Snapshot,
+        StoreError::Backend(_) | StoreError::Arbiter(_) | StoreError::File { .. } => Exit::Resource,
+        _ => Exit::Failed,
+    }
+}
+
 fn protection_exit(error: &ProtectionError) -> Exit {
     match error {
         ProtectionError::Snapshot(_) => Exit::Snapshot,
         ProtectionError::Arbiter(_) | ProtectionError::Host { .. } => Exit::Resource,
         _ => Exit::Failed,
+    }
+}
+
+/// Words in a sentence.
+fn list(words: &[String]) -> String {
+    match words {
+        [] => "none".to_owned(),
+        words => words.join(", "),
     }
 }
 

@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::time::Duration;
 
-use indicatif::ProgressBar;
+use bytesize::ByteSize;
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 /// How often a spinner moves.
@@ -95,6 +96,31 @@ pub fn spinner(text: &str, quiet: bool) -> ProgressBar {
     bar
 }
 
+/// Shows on a terminal how many of `total` bytes were read or written, until the result is finished; nothing elsewhere or
+/// if `quiet`.
+pub fn byte_bar(text: &str, total: u64, quiet: bool) -> ProgressBar {
+    if quiet {
+        return ProgressBar::hidden();
+    }
+    let template = "{msg} {wide_bar} {binary_bytes}/{binary_total_bytes}, {binary_bytes_per_sec}";
+    let style = ProgressStyle::with_template(template);
+    let bar = ProgressBar::new(total);
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_message(text.to_owned());
+    bar
+}
+
+/// Bytes for people, such as `12.3 MiB`.
+pub fn bytes(bytes: u64) -> String {
+    ByteSize(bytes).display().iec().to_string()
+}
+
+/// A number of things, such as `1 checkpoint` or `3 checkpoints`.
+pub fn count(number: u64, thing: &str) -> String {
+    let plural = if number == 1 { "" } else { "s" };
+    format!("{number} {thing}{plural}")
+}
+
 /// A time for people, such as `1d 2h`, `3m 20s` or `45s`.
 pub fn uptime(ms: u64) -> String {
     let seconds = ms / 1000;
@@ -120,6 +146,14 @@ mod tests {
         assert_eq!(
             table.text(),
             "NAME         STATE\na-long-name  running\nä\n"
+        );
+    }
+
+    #[test]
+    fn bytes_have_a_unit_and_one_digit_behind_the_point() {
+        assert_eq!(
+            [0, 1023, 12_900_000].map(bytes),
+            ["0 B", "1023 B", "12.3 MiB"]
         );
     }
 

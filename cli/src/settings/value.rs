@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use tandem_ft::runtime::ResyncMode;
+use tandem_store::prune::KEEP_MIN;
+use tandem_store::{CheckpointId, Place};
 use tandem_vmm::config::{
     BootProtocol, CPUS_MAX, ConsoleConfig, DISK_ID_LEN_MAX, DiskConfig, DiskEngine, MEMORY_ALIGN,
     MEMORY_MIN, MacAddr, NAME_LEN_MAX, NetBackendConfig, NetConfig, Pace, PaceError, Safepoint,
@@ -461,6 +463,79 @@ pub fn duration(text: &str) -> Result<Duration, ValueError> {
     match time {
         Some(time) if time <= DURATION_MAX => Ok(time),
         _ => allowed("must be a time such as 500ms, 10s or 2m, at most 1440m"),
+    }
+}
+
+/// Longest age in days.
+const AGE_MAX_DAYS: u64 = 36_500;
+
+/// An age, such as `90m`, `12h` or `7d`.
+///
+/// # Errors
+/// When it has no unit or is out of range.
+pub fn age(text: &str) -> Result<Duration, ValueError> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "s" => Some(1),
+        "m" => Some(60),
+        "h" => Some(3600),
+        "d" => Some(24 * 3600),
+        _ => None,
+    };
+    let number: Option<u64> = digits.parse().ok();
+    let seconds = number.zip(unit).and_then(|(n, unit)| n.checked_mul(unit));
+    match seconds {
+        Some(seconds) if seconds <= AGE_MAX_DAYS * 24 * 3600 => Ok(Duration::from_secs(seconds)),
+        _ => allowed(format!(
+            "must be an age such as 30s, 90m, 12h or 7d, at most {AGE_MAX_DAYS}d"
+        )),
+    }
+}
+
+/// Where a store is.
+///
+/// # Errors
+/// When it is neither a directory nor a bucket.
+pub fn store(text: &str) -> Result<Place, ValueError> {
+    text.parse()
+        .map_err(|error: tandem_store::place::PlaceError| ValueError(error.to_string()))
+}
+
+/// A guest of a store, and perhaps one of its checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Chosen {
+    /// The guest.
+    pub guest: String,
+    /// The checkpoint; nothing for the newest that is whole.
+    pub id: Option<CheckpointId>,
+}
+
+/// A guest of a store, or a checkpoint of it: `NAME` or `NAME@TERM-NUMBER`.
+///
+/// # Errors
+/// When it is neither.
+pub fn checkpoint(text: &str) -> Result<Chosen, ValueError> {
+    let (guest, id) = match text.split_once('@') {
+        None => (text, None),
+        Some((guest, id)) => match CheckpointId::parse(id) {
+            Some(id) => (guest, Some(id)),
+            None => return allowed("must be NAME or NAME@TERM-NUMBER, such as web@3-17"),
+        },
+    };
+    let guest = name(guest)?;
+    Ok(Chosen { guest, id })
+}
+
+/// How many checkpoints to keep.
+///
+/// # Errors
+/// When it is no number, or fewer than must be kept.
+pub fn keep(text: &str) -> Result<usize, ValueError> {
+    match text.parse() {
+        Ok(count) if count >= KEEP_MIN => Ok(count),
+        _ => allowed(format!(
+            "must be {KEEP_MIN} or more: the newest may turn out to be damaged"
+        )),
     }
 }
 

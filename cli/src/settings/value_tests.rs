@@ -143,6 +143,42 @@ fn confinement_has_three_modes() {
     assert!(message(confine("yes")).contains("`on`, `log` or `off`"));
 }
 
+#[test]
+fn ages_have_a_unit_up_to_days() {
+    let ages = ["30s", "90m", "12h", "7d", "0s"].map(|text| age(text).map(|age| age.as_secs()));
+    assert_eq!(ages, [30, 5400, 43_200, 604_800, 0].map(Ok));
+    for text in ["7", "d", "1w", "36501d", "99999999999999999999d", "-1d"] {
+        let error = message(age(text));
+        assert!(error.contains("7d"), "{error}");
+    }
+}
+
+#[test]
+fn checkpoints_are_named_by_guest_and_number() {
+    let id = CheckpointId {
+        term: 3,
+        sequence: 17,
+    };
+    let chosen = |id| Chosen {
+        guest: "web".to_owned(),
+        id,
+    };
+    assert_eq!(checkpoint("web"), Ok(chosen(None)));
+    assert_eq!(checkpoint("web@3-17"), Ok(chosen(Some(id))));
+    for text in [
+        "web@",
+        "web@3",
+        "web@3-x",
+        "web@3-17-1",
+        "@3-17",
+        "a b@3-17",
+    ] {
+        assert!(checkpoint(text).is_err(), "{text}");
+    }
+    assert_eq!(keep("2"), Ok(2));
+    assert!(keep("1").is_err() && keep("x").is_err());
+}
+
 proptest! {
     #[test]
     fn sizes_read_back(mib in 2u64..=1 << 24) {
@@ -155,5 +191,6 @@ proptest! {
         let _ = (disk(&text), net(&text), vsock(&text), pin(&text), mac(&text));
         let _ = (control_key(&text), disk_id(&text), tap(&text), log_level(&text), cid(&text));
         let _ = (user(&text), confine(&text), pace(&text), safepoint(&text));
+        let _ = (age(&text), checkpoint(&text), keep(&text), store(&text));
     }
 }

@@ -6,14 +6,15 @@ mod keys;
 mod protection;
 mod saved;
 mod show;
+mod stores;
 mod writing;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::api::types::PaceBody;
-use crate::args::{Cli, Format, Verb};
+use crate::args::{Cli, Format, InspectArgs, StoreArgs, StoreVerb, Verb};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
@@ -163,9 +164,31 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
         }
         Verb::Status { name } => protection::status(&root()?.find(&name)?, style)?,
         Verb::Keys { keys } => keys::carry_out(&keys, style)?,
-        Verb::Inspect { directory, verify } => saved::inspect(&directory, verify, style)?,
+        Verb::Inspect(args) => inspect(&args, style)?,
+        Verb::Checkpoints(args) => stores::list(&args, style)?,
+        Verb::Verify(args) => return stores::verify(&args, style),
+        Verb::Prune(args) => stores::prune(&args, style)?,
+        Verb::Export(args) => stores::export(&args, style)?,
+        Verb::Import(args) => stores::import(&args, style)?,
+        Verb::Store {
+            store: StoreVerb::Init { place, encrypt },
+        } => stores::init(&place, encrypt.as_deref(), style)?,
         Verb::Man { directory } => writing::man(&directory)?,
         Verb::Completions { shell } => writing::completions(shell)?,
     }
     Ok(Exit::Ok)
+}
+
+/// Shows a snapshot, or a checkpoint.
+fn inspect(args: &InspectArgs, style: Style) -> Result<(), Failure> {
+    match &args.from {
+        None => saved::inspect(Path::new(&args.what), args.verify, style),
+        Some(from) => {
+            let store = StoreArgs {
+                from: from.clone(),
+                key: args.key.clone(),
+            };
+            stores::inspect(&args.what, &store, style)
+        }
+    }
 }
