@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::chunk::{CHUNKS_MAX, PackRecord};
 use crate::envelope::{self, HASH_LENGTH, Kind};
-use crate::names::{Names, ObjectKind};
+use crate::names::{NUMBER_MAX, Names, ObjectKind};
 use crate::seal::Key;
 use crate::table::PAGES_MAX;
 use crate::{CheckpointId, ObjectId, PAGE, StoreError};
@@ -228,6 +228,7 @@ impl Manifest {
         let length = self.packs.iter().map(|pack| pack.length).max();
         let chunks = self.packs.iter().map(|pack| pack.chunks).max();
         for (what, found, max) in [
+            ("the next number", Some(self.next_number), NUMBER_MAX),
             ("the table in bytes", table, Kind::TABLE.object_length_max()),
             ("a pack in bytes", length, Kind::PACK.object_length_max()),
             ("a pack in chunks", chunks.map(u64::from), CHUNKS_MAX.into()),

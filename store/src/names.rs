@@ -7,6 +7,8 @@ use tandem_ft::arbiter::{Claimant, NAME_LENGTH_MAX, Term};
 
 use crate::StoreError;
 
+/// Largest number of a term, a checkpoint or an object: what comes next is a number too, and none gets so far.
+pub(crate) const NUMBER_MAX: u64 = u64::MAX >> 1;
 /// Digits of a number in a name, so that names sort as numbers do.
 const DIGITS: usize = 20;
 
@@ -174,9 +176,11 @@ fn number(number: u64) -> String {
     format!("{number:0DIGITS$}")
 }
 
-fn digits(text: &str) -> Option<u64> {
+/// The number that a part of a name is.
+pub(crate) fn digits(text: &str) -> Option<u64> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    digits.then(|| text.parse().ok()).flatten()
+    let number: Option<u64> = digits.then(|| text.parse().ok()).flatten();
+    number.filter(|number| *number <= NUMBER_MAX)
 }
 
 /// Fails if a guest cannot have this name.
@@ -231,6 +235,7 @@ mod name_tests {
         );
         assert!(early < late && names.checkpoint(early) < names.checkpoint(late));
         assert_eq!(CheckpointId::parse(&early.to_string()), Some(early));
+        assert_eq!(CheckpointId::parse(&format!("1-{}", u64::MAX)), None);
         for base in [None, Some(early)] {
             let start = names.start(Term(7), base);
             assert_eq!(names.parse_start(&start), Some((7, base)));

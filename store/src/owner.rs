@@ -23,7 +23,7 @@ use tandem_ft::arbiter::{Arbiter, ArbiterError, Claim, Claimant, Owner, Tenure, 
 
 use crate::backend::{Backend, BackendError, Created};
 use crate::envelope::{self, Kind};
-use crate::names::{CheckpointId, Names, check_guest};
+use crate::names::{CheckpointId, Names, check_guest, digits};
 use crate::seal::Key;
 use crate::{Guest, StoreError};
 use std::sync::Arc;
@@ -202,10 +202,7 @@ impl ObjectArbiter {
         let prefix = Self::prefix(guest);
         let entries = self.backend.list(&prefix)?;
         let terms = entries.iter().map(|entry| {
-            let term = entry
-                .name
-                .strip_prefix(&prefix)
-                .and_then(|t| t.parse().ok());
+            let term = entry.name.strip_prefix(&prefix).and_then(digits);
             let term = term
                 .map(Term)
                 .filter(|t| Self::name(guest, *t) == entry.name);
