@@ -35,7 +35,8 @@ pub(in crate::verbs) fn inspect(
     args: &StoreArgs,
     style: Style,
 ) -> Result<(), Failure> {
-    let (guest, whole) = choose(&read(args)?, &chosen(word)?)?;
+    let chosen = chosen(word)?;
+    let (guest, whole) = choose(&read(args)?, &chosen)?;
     let inspected = look(&guest, whole.manifest, whole.passed_over)?;
     let printed = match style.json() {
         true => output::print_json(&inspected.to_json()),
