@@ -52,6 +52,7 @@ const PROGRAMS: &[Program] = &[
     program("nft", "nftables", &[Test]),
     program("passt", "passt", &[Test]),
     program("ping", "iputils-ping", &[Test]),
+    program("python3", "python3-venv", &[Test]),
     program("qemu-system-x86_64", "qemu-system-x86", &[Test, Bench]),
     program("redis-benchmark", "redis-tools", &[Demo, Test, Bench]),
     program("redis-cli", "redis-tools", &[Demo, Test, Bench]),

@@ -4,6 +4,7 @@
 //! optimises a little, so that no crate is compiled twice and overflow checks and debug assertions
 //! are on. Guests are built in release, as they are shipped.
 
+mod moto;
 mod output;
 mod report;
 mod stage;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::moto;
 use super::output::{self, Counts};
 use crate::progress::Step;
 use crate::workspace::Workspace;
@@ -200,6 +201,9 @@ fn tests(workspace: &Workspace) -> Result<Work> {
     let mut run = runner(["--locked", "--workspace"]);
     run.env("TANDEM_BIN", workspace.target().join("debug/tandem"));
     run.env("TANDEM_IMAGES", workspace.images());
+    if let Some(moto) = moto::server(workspace) {
+        run.env("TANDEM_MOTO_SERVER", moto);
+    }
     Ok(Work::Commands(vec![
         build,
         run,
