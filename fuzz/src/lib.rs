@@ -29,6 +29,7 @@ mod rng;
 pub mod seeds;
 mod snapshot;
 mod step;
+mod store;
 mod vsock;
 mod vsock_guest;
 mod vsock_host;
@@ -47,7 +48,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     target("queue", queue::run),
     target("block", block::run),
     target("net", net::run),
@@ -64,6 +65,7 @@ pub const TARGETS: [Target; 16] = [
     target("deltas", deltas::run),
     target("link", link::run),
     target("outputs", outputs::run),
+    target("store", store::run),
 ];
 
 const fn target(name: &'static str, body: fn(&[u8])) -> Target {

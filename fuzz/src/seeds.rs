@@ -4,6 +4,7 @@
 mod devices;
 mod files;
 mod peers;
+mod stores;
 
 use crate::Target;
 
@@ -28,6 +29,7 @@ pub fn of(target: &Target) -> Vec<Seed> {
         "deltas" => peers::deltas(),
         "link" => peers::link(),
         "outputs" => peers::outputs(),
+        "store" => stores::store(),
         _ => files::kernel(),
     }
 }
