@@ -14,7 +14,7 @@ use tandem_store::write::Writer;
 use tandem_store::{Options, PAGE, Store};
 use tandem_tests::guest::GuestBuilder;
 use tandem_tests::images;
-use tandem_tests::skip::{Need, must_skip};
+use tandem_tests::skip::{self, Need, must_skip};
 use tempfile::TempDir;
 
 /// Exit codes of the command.
@@ -44,13 +44,19 @@ impl Place {
         }
     }
 
-    /// A bucket of moto's server; nothing where that is not installed.
+    /// A bucket of moto's server; nothing where that is not installed, or `tandem` was built without.
     fn bucket() -> Option<Self> {
-        Some(Self {
+        let place = Self {
             root: tempfile::tempdir().unwrap(),
             server: Some(S3Server::start()?),
             address: "s3://bucket/some/prefix".to_owned(),
-        })
+        };
+        let (_, told) = place.expect(USAGE, &["checkpoints", "web", "--from", "STORE"]);
+        if told.contains("built without S3") {
+            skip::say("tandem was built without the feature `s3`");
+            return None;
+        }
+        Some(place)
     }
 
     fn at(&self, name: &str) -> PathBuf {

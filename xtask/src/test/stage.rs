@@ -46,6 +46,9 @@ pub(super) struct Ended {
     pub(super) duration: Duration,
 }
 
+/// What is tested is all that can be built: buckets are no default of the command.
+const FEATURES: [&str; 2] = ["--features", "tandem/s3"];
+
 /// All stages, cheap ones first.
 pub(super) const STAGES: &[Stage] = &[
     Stage {
@@ -170,7 +173,7 @@ fn clippy(workspace: &Workspace) -> Result<Work> {
     let strict = ["--", "-D", "warnings"];
     let all = ["clippy", "--locked", "--workspace", "--all-targets"];
     Ok(Work::Commands(vec![
-        cargo(&[all.as_slice(), &strict].concat()),
+        cargo(&[all.as_slice(), &FEATURES, &strict].concat()),
         guests_cargo(workspace, &all, &strict),
     ]))
 }
@@ -197,8 +200,9 @@ fn build_images(workspace: &Workspace) -> Result<Work> {
 }
 
 fn tests(workspace: &Workspace) -> Result<Work> {
-    let build = cargo(&["build", "--locked", "--quiet", "--package", "tandem"]);
-    let mut run = runner(["--locked", "--workspace"]);
+    let build = ["build", "--locked", "--quiet", "--package", "tandem"];
+    let build = cargo(&[&build[..], &FEATURES].concat());
+    let mut run = runner([&["--locked", "--workspace"][..], &FEATURES].concat());
     run.env("TANDEM_BIN", workspace.target().join("debug/tandem"));
     run.env("TANDEM_IMAGES", workspace.images());
     if let Some(moto) = moto::server(workspace) {
@@ -207,7 +211,7 @@ fn tests(workspace: &Workspace) -> Result<Work> {
     Ok(Work::Commands(vec![
         build,
         run,
-        cargo(&["test", "--locked", "--workspace", "--doc"]),
+        cargo(&[&["test", "--locked", "--workspace", "--doc"][..], &FEATURES].concat()),
     ]))
 }
 
@@ -227,7 +231,8 @@ fn guests(workspace: &Workspace) -> Result<Work> {
 }
 
 fn docs(_: &Workspace) -> Result<Work> {
-    let mut command = cargo(&["doc", "--locked", "--workspace", "--no-deps", "--quiet"]);
+    let doc = ["doc", "--locked", "--workspace", "--no-deps", "--quiet"];
+    let mut command = cargo(&[&doc[..], &FEATURES].concat());
     command.env("RUSTDOCFLAGS", "-D warnings");
     Ok(Work::Commands(vec![command]))
 }
