@@ -74,6 +74,14 @@ pub enum MemoryImageError {
         /// Bytes there should be.
         expected: u64,
     },
+    /// Saved memory is that of a guest with more or less of it.
+    #[error("saved memory has {found} bytes; allowed are exactly {expected}")]
+    Length {
+        /// Bytes there are.
+        found: u64,
+        /// Bytes there should be.
+        expected: u64,
+    },
     /// A chunk was changed.
     #[error(
         "{chunk} of saved memory is damaged: its checksum is {found:#018x}, not {expected:#018x}"

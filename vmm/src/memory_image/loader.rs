@@ -36,7 +36,7 @@ use super::image::{self, Image};
 use super::pending::{PendingKey, PendingMark};
 use super::progress::{Phase, Progress};
 use super::userfaultfd::{Filled, Userfaultfd};
-use super::{Checksums, LoaderStats, MemoryImageError, load};
+use super::{Checksums, LoaderStats, MemoryImageError, MemorySource, load};
 use crate::dirty::PAGE_SIZE;
 use crate::memory;
 
@@ -48,6 +48,11 @@ const AHEAD_NICE: i32 = 10;
 const BUSY_MAX: u32 = 10_000;
 /// Stack of a thread in bytes.
 const STACK_SIZE: usize = 128 << 10;
+
+/// Names of the threads that load from a file: by which first touches are served, and by which the rest is loaded.
+const FILE_THREADS: [&str; 2] = ["memory-faults", "memory-ahead"];
+/// The same of those that load from elsewhere.
+const SOURCE_THREADS: [&str; 2] = ["store-faults", "store-ahead"];
 
 /// Called once, with the reason, when guest memory cannot be loaded.
 type OnFailure = Box<dyn FnOnce(MemoryImageError) + Send>;
@@ -64,7 +69,7 @@ pub fn on_demand_is_available() -> Result<(), String> {
     })
 }
 
-/// Loads guest memory from a file while the guest runs.
+/// Loads guest memory from a file, or from elsewhere, while the guest runs.
 ///
 /// The first touch of a page, by a vCPU, a device, or the kernel on behalf of one (KVM, io_uring),
 /// waits until the chunk around it was read and checked; nobody ever sees a byte that was not checked.
@@ -127,25 +132,51 @@ impl Loader {
         on_failure: OnFailure,
         begin: impl Fn() -> io::Result<()> + Clone + Send + 'static,
     ) -> Result<Self, MemoryImageError> {
-        let shared = Arc::new(Shared::new(file, sums, memory)?);
+        let image = |geometry: &Geometry| Image::new(file, sums, geometry);
+        Self::begin(image, memory, on_failure, begin, FILE_THREADS)
+    }
+
+    /// As [`Loader::start_beginning_with`], from `source`.
+    ///
+    /// # Errors
+    /// When the source has another length than the memory, and otherwise as that.
+    pub fn start_from(
+        source: Box<dyn MemorySource>,
+        memory: Arc<GuestMemory>,
+        on_failure: OnFailure,
+        begin: impl Fn() -> io::Result<()> + Clone + Send + 'static,
+    ) -> Result<Self, MemoryImageError> {
+        let image = |geometry: &Geometry| Image::of(source, geometry);
+        Self::begin(image, memory, on_failure, begin, SOURCE_THREADS)
+    }
+
+    fn begin(
+        image: impl FnOnce(&Geometry) -> Result<Image, MemoryImageError>,
+        memory: Arc<GuestMemory>,
+        on_failure: OnFailure,
+        begin: impl Fn() -> io::Result<()> + Clone + Send + 'static,
+        names: [&str; 2],
+    ) -> Result<Self, MemoryImageError> {
+        let shared = Arc::new(Shared::new(image, memory)?);
         let mut loader = Self {
             shared,
             threads: Vec::new(),
             go: None,
         };
-        loader.spawn_faults(begin.clone())?;
-        loader.spawn_ahead(begin, on_failure)?;
+        loader.spawn_faults(names[0], begin.clone())?;
+        loader.spawn_ahead(names[1], begin, on_failure)?;
         Ok(loader)
     }
 
     /// Serves those who wait, once this returns.
     fn spawn_faults(
         &mut self,
+        name: &str,
         begin: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> Result<(), MemoryImageError> {
         let shared = Arc::clone(&self.shared);
         let (begun, beginning) = sync_channel(1);
-        self.spawn("memory-faults", move || {
+        self.spawn(name, move || {
             let result = begin();
             let works = result.is_ok();
             drop(begun.send(result));
@@ -159,13 +190,14 @@ impl Loader {
 
     fn spawn_ahead(
         &mut self,
+        name: &str,
         begin: impl FnOnce() -> io::Result<()> + Send + 'static,
         on_failure: OnFailure,
     ) -> Result<(), MemoryImageError> {
         let shared = Arc::clone(&self.shared);
         let (go, gone) = sync_channel(1);
         self.go = Some(go);
-        self.spawn("memory-ahead", move || {
+        self.spawn(name, move || {
             // Otherwise the loader is dropped.
             if gone.recv().is_ok() {
                 shared.run_ahead(begin, on_failure);
@@ -282,12 +314,11 @@ enum Ahead {
 
 impl Shared {
     fn new(
-        file: File,
-        sums: Checksums,
+        image: impl FnOnce(&Geometry) -> Result<Image, MemoryImageError>,
         memory: Arc<GuestMemory>,
     ) -> Result<Self, MemoryImageError> {
         let geometry = Geometry::of(&memory)?;
-        let image = Image::new(file, sums, &geometry)?;
+        let image = image(&geometry)?;
         let end = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|e| unavailable("no event can be made", &e.into()))?;
         let pending = PendingKey::of(&memory).mark();
@@ -544,7 +575,7 @@ impl Shared {
         &self,
         number: usize,
         buffer: &mut [u8],
-        holes: &mut Holes<'_>,
+        holes: &mut Option<Holes<'_>>,
     ) -> Result<(), MemoryImageError> {
         let chunk = self.geometry.chunk(number);
         if self.is_loaded(number) {

@@ -25,7 +25,7 @@
 //! [`load_all`] reads everything before the guest runs. [`Loader`] lets the guest run at once: the
 //! kernel hands the first touch of a page, by whomever, to a thread (userfaultfd(2)) that loads the
 //! chunk around it, while another loads the rest in order. See [`Loader`] for what happens
-//! when a chunk is damaged.
+//! when a chunk is damaged. What it loads may also be elsewhere than in a file ([`MemorySource`]).
 
 mod checksums;
 mod error;
@@ -44,6 +44,7 @@ mod writer;
 
 pub use checksums::Checksums;
 pub use error::{ChunkPlace, MemoryImageError};
+pub use image::MemorySource;
 pub use load::load_all;
 pub use loader::{Loader, Stopper, on_demand_is_available};
 pub use progress::LoaderStats;

@@ -100,6 +100,20 @@ impl Batch {
         Ok(())
     }
 
+    /// Adds page `frame`, which is zero.
+    pub fn add_zero(&mut self, frame: u64) {
+        self.numbers.push(frame | ZERO);
+    }
+
+    /// Adds page `number` of something else than guest memory.
+    pub fn add_page(&mut self, number: u64, page: &Page) {
+        if is_zero(page) {
+            return self.add_zero(number);
+        }
+        self.numbers.push(number);
+        self.contents.extend_from_slice(page);
+    }
+
     /// The bytes of the batch, which is empty afterwards.
     pub(super) fn take(&mut self, bytes: &mut Vec<u8>) {
         bytes.clear();

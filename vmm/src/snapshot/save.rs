@@ -231,6 +231,17 @@ impl<'a> Session<'a> {
         self.copy_left(sink)
     }
 
+    /// Counts `pages` among those that are not copied: their copies came to nothing.
+    ///
+    /// # Errors
+    /// When they are another guest's.
+    pub fn copy_again(&mut self, pages: &PageSet) -> Result<(), SnapshotError> {
+        match self.left.insert_all(pages) {
+            true => Ok(()),
+            false => Err(SnapshotError::Tracking("pages of another guest".into())),
+        }
+    }
+
     /// Lets a frozen guest go on, if it ran before. Its writes are still followed: it can be frozen
     /// again, and then only what it wrote meanwhile is copied. Returns how long it stood.
     ///
