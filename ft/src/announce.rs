@@ -12,6 +12,7 @@ const ADDRESSES_MAX: usize = 16;
 const ETHERNET_SIZE: usize = 14;
 const IPV4: [u8; 2] = [0x08, 0x00];
 const ARP: [u8; 2] = [0x08, 0x06];
+const RARP: [u8; 2] = [0x80, 0x35];
 const IPV6: [u8; 2] = [0x86, 0xdd];
 const BROADCAST: [u8; 6] = [0xff; 6];
 /// All nodes on the link, by Ethernet and by IPv6.
@@ -97,6 +98,15 @@ fn remember<T: PartialEq>(addresses: &mut VecDeque<T>, address: T) {
 
 fn frame(to: [u8; 6], from: [u8; 6], kind: [u8; 2], payload: &[u8]) -> Vec<u8> {
     [&[0; HEADER_SIZE][..], &to, &from, &kind, payload].concat()
+}
+
+/// A request of who has `mac` for its own address (RFC 903), as other monitors announce a guest of which they know no
+/// more.
+pub fn reverse_arp(mac: [u8; 6]) -> Vec<u8> {
+    // Ethernet, IPv4, sizes, request.
+    let head = [0, 1, 8, 0, 6, 4, 0, 3];
+    let body = [&head[..], &mac, &[0; 4], &mac, &[0; 4]].concat();
+    frame(BROADCAST, mac, RARP, &body)
 }
 
 fn gratuitous_arp(mac: [u8; 6], address: Ipv4Addr) -> Vec<u8> {

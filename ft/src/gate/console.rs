@@ -221,6 +221,13 @@ impl ConsoleGate {
         }
     }
 
+    /// Waits until what left is written, however slow its readers are, but not for longer than `patience`.
+    pub fn drain(&self, patience: Duration) {
+        if let Some(hub) = self.hub.get() {
+            hub.drain(patience);
+        }
+    }
+
     /// Whether everything is out that may leave.
     pub fn is_even(&self) -> bool {
         match &*self.lock() {

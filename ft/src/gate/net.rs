@@ -21,7 +21,7 @@ use tandem_vmm::build::borrow;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Permit;
-use crate::announce::Announcer;
+use crate::announce::{self, Announcer};
 use crate::compare::{Comparator, Figures, Limits};
 use crate::link::{Kind, Outbox};
 use crate::percentiles::Samples;
@@ -543,6 +543,19 @@ impl NetGate {
         drop(state);
         self.wake_device();
         count
+    }
+
+    /// Tells the network where the guest is that has this address, by a frame of its own (RFC 903; switches learn from it
+    /// whatever they think of its content).
+    pub fn announce(&self, mac: [u8; 6]) {
+        let mut state = self.lock();
+        state.blocked.push_back(announce::reverse_arp(mac));
+        state.send_blocked();
+        if let Some(outside) = &mut state.outside {
+            outside.flush();
+        }
+        drop(state);
+        self.wake_device();
     }
 
     /// Bytes of frames and streams that are held, kept or waiting.

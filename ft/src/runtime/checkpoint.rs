@@ -40,11 +40,14 @@ pub(super) struct Greeting {
     pub(super) token: u128,
 }
 
-fn encode(value: &impl Serialize) -> Result<Vec<u8>, ProtectionError> {
+pub(super) fn encode(value: &impl Serialize) -> Result<Vec<u8>, ProtectionError> {
     rmp_serde::to_vec_named(value).map_err(|e| ProtectionError::Garbled(e.to_string()))
 }
 
-fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, ProtectionError> {
+pub(super) fn decode<'a, T: Deserialize<'a>>(
+    bytes: &'a [u8],
+    what: &str,
+) -> Result<T, ProtectionError> {
     rmp_serde::from_slice(bytes)
         .map_err(|e| ProtectionError::Garbled(format!("{what} that cannot be understood: {e}")))
 }

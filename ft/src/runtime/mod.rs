@@ -37,7 +37,7 @@ pub use asking::Claims;
 pub use calls::{CALL_SIZE, CALLS_TIMEOUT, Calls, Giver, Taker, handing_over, token_of};
 pub use checkpoint::{Offer, encode_outputs, load_outputs};
 pub use error::ProtectionError;
-pub use pair::Pair;
+pub use pair::{Outputs, Pair};
 pub use protector::{Desk, Guest, Protect, Protector, ResyncMode};
 pub use secondary::{Invitation, Joined, Standby};
 pub use standbys::{Place, STANDBYS_MAX, Standbys};

@@ -16,8 +16,9 @@ use tandem_vmm::gates::{Caller, Gates};
 use tandem_vmm::until::Until;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::checkpoint::{decode, encode};
 use super::events::{Event, Events, describe};
-use super::status::Status;
+use super::status::{Checkpoints, Status};
 use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
 use crate::gate::{CONSOLE, ConsoleGate, Delays, DiskGate, GatedDisk, NetCut, NetGate, Permit};
@@ -25,6 +26,12 @@ use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
 use crate::mirror::Image;
 use crate::pair::Notice;
+
+/// How long outputs wait for a store: until they are explained, however long that takes.
+const STORE_PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Bytes of frames that a checkpoint in a store keeps, of those that may not be out: networks may lose frames, and
+/// whoever misses them asks again.
+const FRAMES_KEPT: usize = 1 << 20;
 
 /// What a checkpoint says of a guest's outputs, besides its state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -39,6 +46,36 @@ pub(super) struct PairCut {
     /// Console output that it explains and that is not out.
     #[serde(with = "serde_bytes")]
     pub(super) console: Vec<u8>,
+}
+
+/// Outputs that a checkpoint in a store explains.
+pub struct Outputs(PairCut);
+
+impl Outputs {
+    /// As bytes, for [`Pair::go_on_from`].
+    ///
+    /// # Errors
+    /// When they cannot be encoded.
+    pub fn to_bytes(self) -> Result<Vec<u8>, ProtectionError> {
+        encode(&self.0.bounded())
+    }
+}
+
+impl PairCut {
+    /// Without the last frames, if there are many.
+    fn bounded(mut self) -> Self {
+        for net in &mut self.nets {
+            let mut left = FRAMES_KEPT;
+            let fits = net.covered.iter().take_while(|frame| {
+                let fits = frame.len() <= left;
+                left = left.saturating_sub(frame.len());
+                fits
+            });
+            let fits = fits.count();
+            net.covered.truncate(fits);
+        }
+        self
+    }
 }
 
 /// The gates of one guest, and what belongs to them.
@@ -109,6 +146,7 @@ impl Pair {
         status.secondary_lag_us = delays.matched.percentiles();
         let now = Instant::now();
         status.tell_trying(now);
+        status.tell_age(now);
         let lease = self.permit.left(now);
         status.lease_ms = lease.map(|left| left.as_millis() as u64);
         status.protection_memory_bytes = self.memory_bytes();
@@ -155,6 +193,63 @@ impl Pair {
 
     pub(super) fn outbox(&self) -> &Outbox {
         &self.outbox
+    }
+
+    // A guest whose checkpoints go to a store.
+
+    /// Says how the checkpoints in a store stand.
+    pub fn tell_checkpoints(&self, checkpoints: Checkpoints) {
+        self.lock_status().checkpoints = Some(checkpoints);
+    }
+
+    /// Adds an event.
+    pub fn tell(&self, event: &str, text: String) {
+        self.happened(event, text);
+    }
+
+    /// From now on outputs wait until they are explained by a checkpoint ([`Pair::explain`]) that is complete
+    /// ([`Pair::complete`]).
+    pub fn hold_outputs(&self) {
+        self.cut(self.epoch(), STORE_PATIENCE);
+    }
+
+    /// A checkpoint is made of the guest, which stands: outputs so far are explained by it. Returns them, for whoever
+    /// goes on from it: they may not be out then.
+    pub fn explain(&self) -> Outputs {
+        Outputs(self.cut(self.epoch() + 1, STORE_PATIENCE))
+    }
+
+    /// The checkpoint is complete: what it explains leaves.
+    pub fn complete(&self) {
+        self.commit(self.epoch() + 1);
+    }
+
+    /// Outputs wait for nothing any more. What a guest that has ended printed is written within `patience`.
+    pub fn let_outputs_go(&self, patience: Duration) {
+        self.open();
+        self.console.drain(patience);
+    }
+
+    /// The guest goes on from a checkpoint in a store that says this of its outputs: those leave again, and the network
+    /// is told where the guest is, whose interfaces have these addresses. It runs after that.
+    ///
+    /// # Errors
+    /// When they are not outputs.
+    pub fn go_on_from(&self, outputs: Option<&[u8]>) -> Result<(), ProtectionError> {
+        if let Some(outputs) = outputs {
+            let cut = decode(outputs, "outputs")?;
+            self.become_secondary();
+            self.loaded(cut)?;
+            self.go_live(Instant::now());
+        }
+        Ok(())
+    }
+
+    /// Tells the network that the guest is here, by the addresses of its interfaces.
+    pub fn announce(&self, macs: &[[u8; 6]]) {
+        for (net, mac) in self.nets.iter().zip(macs) {
+            net.announce(*mac);
+        }
     }
 
     /// Number of the checkpoint that both copies went on from last.

@@ -178,6 +178,7 @@ impl Desk {
     /// Why not, in words.
     pub fn protect(&self, to: Standbys, arbiter: PathBuf, mode: ResyncMode) -> Result<(), String> {
         self.expect_owner()?;
+        self.expect_no_store("protected by a copy")?;
         let (answer, answered) = sync_channel(1);
         let gone = "the guest has ended".to_owned();
         if lock(&self.shared.core).is_some() {
@@ -205,6 +206,7 @@ impl Desk {
     /// Why not.
     pub fn may_move(&self) -> Result<(), String> {
         self.expect_owner()?;
+        self.expect_no_store("moved: let `tandem resume` go on with it elsewhere")?;
         match &*lock(&self.shared.core) {
             None => Ok(()),
             Some(_) => Err(
@@ -212,6 +214,16 @@ impl Desk {
                  `tandem failover`"
                     .into(),
             ),
+        }
+    }
+
+    /// Whoever has a store's checkpoints of the guest could go on with it too.
+    fn expect_no_store(&self, what: &str) -> Result<(), String> {
+        match self.pair.lock_status().checkpoints {
+            Some(_) => Err(format!(
+                "the guest has checkpoints in a store, and cannot be {what}"
+            )),
+            None => Ok(()),
         }
     }
 

@@ -69,6 +69,9 @@ pub struct Status {
     pub bytes_per_dirty_page: u64,
     /// Bytes of this host's memory that protection costs besides the guest's own.
     pub protection_memory_bytes: u64,
+    /// How its checkpoints in a store stand, if it has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoints: Option<Checkpoints>,
     /// Where a standby is looked for, and when next.
     #[serde(skip)]
     pub(super) trying: Option<(String, Instant)>,
@@ -82,6 +85,40 @@ pub struct Status {
     /// When the resync under way began.
     #[serde(skip)]
     pub(super) resync_began: Option<Instant>,
+}
+
+/// How checkpoints of a guest in a store stand.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoints {
+    /// Where the store is.
+    pub store: String,
+    /// How often one is wanted, in milliseconds.
+    pub every_ms: u64,
+    /// Whether outputs wait until a checkpoint that explains them is complete.
+    pub commit: bool,
+    /// Number of the owner in the store.
+    pub term: u64,
+    /// The last one that is complete: term and number.
+    pub last: Option<String>,
+    /// How long ago the guest stood for it, in milliseconds: what is lost if the guest is lost now.
+    pub age_ms: Option<u64>,
+    /// Why there is none newer, while making them fails.
+    pub failing: Option<String>,
+    /// Those that were completed.
+    pub completed: u64,
+    /// Those that failed.
+    pub failed: u64,
+    /// How long the guest stood for the last ones.
+    pub pause_us: Percentiles,
+    /// From when the guest stood until they were complete.
+    pub complete_us: Percentiles,
+    /// Pages that were handed to the store.
+    pub pages: u64,
+    /// Bytes that the store took for them.
+    pub stored_bytes: u64,
+    /// When the guest stood for the last one that is complete.
+    #[serde(skip)]
+    pub stood: Option<Instant>,
 }
 
 /// Why a guest is protected.
@@ -121,6 +158,7 @@ impl Status {
             resync_bytes: 0,
             bytes_per_dirty_page: 0,
             protection_memory_bytes: 0,
+            checkpoints: None,
             page_bytes: 0,
             pauses: Samples::default(),
             resync_times: Samples::default(),
@@ -134,6 +172,16 @@ impl Status {
         let left = trying.map(|(_, at)| at.saturating_duration_since(now));
         self.next_try_ms = left.map(|left| left.as_millis() as u64);
         self.looking_at = trying.map(|(place, _)| place.clone());
+    }
+
+    /// Says how old the last checkpoint in a store is, as of `now`.
+    pub(super) fn tell_age(&mut self, now: Instant) {
+        if let Some(checkpoints) = &mut self.checkpoints {
+            let age = checkpoints
+                .stood
+                .map(|at| now.saturating_duration_since(at));
+            checkpoints.age_ms = age.map(|age| age.as_millis() as u64);
+        }
     }
 
     /// A resync was sent: so many pages in so many bytes, and the rest.

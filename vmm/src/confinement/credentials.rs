@@ -40,7 +40,9 @@ fn kept(kind: ThreadKind) -> CapabilitySet {
         | ThreadKind::MemoryLoader
         | ThreadKind::Api
         | ThreadKind::Protection
-        | ThreadKind::Keeper => CapabilitySet::empty(),
+        | ThreadKind::Keeper
+        | ThreadKind::Checkpoints
+        | ThreadKind::StoreLoader => CapabilitySet::empty(),
     }
 }
 

@@ -28,6 +28,8 @@ pub enum Use {
     Read,
     /// Read and write files and devices.
     ReadAndWrite,
+    /// Read files and make new ones, and remove what is not needed any more.
+    Store,
 }
 
 impl Use {
@@ -39,6 +41,15 @@ impl Use {
             Self::MakeSockets => AccessFs::MakeSock | AccessFs::ReadDir,
             Self::Read => AccessFs::ReadFile | AccessFs::ReadDir,
             Self::ReadAndWrite => AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev,
+            Self::Store => {
+                AccessFs::ReadFile
+                    | AccessFs::WriteFile
+                    | AccessFs::ReadDir
+                    | AccessFs::MakeReg
+                    | AccessFs::MakeDir
+                    | AccessFs::RemoveFile
+                    | AccessFs::RemoveDir
+            }
         }
     }
 }

@@ -5,7 +5,8 @@
 //! its loop ([`Entry::enter`]):
 //!
 //! 1. credentials: the user that was asked for, no capabilities but those of [`credentials`];
-//! 2. files: by Landlock none, but the device loop the [`Grant`]s and the API what saving a guest takes;
+//! 2. files: by Landlock none, but the device loop the [`Grant`]s, the API what saving a guest takes, and who makes
+//!    or loads checkpoints the directory that they are in;
 //! 3. system calls: by a seccomp filter only those of the [`tables`] for its [`ThreadKind`].
 //!
 //! All three are passed on to threads that it starts. So a vCPU of a guest that was reset, which the
@@ -26,6 +27,7 @@ mod tests;
 mod violation;
 
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -55,11 +57,15 @@ pub enum ThreadKind {
     Protection,
     /// Holds a protected guest's taps, in a process of its own.
     Keeper,
+    /// Makes checkpoints of the guest in a store, with the thread that it starts.
+    Checkpoints,
+    /// Loads the memory of a guest that goes on from a store.
+    StoreLoader,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::DeviceLoop,
         Self::Vcpu,
         Self::BlockWorker,
@@ -67,6 +73,8 @@ impl ThreadKind {
         Self::Api,
         Self::Protection,
         Self::Keeper,
+        Self::Checkpoints,
+        Self::StoreLoader,
     ];
 
     /// The kind in words.
@@ -79,14 +87,20 @@ impl ThreadKind {
             Self::Api => "API",
             Self::Protection => "protection",
             Self::Keeper => "keeper",
+            Self::Checkpoints => "checkpoints",
+            Self::StoreLoader => "store loader",
         }
     }
 
     /// Whether threads of this kind start others.
     fn starts_threads(self) -> bool {
         match self {
-            Self::DeviceLoop | Self::Api | Self::Protection => true,
-            Self::Vcpu | Self::BlockWorker | Self::MemoryLoader | Self::Keeper => false,
+            Self::DeviceLoop | Self::Api | Self::Protection | Self::Checkpoints => true,
+            Self::Vcpu
+            | Self::BlockWorker
+            | Self::MemoryLoader
+            | Self::Keeper
+            | Self::StoreLoader => false,
         }
     }
 
@@ -122,6 +136,8 @@ pub struct Plan {
     pub user: Option<User>,
     /// What the device loop may still do with files.
     pub grants: Vec<Grant>,
+    /// The directory of the store that checkpoints of the guest are in, if there is one.
+    pub store: Option<PathBuf>,
     /// Where a forbidden system call is reported besides standard error; opened for appending.
     pub log: Option<File>,
 }
@@ -231,15 +247,32 @@ impl Entry {
         Ok(())
     }
 
+    /// What the thread may do with the store.
+    fn stored(&self) -> Vec<Grant> {
+        let what = match self.kind {
+            ThreadKind::Checkpoints => Use::Store,
+            _ => Use::Read,
+        };
+        let store = self.confinement.0.plan.store.iter();
+        store
+            .map(|place| Grant {
+                place: place.clone(),
+                what,
+            })
+            .collect()
+    }
+
     fn give_up_privileges(&self) -> Result<(), ConfinementError> {
         let plan = &self.confinement.0.plan;
         match plan.enforcement {
             Enforcement::Off => credentials::take_on(plan.user),
             Enforcement::Log => credentials::give_up(plan.user, self.kind),
             Enforcement::On => {
+                let stored = self.stored();
                 let reach = match self.kind {
                     ThreadKind::DeviceLoop => Reach::Grants(&plan.grants),
                     ThreadKind::Api | ThreadKind::Protection => Reach::Saves,
+                    ThreadKind::Checkpoints | ThreadKind::StoreLoader => Reach::Grants(&stored),
                     ThreadKind::Vcpu
                     | ThreadKind::BlockWorker
                     | ThreadKind::MemoryLoader

@@ -12,6 +12,7 @@ mod machine;
 mod protection;
 mod runtime;
 mod saving;
+mod store;
 
 use syscalls::Sysno;
 
@@ -88,6 +89,20 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             protection::ARBITER,
         ],
         ThreadKind::Keeper => &[runtime::EVERY_THREAD, protection::KEEPER],
+        ThreadKind::Checkpoints => &[
+            runtime::EVERY_THREAD,
+            runtime::STARTS_THREADS,
+            store::READ,
+            store::WRITE,
+            kvm::DIRTY_PAGES,
+            kvm::DIRTY_RINGS,
+        ],
+        ThreadKind::StoreLoader => &[
+            runtime::EVERY_THREAD,
+            devices::LOADER,
+            devices::STOP_LOADING,
+            store::READ,
+        ],
     }
 }
 

@@ -1,0 +1,58 @@
+//! What a store of checkpoints in a directory takes. Landlock lets its threads reach that directory, and nothing
+//! else.
+
+use syscalls::Sysno;
+
+use super::super::rules::Condition::Is;
+use super::super::rules::{Rule, allow, allow_if};
+
+/// Objects that are read: the pages of a guest that goes on, and what is there when checkpoints are made.
+pub(super) const READ: &[Rule] = &[
+    allow(Sysno::openat, "objects of a store, and its directories"),
+    allow(Sysno::statx, "how long an object is"),
+];
+
+/// Objects that are made, and removed when no checkpoint needs them; pages of the guest.
+pub(super) const WRITE: &[Rule] = &[
+    allow(
+        Sysno::linkat,
+        "an object that is whole gets its name, and a term is claimed",
+    ),
+    allow(Sysno::mkdir, "directories of a store"),
+    allow(
+        Sysno::unlink,
+        "the first name of an object; what no checkpoint needs",
+    ),
+    allow(
+        Sysno::fsync,
+        "an object is durable before it has its name, and the name after it",
+    ),
+    allow(Sysno::read, "who claimed the newest term"),
+    allow(
+        Sysno::getdents64,
+        "which terms and which checkpoints there are",
+    ),
+    allow(Sysno::newfstatat, "reading a directory"),
+    allow_if(
+        Sysno::fcntl,
+        &[Is(1, libc::F_GETFL as u32)],
+        "reading a directory",
+    ),
+    allow(Sysno::lseek, "which memory of the guest was ever touched"),
+    allow(
+        Sysno::clock_nanosleep,
+        "waits for room among what is on its way to the store",
+    )
+    .rare("only if the guest writes faster than the store takes it"),
+    allow(
+        Sysno::uname,
+        "the host's name, by which a guest that ended is given up",
+    ),
+    allow(Sysno::fstat, "as `newfstatat`").rare("as other versions of the C library read one"),
+    allow(
+        Sysno::unlinkat,
+        "terms that were claimed long ago are removed",
+    )
+    .rare("only guests that were taken often"),
+    allow(Sysno::rmdir, "as `unlinkat`").rare("as `unlinkat`"),
+];
