@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use tandem_ft::arbiter::{ArbiterError, NAME_LENGTH_MAX, Tenure};
+use tandem_ft::runtime::ProtectionError;
 use tandem_vmm::memory_image::MemoryImageError;
 use tandem_vmm::snapshot::SnapshotError;
 
@@ -161,6 +162,19 @@ pub enum StoreError {
         path: PathBuf,
         /// Why not.
         source: io::Error,
+    },
+    /// A guest's outputs cannot be kept.
+    #[error(transparent)]
+    Outputs(#[from] Box<ProtectionError>),
+    /// A guest writes faster than the store takes it.
+    #[error(
+        "the guest writes faster than the store takes it: {pages} pages are left, allowed are {max}"
+    )]
+    TooFast {
+        /// Pages that are left to be copied while it stands.
+        pages: u64,
+        /// How many may be.
+        max: u64,
     },
     /// The thread that uploads has ended.
     #[error("the thread that uploads has ended: {what}")]

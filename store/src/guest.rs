@@ -162,10 +162,20 @@ impl Guest {
     /// # Errors
     /// When the storage fails, or there are checkpoints and none is whole.
     pub fn newest_whole(&self) -> Result<Option<Whole>, StoreError> {
+        self.newest_checked(&mut |_| Ok(()))
+    }
+
+    /// As [`Guest::newest_whole`], of those that `check` finds to be whole too.
+    fn newest_checked(
+        &self,
+        check: &mut dyn FnMut(&Manifest) -> Result<(), StoreError>,
+    ) -> Result<Option<Whole>, StoreError> {
         let mut passed_over = Vec::new();
         let mut seen = Seen::default();
         for id in self.checkpoints()? {
-            match self.expect_whole(id, &mut seen) {
+            let whole = self.expect_whole(id, &mut seen);
+            let checked = whole.and_then(|manifest| check(&manifest).map(|()| manifest));
+            match checked {
                 Ok(manifest) => {
                     return Ok(Some(Whole {
                         manifest,
@@ -206,11 +216,24 @@ impl Guest {
     /// # Errors
     /// When another was faster, there is nothing to go on from, or the storage fails.
     pub fn resume(&self, arbiter: &dyn Arbiter, owner: &Owner) -> Result<Tenancy, StoreError> {
+        self.resume_checked(arbiter, owner, &mut |_| Ok(()))
+    }
+
+    /// As [`Guest::resume`], from the newest checkpoint that `check` finds to be whole too: it may read all of it.
+    ///
+    /// # Errors
+    /// As that, and those of `check` that are no damage.
+    pub fn resume_checked(
+        &self,
+        arbiter: &dyn Arbiter,
+        owner: &Owner,
+        check: &mut dyn FnMut(&Manifest) -> Result<(), StoreError>,
+    ) -> Result<Tenancy, StoreError> {
         let tenure = self.claim(arbiter, owner)?;
         self.refresh()?;
         // After the claim: whatever the old owner takes for complete is there by now.
         let whole = self
-            .newest_whole()?
+            .newest_checked(check)?
             .ok_or_else(|| StoreError::NoCheckpoint {
                 guest: self.name().to_owned(),
                 damaged: Vec::new(),

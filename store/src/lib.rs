@@ -31,12 +31,14 @@
 //! under way: no clock is asked, and no writer ([`prune`]).
 
 pub mod backend;
+pub mod capture;
 pub mod chunk;
 mod envelope;
 pub mod error;
 pub mod frames;
 pub mod guest;
 pub mod manifest;
+pub mod memory;
 mod names;
 pub mod owner;
 pub mod place;

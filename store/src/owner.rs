@@ -26,8 +26,12 @@ use crate::envelope::{self, Kind};
 use crate::names::{CheckpointId, Names, check_guest, digits};
 use crate::seal::Key;
 use crate::{Guest, StoreError};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+/// Host name of a host that has none.
+const NO_NAME: &str = "unnamed";
+/// Longest name of a host that is told.
+const HOST_LENGTH_MAX: usize = 64;
 /// Terms that are kept behind the newest, so that a claimant that stood still finds newer ones.
 const TERMS_KEPT: usize = 16;
 
@@ -164,6 +168,55 @@ pub fn claim_next(
             owner: owner.clone(),
         })),
         Claim::Lost(tenure) => Ok(Taken::No(tenure)),
+    }
+}
+
+/// Who this process is, to whoever decides who owns guests. Each call is another claimant.
+///
+/// # Errors
+/// When the host has no random bytes.
+pub fn this_host() -> Result<Owner, StoreError> {
+    let claimant = Claimant::random().map_err(|error| StoreError::Ended {
+        what: format!("no random number can be drawn: {error}"),
+    })?;
+    let name = rustix::system::uname();
+    let name = name.nodename().to_string_lossy();
+    // The arbiter takes names of hosts only.
+    let host: String = name
+        .chars()
+        .filter(|c| c.is_ascii_graphic())
+        .take(HOST_LENGTH_MAX)
+        .collect();
+    let host = if host.is_empty() {
+        NO_NAME.into()
+    } else {
+        host
+    };
+    Ok(Owner { claimant, host })
+}
+
+/// An arbiter that several use.
+#[derive(Clone)]
+pub struct SharedArbiter(Arc<Mutex<Box<dyn Arbiter>>>);
+
+impl SharedArbiter {
+    /// Shares `arbiter`.
+    pub fn new(arbiter: Box<dyn Arbiter>) -> Self {
+        Self(Arc::new(Mutex::new(arbiter)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Box<dyn Arbiter>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Arbiter for SharedArbiter {
+    fn current(&self, guest: &str) -> Result<Option<Tenure>, ArbiterError> {
+        self.lock().current(guest)
+    }
+
+    fn claim(&self, guest: &str, term: Term, owner: &Owner) -> Result<Claim, ArbiterError> {
+        self.lock().claim(guest, term, owner)
     }
 }
 

@@ -102,7 +102,7 @@ pub fn export(
 }
 
 /// The state of the guest, which has as much memory as the checkpoint.
-fn state_of(guest: &Guest, manifest: &Manifest) -> Result<GuestState, StoreError> {
+pub(crate) fn state_of(guest: &Guest, manifest: &Manifest) -> Result<GuestState, StoreError> {
     let damaged = |what: &str| StoreError::damaged(&guest.names().checkpoint(manifest.id), what);
     let section = manifest.section(STATE);
     let section = section.ok_or_else(|| damaged("it has no state of a guest"))?;

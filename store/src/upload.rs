@@ -7,10 +7,15 @@
 //!
 //! The queue is bounded. When it is full, [`Uploads::offer`] gives the batch back: whoever captures the guest
 //! waits with the next checkpoint, and the guest goes on. What was completed, or failed, is told by
-//! [`Uploads::ends`].
+//! [`Uploads::ends`]: once for each that was begun.
 
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, channel, sync_channel};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{
+    Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, channel, sync_channel,
+};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use tandem_vmm::migration::pages::{BATCH_PAGES, Batch};
 
@@ -53,13 +58,32 @@ pub enum End {
         /// The newest checkpoint that is complete, if that could be found out.
         last: Result<Option<CheckpointId>, StoreError>,
     },
+    /// It was not wanted any more.
+    Abandoned,
 }
 
 /// A thread that makes checkpoints.
 pub struct Uploads {
     jobs: Option<SyncSender<Job>>,
     ends: Receiver<End>,
+    /// Jobs that were not begun.
+    waiting: Arc<AtomicUsize>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Jobs as they are taken.
+struct Work {
+    jobs: Receiver<Job>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Work {
+    /// The next one; nothing if there will be none.
+    fn next(&self) -> Option<Job> {
+        let job = self.jobs.recv().ok()?;
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        Some(job)
+    }
 }
 
 impl Uploads {
@@ -75,6 +99,11 @@ impl Uploads {
     ) -> Result<Self, StoreError> {
         let (jobs, work) = sync_channel(JOBS_MAX);
         let (tell, ends) = channel();
+        let waiting = Arc::<AtomicUsize>::default();
+        let work = Work {
+            jobs: work,
+            waiting: Arc::clone(&waiting),
+        };
         let ended = |error: std::io::Error| StoreError::Ended {
             what: error.to_string(),
         };
@@ -91,6 +120,7 @@ impl Uploads {
         Ok(Self {
             jobs: Some(jobs),
             ends,
+            waiting,
             thread: Some(thread),
         })
     }
@@ -103,11 +133,21 @@ impl Uploads {
         let gone = || StoreError::Ended {
             what: "it takes no more".to_owned(),
         };
-        match self.jobs.as_ref().ok_or_else(gone)?.try_send(job) {
-            Ok(()) => Ok(None),
+        let jobs = self.jobs.as_ref().ok_or_else(gone)?;
+        // Before it can be taken.
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let offered = match jobs.try_send(job) {
+            Ok(()) => return Ok(None),
             Err(TrySendError::Full(job)) => Ok(Some(job)),
             Err(TrySendError::Disconnected(_)) => Err(gone()),
-        }
+        };
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        offered
+    }
+
+    /// Jobs that were not begun.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
     }
 
     /// How the next checkpoint ended, if one has.
@@ -121,6 +161,18 @@ impl Uploads {
             Err(TryRecvError::Disconnected) => Err(StoreError::Ended {
                 what: "all checkpoints were told of".to_owned(),
             }),
+        }
+    }
+
+    /// How the next checkpoint ended, if one does within `time`.
+    ///
+    /// # Errors
+    /// As [`Uploads::ends`].
+    pub fn end_within(&self, time: Duration) -> Result<Option<End>, StoreError> {
+        match self.ends.recv_timeout(time) {
+            Ok(end) => Ok(Some(end)),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => self.ends(),
         }
     }
 
@@ -146,18 +198,17 @@ impl Drop for Uploads {
 }
 
 /// Makes checkpoints until nobody wants any more.
-fn run(mut writer: Writer, frames: &Frames, work: &Receiver<Job>, tell: &dyn Fn(End)) {
-    while let Ok(job) = work.recv() {
+fn run(mut writer: Writer, frames: &Frames, work: &Work, tell: &dyn Fn(End)) {
+    while let Some(job) = work.next() {
         // What belongs to a checkpoint that failed goes by.
         let Job::Begin(images) = job else {
             continue;
         };
         match one(&mut writer, frames, &images, work) {
-            Ok(None) => {
-                if let Err(error) = writer.reopen() {
-                    tell(failed(&mut writer, error));
-                }
-            }
+            Ok(None) => match writer.reopen() {
+                Ok(_) => tell(End::Abandoned),
+                Err(error) => tell(failed(&mut writer, error)),
+            },
             Ok(Some(committed)) => tell(End::Complete(committed)),
             Err(error) => tell(failed(&mut writer, error)),
         }
@@ -174,7 +225,7 @@ fn one(
     writer: &mut Writer,
     frames: &Frames,
     images: &[(String, u64)],
-    work: &Receiver<Job>,
+    work: &Work,
 ) -> Result<Option<Committed>, StoreError> {
     let images: Vec<(&str, u64)> = images
         .iter()
@@ -185,21 +236,21 @@ fn one(
     }
     let mut upload = writer.begin(&images)?;
     loop {
-        match work.recv() {
-            Ok(Job::Pages(image, batch)) => put(&mut upload, image, batch.pages())?,
-            Ok(Job::Frames(batch)) => {
+        match work.next() {
+            Some(Job::Pages(image, batch)) => put(&mut upload, image, batch.pages())?,
+            Some(Job::Frames(batch)) => {
                 let pages = batch.pages().map(|(frame, content)| {
                     // A frame that the guest does not have is refused as a page that it does not.
                     (frames.page(frame).unwrap_or(u64::MAX), content)
                 });
                 put(&mut upload, 0, pages)?;
             }
-            Ok(Job::Commit {
+            Some(Job::Commit {
                 description,
                 sections,
             }) => return upload.commit(&description, sections).map(Some),
-            Ok(Job::Abandon) | Err(_) => return Ok(None),
-            Ok(Job::Begin(_)) => {
+            Some(Job::Abandon) | None => return Ok(None),
+            Some(Job::Begin(_)) => {
                 return Err(StoreError::Ended {
                     what: "a checkpoint began before the one before it ended".to_owned(),
                 });

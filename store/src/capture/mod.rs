@@ -1,0 +1,209 @@
+//! Checkpoints of a guest that runs, one after the other, into a store.
+//!
+//! ```text
+//!   guest     runs ............................ stands | runs ..................................
+//!   capture   pages that were written, in rounds | rest | hands over the rest   waits   | rests
+//!   upload    ---- packs ----------------------- packs ------------- table, manifest ---|
+//!   outputs   leave at once; with `commit`: wait ........................................| leave
+//! ```
+//!
+//! One thread captures (`checkpoint`), one uploads (`store-upload`). Writes of the guest are followed for as long as
+//! there are checkpoints, so each hands over what was written since the last one that is complete. The guest
+//! stands as long as for a resync: for its state, and the few pages that are left. What is on its way is bounded,
+//! and whoever waits for the store is the thread that captures: a slow store makes checkpoints rarer.
+//!
+//! One that fails is made again, with all of its pages, less often the longer that lasts; the guest runs on. Who is
+//! told that another owns the guest ends it here: two live copies would be worse than one.
+
+mod captor;
+mod sink;
+mod tally;
+mod thread;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tandem_ft::arbiter::Tenure;
+use tandem_ft::runtime::Pair;
+use tandem_vmm::confinement::Entry;
+use tandem_vmm::control::{Handle, Outcome};
+
+use crate::manifest::Manifest;
+use crate::owner::SharedArbiter;
+use crate::{Guest, StoreError};
+
+/// How often checkpoints are made, where nothing else is said.
+pub const INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
+/// Shortest interval.
+pub const INTERVAL_MIN: Duration = Duration::from_millis(10);
+/// Longest interval.
+pub const INTERVAL_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Name of the section that says what becomes of outputs that a checkpoint explains.
+pub const OUTPUTS: &str = "outputs";
+/// Name of the section that says how checkpoints are made.
+pub const PLAN: &str = "plan";
+/// Version of both sections.
+const SECTION_VERSION: u32 = 1;
+/// How long the last operations of the store may take when the guest has ended.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the last outputs may take then to be written.
+const LAST_OUTPUTS_PATIENCE: Duration = Duration::from_secs(1);
+/// Stack of the thread that captures, in bytes.
+const THREAD_STACK: usize = 1 << 20;
+
+/// How checkpoints are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// How often.
+    pub interval: Duration,
+    /// Outputs wait until a checkpoint that explains them is complete.
+    pub commit: bool,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            interval: INTERVAL_DEFAULT,
+            commit: false,
+        }
+    }
+}
+
+impl Plan {
+    /// How those of a guest were made, as its checkpoint says; the default if it does not.
+    pub fn of(manifest: &Manifest) -> Self {
+        let section = manifest.section(PLAN);
+        let section = section.filter(|section| section.version == SECTION_VERSION);
+        let plan = section.and_then(|section| rmp_serde::from_slice::<Self>(&section.bytes).ok());
+        plan.filter(|plan| (INTERVAL_MIN..=INTERVAL_MAX).contains(&plan.interval))
+            .unwrap_or_default()
+    }
+}
+
+/// What a checkpoint says of outputs that may not be out, if it was made with [`Plan::commit`].
+pub fn outputs_of(manifest: &Manifest) -> Option<&[u8]> {
+    let section = manifest.section(OUTPUTS)?;
+    (section.version == SECTION_VERSION).then_some(section.bytes.as_slice())
+}
+
+/// A guest of which checkpoints are made.
+pub struct Captured {
+    /// Its gates.
+    pub pair: Arc<Pair>,
+    /// It itself.
+    pub handle: Handle,
+    /// Its file, as `tandem run` takes it.
+    pub description: String,
+    /// What the threads that make checkpoints may still do.
+    pub confinement: Entry,
+}
+
+/// The guest in the store, which is this process's.
+pub struct Owned {
+    /// Where the store is, for messages.
+    pub place: String,
+    /// The guest.
+    pub guest: Guest,
+    /// Who decides who owns it.
+    pub arbiter: SharedArbiter,
+    /// In which term it is this process's.
+    pub tenure: Tenure,
+    /// From which checkpoint it goes on.
+    pub base: Option<Manifest>,
+}
+
+/// What the guest does when its writes are followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Begin {
+    /// It runs already.
+    Runs,
+    /// It stands until then, so that nothing is missed that it writes, and is let run.
+    LetRun,
+    /// It stands until its user lets it run.
+    Stands,
+}
+
+/// Makes checkpoints of a guest for as long as it lives.
+pub struct Capture {
+    thread: JoinHandle<()>,
+    pair: Arc<Pair>,
+    shared: Arc<Shared>,
+    stop: SyncSender<()>,
+    ended: Receiver<()>,
+}
+
+/// What the thread and the end of the guest share.
+#[derive(Default)]
+struct Shared {
+    stopping: AtomicBool,
+    /// The guest has ended by itself: nobody is to go on with it.
+    over: AtomicBool,
+    /// The store knows that.
+    settled: AtomicBool,
+}
+
+impl Capture {
+    /// Holds the guest's outputs if they are to wait, and begins with checkpoints once the guest answers.
+    ///
+    /// # Errors
+    /// When the host has no threads left.
+    pub fn start(
+        guest: Captured,
+        owned: Owned,
+        plan: Plan,
+        begin: Begin,
+    ) -> Result<Self, StoreError> {
+        if plan.commit {
+            guest.pair.hold_outputs();
+        }
+        let pair = Arc::clone(&guest.pair);
+        let shared = Arc::<Shared>::default();
+        let (stop, stopped) = sync_channel(1);
+        let (tell, ended) = sync_channel(1);
+        let told = Arc::clone(&shared);
+        let work = move || {
+            thread::run(&guest, owned, plan, begin, &told, &stopped);
+            // Nobody may wait any more.
+            let _ = tell.send(());
+        };
+        let thread = std::thread::Builder::new()
+            .name("checkpoint".into())
+            .stack_size(THREAD_STACK)
+            .spawn(work);
+        let thread = thread.map_err(|error| StoreError::Ended {
+            what: format!("it cannot be started: {error}"),
+        })?;
+        Ok(Self {
+            thread,
+            pair,
+            shared,
+            stop,
+            ended,
+        })
+    }
+
+    /// The guest has ended, as `outcome` says; nothing if it did not end well. One that ended by itself has nothing to
+    /// go on from any more, and its last outputs leave once the store knows that.
+    pub fn finish(self, outcome: Option<Outcome>) {
+        let over = matches!(outcome, Some(Outcome::PowerOff | Outcome::Reset));
+        self.shared.over.store(over, Ordering::SeqCst);
+        self.shared.stopping.store(true, Ordering::SeqCst);
+        // It may have ended.
+        let _ = self.stop.try_send(());
+        match self.ended.recv_timeout(FINISH_TIMEOUT) {
+            // The end of the process is the end of it.
+            Err(RecvTimeoutError::Timeout) => {
+                tracing::warn!("the store does not answer: it is not waited for any longer");
+            }
+            _ => drop(self.thread.join()),
+        }
+        if self.shared.settled.load(Ordering::SeqCst) {
+            self.pair.let_outputs_go(LAST_OUTPUTS_PATIENCE);
+        }
+    }
+}
