@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_ft::runtime::ResyncMode;
+use tandem_store::Place;
 use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, Pace, VsockConfig};
 use tandem_vmm::confinement::{Enforcement, User};
 use tandem_vmm::migration::Address;
@@ -21,7 +22,8 @@ pub use stores::{
 };
 
 use crate::exit;
-use crate::settings::{Located, Settings, value};
+use crate::failure::Failure;
+use crate::settings::{Located, Origin, Problem, Settings, value};
 
 const FILE: &str = "\
 File: the keys of the TOML file are the names of these flags without the dashes in front, as in \
@@ -47,6 +49,13 @@ Description: the snapshot's machine.toml says where the guest's disks, interface
 flags win over it. --disk and --net, if given, take the place of all disks or interfaces there, in \
 their order. The guest's hardware must be the saved one. Disks are not in a snapshot: they must \
 hold what they held when it was taken.";
+
+const RESUME: &str = "\
+Description: with --from, the guest's newest checkpoint says where its disks, interfaces and sockets are; flags win over \
+it. --disk and --net, if given, take the place of all disks or interfaces there, in their order. The guest's hardware must \
+be the saved one. Whoever had the guest before has it no longer: what is written to the store there does not count, and the \
+guest ends there once its VMM finds out. The guest goes on with checkpoints in the same store. Without --from, the guest \
+is one that `tandem pause` stopped, and no other flags apply.";
 
 const RECEIVE: &str = "\
 Description: the source says where the guest's disks, interfaces and sockets are; flags win over \
@@ -163,8 +172,9 @@ pub enum Verb {
     },
     /// Stop a guest's vCPUs and devices; nothing is lost
     Pause(ChangeArgs),
-    /// Let a paused guest run on
-    Resume(ChangeArgs),
+    /// Let a paused guest run on; or, with --from, a guest that was lost, from its newest checkpoint, until it ends
+    #[command(after_help = format!("{RESUME}\n\n{CONSOLE}\n\n{}", exit::table()))]
+    Resume(Box<ResumeArgs>),
     /// End a guest: by its power button, then by force
     Stop {
         /// Guest and dry run.
@@ -488,6 +498,25 @@ pub struct RunArgs {
     /// HOST:PORT are neither encrypted nor authenticated
     #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
     pub tls: Option<PathBuf>,
+    /// Make checkpoints of the guest in this store, from which any host that reaches it lets the guest go on by
+    /// `tandem resume`: a directory that hosts share
+    #[arg(long, value_name = "STORE", value_parser = value::store, help_heading = "Checkpoints")]
+    pub checkpoint: Option<Place>,
+    /// How often, such as 500ms or 10s: what is lost at most with the guest, and how long outputs wait with --commit
+    /// [default: 1s]
+    #[arg(long, value_name = "TIME", value_parser = value::interval, help_heading = "Checkpoints")]
+    pub every: Option<Duration>,
+    /// Hold what the guest sends and prints until a checkpoint that explains it is complete, so that a guest that goes
+    /// on from there contradicts nothing; without, outputs leave at once
+    #[arg(long, value_name = "BOOL", value_parser = value::boolean, help_heading = "Checkpoints")]
+    #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub commit: Option<bool>,
+    /// File with the key by which the store is encrypted
+    #[arg(long, value_name = "FILE", value_parser = value::path, help_heading = "Checkpoints")]
+    pub store_key: Option<PathBuf>,
+    /// Begin anew although the guest has checkpoints in the store: they do not count any more
+    #[arg(long, requires = "checkpoint", help_heading = "Checkpoints")]
+    pub anew: bool,
 }
 
 /// What `tandem standby` takes.
@@ -535,6 +564,40 @@ pub struct RestoreArgs {
     /// Load all memory before the guest runs, instead of when it is touched
     #[arg(long)]
     pub eager: bool,
+    /// Where the guest goes on.
+    #[command(flatten)]
+    pub place: PlaceArgs,
+}
+
+/// The flags of `tandem resume`.
+#[derive(Debug, Args)]
+pub struct ResumeArgs {
+    /// The guest
+    #[arg(id = "guest", value_name = "NAME", value_parser = value::name)]
+    pub guest: String,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// The store that has its checkpoints: a directory that hosts share
+    #[arg(long, value_name = "STORE", value_parser = value::store)]
+    pub from: Option<Place>,
+    /// Do not let the guest run before `tandem resume`
+    #[arg(long, requires = "from")]
+    pub paused: bool,
+    /// Load and check all memory before the guest runs, instead of when it is touched; a checkpoint that is damaged is
+    /// passed over for the one before it
+    #[arg(long, requires = "from")]
+    pub eager: bool,
+    /// How often checkpoints are made [default: as before]
+    #[arg(long, value_name = "TIME", value_parser = value::interval, requires = "from")]
+    pub every: Option<Duration>,
+    /// Whether outputs wait for a checkpoint that explains them [default: as before]
+    #[arg(long, value_name = "BOOL", value_parser = value::boolean, requires = "from")]
+    #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub commit: Option<bool>,
+    /// File with the key by which the store is encrypted
+    #[arg(long, value_name = "FILE", value_parser = value::path, requires = "from")]
+    pub store_key: Option<PathBuf>,
     /// Where the guest goes on.
     #[command(flatten)]
     pub place: PlaceArgs,
@@ -620,6 +683,27 @@ impl PlaceArgs {
     }
 }
 
+impl ResumeArgs {
+    /// The change to a guest that was paused, if it is one.
+    ///
+    /// # Errors
+    /// When there are flags that only apply to a guest that goes on from a store.
+    pub fn change(&self) -> Result<ChangeArgs, Failure> {
+        if self.place.settings() != Settings::default() {
+            let message = "is missing, and what is said of the guest's place applies only with it";
+            let problems = vec![Problem::new(Origin::Flag, "from", message)];
+            return Err(Failure::Settings {
+                file: None,
+                problems,
+            });
+        }
+        Ok(ChangeArgs {
+            name: self.guest.clone(),
+            dry_run: self.dry_run,
+        })
+    }
+}
+
 impl RunArgs {
     /// The settings that these flags give.
     pub fn settings(self) -> Settings {
@@ -647,6 +731,10 @@ impl RunArgs {
             arbiter: self.arbiter.map(Located::flag),
             resync: self.resync.map(Located::flag),
             tls: self.tls.map(Located::flag),
+            checkpoint: self.checkpoint.map(Located::flag),
+            every: self.every.map(Located::flag),
+            commit: self.commit.map(Located::flag),
+            store_key: self.store_key.map(Located::flag),
             disks: self.disks.into_iter().map(Into::into).collect(),
             nets: self.nets.into_iter().map(Into::into).collect(),
             vsock: self.vsock.map(Located::flag),

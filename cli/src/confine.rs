@@ -27,10 +27,13 @@ pub(crate) fn begin(launch: &Launch, claim: &Claim) -> Result<Confinement, Failu
     if launch.confine == Enforcement::On {
         report_panics_without_files();
     }
+    let store = launch.checkpoints.as_ref();
+    let store = store.and_then(|checkpoints| checkpoints.store.directory());
     let confinement = Confinement::begin(Plan {
         enforcement: launch.confine,
         user: launch.user,
         grants: grants(&launch.machine, claim),
+        store: store.map(Path::to_owned),
         log: Some(log),
     })?;
     Ok(confinement)

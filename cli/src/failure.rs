@@ -65,9 +65,24 @@ pub enum Failure {
         /// Its name.
         name: String,
     },
-    /// A store, or a checkpoint in it, cannot be used.
+    /// A store of checkpoints cannot be used.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(Box<StoreError>),
+    /// A guest that is to begin anew has checkpoints.
+    #[error(
+        "guest `{name}` has checkpoints in {place}, the newest is {newest}: `tandem resume {name} --from STORE` goes on from it; with --anew they do not count any more"
+    )]
+    HasCheckpoints {
+        /// Its name.
+        name: String,
+        /// The newest checkpoint.
+        newest: String,
+        /// The store.
+        place: String,
+    },
+    /// A guest was taken, and nothing to go on from.
+    #[error("the guest was taken without a checkpoint")]
+    NothingTaken,
     /// A store has nothing of a guest.
     #[error("{place} has no guest `{name}`; it has {}", list(.has))]
     NotStored {
@@ -140,10 +155,11 @@ impl Failure {
             }
             Self::Keys(_) | Self::NotStored { .. } | Self::Stored { .. } => Exit::Failed,
             Self::Checkpoint { .. } => Exit::Usage,
-            Self::Store(error) => store_exit(error),
             Self::Migration(MigrationError::Link { .. }) => Exit::Resource,
             Self::Migration(_) => Exit::Failed,
             Self::Protection(error) => protection_exit(error),
+            Self::Store(error) => store_exit(error),
+            Self::HasCheckpoints { .. } | Self::NothingTaken => Exit::Failed,
             Self::Owned { .. } | Self::Unprotected { .. } => Exit::Failed,
             Self::Machine(error) => machine_exit(error.kind()),
         }
@@ -206,6 +222,12 @@ fn list(words: &[String]) -> String {
     match words {
         [] => "none".to_owned(),
         words => words.join(", "),
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::Store(Box::new(error))
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod args;
+mod checkpoints;
 pub mod client;
 mod confine;
 pub mod control;
@@ -14,6 +15,7 @@ pub mod protect;
 pub mod receive;
 mod reception;
 pub mod restore;
+pub mod resume;
 pub mod run;
 pub mod runtime_dir;
 pub mod settings;

@@ -8,12 +8,14 @@ use tandem_ft::keeper::Keeper;
 use tandem_ft::runtime::{
     Claims, Desk, Guest, Pair, Protect, ProtectionError, Protector, Standbys,
 };
+use tandem_store::capture::Begin;
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::Machine;
 use tandem_vmm::migration::{Address, Peer, Route};
 
+use crate::checkpoints::{self, Opened};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::receive::tell_of_plain_link;
@@ -21,11 +23,12 @@ use crate::run::{Beside, RunContext, run_machine};
 use crate::runtime_dir::{Guest as Place, KEEPER_SOCKET};
 use crate::settings::{Launch, Protection, describe};
 
-/// Runs `launch` as a guest that can be protected, and is if its settings say so.
+/// Runs `launch` as a guest that can be protected, and is if its settings say so; or that has checkpoints in a store,
+/// which may begin `anew`.
 ///
 /// # Errors
 /// When the guest cannot be started or protected, or does not end well.
-pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure> {
+pub(crate) fn run(launch: Launch, anew: bool, context: &RunContext) -> Result<Exit, Failure> {
     let name = launch.machine.name.clone();
     let protect = match &launch.protection {
         Some(protection) => {
@@ -34,6 +37,10 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
             }
             Some(claim(protection, &name)?)
         }
+        None => None,
+    };
+    let store = match &launch.checkpoints {
+        Some(checkpoints) => Some((Opened::open(checkpoints, &name)?, checkpoints.plan)),
         None => None,
     };
     let started = context.started;
@@ -45,8 +52,17 @@ pub(crate) fn run(launch: Launch, context: &RunContext) -> Result<Exit, Failure>
             None => None,
         };
         let machine = Machine::open(config, surroundings(confinement, &made.0), started)?;
+        let description = made.1.clone();
         let guest = guest(&machine, made, confinement, place, keeper);
-        Ok::<_, Failure>((machine, beside(guest, protect, |_| {})?))
+        let beside = beside(guest, protect, |_| {})?;
+        let Some((opened, plan)) = store else {
+            return Ok((machine, beside));
+        };
+        let owned = opened.begin_anew(anew)?;
+        // It runs before it answers.
+        let how = (plan, Begin::Runs);
+        let beside = checkpoints::beside(beside, &machine, description, confinement, owned, how);
+        Ok::<_, Failure>((machine, beside))
     })
 }
 
@@ -91,7 +107,7 @@ pub(crate) fn beside(
         desk: desk.clone(),
         begin: Box::new(move || {
             begin(desk);
-            Box::new(move || protector.finish())
+            Box::new(move |_| protector.finish())
         }),
     })
 }

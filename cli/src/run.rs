@@ -46,12 +46,12 @@ pub struct RunContext {
 /// # Errors
 /// When the guest cannot be started or does not end well. Nothing is left behind.
 pub fn run(args: RunArgs, context: &RunContext) -> Result<Exit, Failure> {
-    let dry_run = args.dry_run;
+    let (dry_run, anew) = (args.dry_run, args.anew);
     let launch = plan(args)?;
     if dry_run {
         return print_plan(launch, context.format);
     }
-    crate::protect::run(launch, context)
+    crate::protect::run(launch, anew, context)
 }
 
 /// Reads file and flags.
@@ -83,7 +83,11 @@ pub(crate) fn accept(
     Err(Failure::Settings { file, problems })
 }
 
-fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
+/// Prints the settings that would be used.
+///
+/// # Errors
+/// When they cannot be printed.
+pub(crate) fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
     let printed = match format {
         Format::Table => output::print(Settings::from(launch).to_string()),
         Format::Json => output::print_json(&json!({
@@ -97,14 +101,18 @@ fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure> {
             }),
             "arbiter": launch.protection.as_ref().map(|p| &p.arbiter),
             "tls": launch.protection.as_ref().and_then(|p| p.tls.as_ref()),
+            "checkpoint": launch.checkpoints.as_ref().map(|c| c.store.to_string()),
+            "every": launch.checkpoints.as_ref().map(|c| value::time(c.plan.interval)),
+            "commit": launch.checkpoints.as_ref().map(|c| c.plan.commit),
+            "store_key": launch.checkpoints.as_ref().and_then(|c| c.key.as_ref()),
         })),
     };
     printed.map_err(Failure::host("print the settings"))?;
     Ok(Exit::Ok)
 }
 
-/// Ends what goes on beside a machine, when its guest has ended.
-pub type Finish = Box<dyn FnOnce()>;
+/// Ends what goes on beside a machine, when its guest has ended: how, if it ended well.
+pub type Finish = Box<dyn FnOnce(Option<Outcome>)>;
 
 /// What goes on beside a machine.
 pub struct Beside {
@@ -157,7 +165,7 @@ where
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "the guest starts");
     let finish = (beside.begin)();
     let outcome = machine.run();
-    finish();
+    finish(outcome.as_ref().ok().copied());
     service.finish();
     drop(terminal);
     tracing::info!(?outcome, "the guest ended");

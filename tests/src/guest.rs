@@ -110,6 +110,11 @@ impl GuestBuilder {
         Self::verb("restore").arg(directory)
     }
 
+    /// The guest `guest`, which goes on from its newest checkpoint in `store`.
+    pub fn resumed(store: &Path) -> Self {
+        Self::verb("resume").arg("guest").arg("--from").arg(store)
+    }
+
     /// A guest that is awaited on the socket `listen`.
     pub fn received(listen: &Path) -> Self {
         Self::verb("receive").arg("--listen").arg(listen)

@@ -11,8 +11,11 @@ mod verify;
 mod write;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use tandem_ft::runtime::ResyncMode;
+use tandem_store::Place;
+use tandem_store::capture::{INTERVAL_DEFAULT, Plan};
 use tandem_vmm::config::{
     BootConfig, BootProtocol, ConsoleConfig, DiskConfig, MacAddr, MachineConfig, NetBackendConfig,
     NetConfig, VsockConfig,
@@ -97,6 +100,10 @@ pub struct Settings {
     pub arbiter: Option<Located<PathBuf>>,
     pub resync: Option<Located<ResyncMode>>,
     pub tls: Option<Located<PathBuf>>,
+    pub checkpoint: Option<Located<Place>>,
+    pub every: Option<Located<Duration>>,
+    pub commit: Option<Located<bool>>,
+    pub store_key: Option<Located<PathBuf>>,
     pub disks: Vec<DiskSetting>,
     pub nets: Vec<NetSetting>,
     pub vsock: Option<Located<VsockConfig>>,
@@ -126,6 +133,7 @@ pub fn describe(config: &MachineConfig) -> String {
         confine: Enforcement::default(),
         user: None,
         protection: None,
+        checkpoints: None,
     };
     let mut settings = Settings::from(launch);
     // Without a working directory paths stay as they are.
@@ -150,6 +158,19 @@ pub struct Launch {
     pub user: Option<User>,
     /// How the guest is protected.
     pub protection: Option<Protection>,
+    /// Where checkpoints of it go.
+    pub checkpoints: Option<Checkpoints>,
+}
+
+/// Where checkpoints of a guest go, and how they are made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoints {
+    /// The store.
+    pub store: Place,
+    /// The file with the key by which it is encrypted, if it is.
+    pub key: Option<PathBuf>,
+    /// How they are made.
+    pub plan: Plan,
 }
 
 /// How a guest is protected.
@@ -223,6 +244,10 @@ impl Settings {
             arbiter: over.arbiter.or(self.arbiter),
             resync: over.resync.or(self.resync),
             tls: over.tls.or(self.tls),
+            checkpoint: over.checkpoint.or(self.checkpoint),
+            every: over.every.or(self.every),
+            commit: over.commit.or(self.commit),
+            store_key: over.store_key.or(self.store_key),
             vsock: over.vsock.or(self.vsock),
             disks: self.disks,
             nets: self.nets,
@@ -327,6 +352,14 @@ impl Settings {
                     resync: value(self.resync).unwrap_or_default(),
                     tls: value(self.tls),
                 }),
+            checkpoints: self.checkpoint.map(|store| Checkpoints {
+                store: store.value,
+                key: value(self.store_key),
+                plan: Plan {
+                    interval: value(self.every).unwrap_or(INTERVAL_DEFAULT),
+                    commit: value(self.commit).unwrap_or_default(),
+                },
+            }),
         })
     }
 
@@ -334,8 +367,12 @@ impl Settings {
     fn rebase(&mut self, directory: &Path) {
         let rebase = |path: &mut PathBuf| *path = directory.join(&*path);
         let paths = [&mut self.kernel, &mut self.initrd, &mut self.api];
-        for path in paths.into_iter().chain([&mut self.arbiter, &mut self.tls]) {
+        let others = [&mut self.arbiter, &mut self.tls, &mut self.store_key];
+        for path in paths.into_iter().chain(others) {
             path.iter_mut().for_each(|p| rebase(&mut p.value));
+        }
+        if let Some(store) = &mut self.checkpoint {
+            store.value = store.value.clone().based_on(directory);
         }
         if let Some(ConsoleConfig::File(path)) = self.console.as_mut().map(|c| &mut c.value) {
             rebase(path);

@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use tandem_ft::runtime::ResyncMode;
+use tandem_store::capture::{INTERVAL_MAX, INTERVAL_MIN};
+use tandem_store::place::PlaceError;
 use tandem_store::prune::KEEP_MIN;
 use tandem_store::{CheckpointId, Place};
 use tandem_vmm::config::{
@@ -492,13 +494,37 @@ pub fn age(text: &str) -> Result<Duration, ValueError> {
     }
 }
 
-/// Where a store is.
+/// A time as [`duration`] takes it.
+pub fn time(time: Duration) -> String {
+    match (time.as_millis(), time.as_secs()) {
+        (ms, s) if u128::from(s) * 1000 != ms => format!("{ms}ms"),
+        (_, s) if s > 0 && s.is_multiple_of(60) => format!("{}m", s / 60),
+        (_, s) => format!("{s}s"),
+    }
+}
+
+/// How often checkpoints are made.
 ///
 /// # Errors
-/// When it is neither a directory nor a bucket.
+/// When it is no time, or one that is too short or too long.
+pub fn interval(text: &str) -> Result<Duration, ValueError> {
+    match duration(text)? {
+        time if (INTERVAL_MIN..=INTERVAL_MAX).contains(&time) => Ok(time),
+        _ => allowed(format!(
+            "must be {} to {}",
+            time(INTERVAL_MIN),
+            time(INTERVAL_MAX)
+        )),
+    }
+}
+
+/// Where a store of checkpoints is.
+///
+/// # Errors
+/// When it is no address of a store.
 pub fn store(text: &str) -> Result<Place, ValueError> {
     text.parse()
-        .map_err(|error: tandem_store::place::PlaceError| ValueError(error.to_string()))
+        .or_else(|error: PlaceError| allowed(error.to_string()))
 }
 
 /// A guest of a store, and perhaps one of its checkpoints.

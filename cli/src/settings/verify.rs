@@ -9,6 +9,7 @@ use std::path::Path;
 
 use rustix::thread::{CpuSet, sched_getaffinity};
 use tandem_ft::runtime::STANDBYS_MAX;
+use tandem_store::seal::Key;
 use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
 use tandem_vmm::confinement::credentials;
 use tandem_vmm::error::causes;
@@ -35,6 +36,7 @@ pub(super) fn verify(settings: &Settings, use_of_images: Images) -> Vec<Problem>
     device_count(settings, &mut problems);
     user(settings, &mut problems);
     protection(settings, &mut problems);
+    checkpoints(settings, &mut problems);
     problems.0.sort_by_key(|p| p.at);
     problems.0
 }
@@ -341,6 +343,55 @@ fn protected_devices(settings: &Settings, problems: &mut Problems) {
     if let Some(vsock) = &settings.vsock {
         let message = "a protected guest cannot have it: programs of one host are at its other end";
         problems.add(vsock.at, "vsock", message);
+    }
+}
+
+/// Reports checkpoints that are said by half, and devices of which there are none.
+fn checkpoints(settings: &Settings, problems: &mut Problems) {
+    let Some(store) = &settings.checkpoint else {
+        without_store(settings, problems);
+        return;
+    };
+    if let Some(path) = store.value.directory().filter(|path| !path.is_dir()) {
+        let path = path.display();
+        let message = format!("`{path}` is no directory; it must be there before");
+        problems.add(store.at, "checkpoint", message);
+    }
+    if let Some(key) = &settings.store_key
+        && let Err(error) = Key::read(&key.value)
+    {
+        let why = causes(&error);
+        problems.add(key.at, "store-key", format!("it cannot be used: {why}"));
+    }
+    if let Some(protect) = &settings.protect {
+        let message = "a guest that has checkpoints in a store cannot have a copy too";
+        problems.add(protect.at, "protect", message);
+    }
+    if let Some(vsock) = &settings.vsock {
+        let message = "a guest that has checkpoints in a store cannot have it: programs of one host are at its other end";
+        problems.add(vsock.at, "vsock", message);
+    }
+    for disk in settings.disks.iter().filter(|disk| !disk.config.readonly) {
+        let path = disk.config.path.display();
+        let message = format!(
+            "`{path}` can be written to: a guest that has checkpoints in a store can have readonly disks only"
+        );
+        problems.add(disk.path_at, "disk", message);
+    }
+}
+
+/// Reports what is said of checkpoints for which there is no store.
+fn without_store(settings: &Settings, problems: &mut Problems) {
+    let said = [
+        ("every", settings.every.as_ref().map(|every| every.at)),
+        ("commit", settings.commit.as_ref().map(|commit| commit.at)),
+        ("store-key", settings.store_key.as_ref().map(|key| key.at)),
+    ];
+    for (key, at) in said {
+        if let Some(at) = at {
+            let message = "there are no checkpoints; allowed with `checkpoint`";
+            problems.add(at, key, message);
+        }
     }
 }
 

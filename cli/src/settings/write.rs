@@ -111,6 +111,13 @@ impl Settings {
         out.path("arbiter", self.arbiter.as_ref().map(|p| p.value.as_path()));
         out.text("resync", self.resync.as_ref().map(|mode| mode.value.name()));
         out.path("tls", self.tls.as_ref().map(|p| p.value.as_path()));
+        let store = self.checkpoint.as_ref().map(|s| s.value.to_string());
+        out.text("checkpoint", store.as_deref());
+        let every = self.every.as_ref().map(|e| value::time(e.value));
+        out.text("every", every.as_deref());
+        out.plain("commit", self.commit.as_ref());
+        let key = self.store_key.as_ref().map(|p| p.value.as_path());
+        out.path("store-key", key);
     }
 
     fn write_devices(&self, out: &mut Writer) {
@@ -151,6 +158,7 @@ impl From<Launch> for Settings {
     fn from(launch: Launch) -> Self {
         let machine = launch.machine;
         let pin = Some(machine.pin).filter(|pin| !pin.is_empty());
+        let checkpoints = launch.checkpoints.as_ref();
         Self {
             name: Some(Located::flag(machine.name)),
             kernel: Some(Located::flag(machine.boot.kernel)),
@@ -179,6 +187,10 @@ impl From<Launch> for Settings {
                 .and_then(|p| p.tls.clone())
                 .map(Located::flag),
             arbiter: launch.protection.map(|p| Located::flag(p.arbiter)),
+            every: checkpoints.map(|c| Located::flag(c.plan.interval)),
+            commit: checkpoints.map(|c| Located::flag(c.plan.commit)),
+            store_key: checkpoints.and_then(|c| c.key.clone()).map(Located::flag),
+            checkpoint: checkpoints.map(|c| Located::flag(c.store.clone())),
             disks: machine.disks.into_iter().map(Into::into).collect(),
             nets: machine.nets.into_iter().map(Into::into).collect(),
             vsock: machine.vsock.map(Located::flag),

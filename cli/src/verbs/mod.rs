@@ -20,6 +20,7 @@ use crate::failure::Failure;
 use crate::output;
 use crate::receive;
 use crate::restore;
+use crate::resume;
 use crate::run::{self, RunContext};
 use crate::runtime_dir::Root;
 use crate::standby;
@@ -92,7 +93,14 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             }
         }
         Verb::Pause(change) => change::pause(&root()?.find(&change.name)?, &change, style)?,
-        Verb::Resume(change) => change::resume(&root()?.find(&change.name)?, &change, style)?,
+        Verb::Resume(args) => {
+            if let Some(from) = &args.from {
+                let context = context(started, &cli.runtime_dir, style);
+                return resume::resume(&args, from, &context);
+            }
+            let change = args.change()?;
+            change::resume(&root()?.find(&change.name)?, &change, style)?;
+        }
         Verb::Stop {
             change,
             force,

@@ -8,7 +8,7 @@ use serde_json::json;
 use tandem_ft::keeper::Keeper;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
-use tandem_ft::runtime::status::{Percentiles, Role, Status};
+use tandem_ft::runtime::status::{Checkpoints, Percentiles, Role, Status};
 use tandem_vmm::confinement::{Confinement, Plan, ThreadKind};
 use tandem_vmm::migration::{Address, Peer};
 
@@ -229,11 +229,40 @@ pub(super) fn status(guest: &Guest, style: Style) -> Result<(), Failure> {
     printed.map_err(printing())
 }
 
-fn status_table(status: &Status) -> String {
-    let times = |p: &Percentiles| match p.samples {
+fn times(p: &Percentiles) -> String {
+    match p.samples {
         0 => "none yet".to_owned(),
         _ => format!("p50 {} p99 {} max {} us", p.p50, p.p99, p.max),
+    }
+}
+
+/// What there is to say of a guest's checkpoints in a store.
+fn checkpoint_rows(stored: &Checkpoints) -> [(&'static str, String); 8] {
+    let last = match (&stored.last, stored.age_ms) {
+        (Some(last), Some(age)) => format!("{last}, {age} ms old"),
+        (Some(last), None) => format!("{last}, from which it went on"),
+        (None, _) => "none yet".to_owned(),
     };
+    let outputs = match stored.commit {
+        true => "wait for a checkpoint",
+        false => "leave at once",
+    };
+    [
+        ("checkpoints in", stored.store.clone()),
+        ("every", format!("{} ms", stored.every_ms)),
+        ("outputs", outputs.to_owned()),
+        ("last checkpoint", last),
+        (
+            "checkpoints",
+            format!("{} completed, {} failed", stored.completed, stored.failed),
+        ),
+        ("failing", stored.failing.clone().unwrap_or_default()),
+        ("checkpoint pause", times(&stored.pause_us)),
+        ("until complete", times(&stored.complete_us)),
+    ]
+}
+
+fn status_table(status: &Status) -> String {
     let lease = match status.lease_ms {
         Some(left) => format!("{left} ms left"),
         None => "no end".to_owned(),
@@ -285,6 +314,11 @@ fn status_table(status: &Status) -> String {
             format!("{} KiB", status.protection_memory_bytes.div_ceil(1024)),
         ),
     ];
+    let stored = status.checkpoints.as_ref().map(checkpoint_rows);
+    let rows: Vec<_> = rows
+        .into_iter()
+        .chain(stored.into_iter().flatten())
+        .collect();
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     rows.iter()
         .map(|(name, value)| format!("{name:width$}  {value}").trim_end().to_owned() + "\n")

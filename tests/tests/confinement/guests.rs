@@ -21,7 +21,7 @@ type Run = fn(Prepare<'_>);
 const FRAME_LEN: u32 = 60;
 
 /// All of them, by name.
-pub(crate) const ALL: [(&str, Run); 21] = [
+pub(crate) const ALL: [(&str, Run); 23] = [
     ("reset", reset),
     ("console", console),
     ("verbs", verbs),
@@ -37,6 +37,8 @@ pub(crate) const ALL: [(&str, Run); 21] = [
     ("standby", standby),
     ("staging", staging),
     ("keeper", keeper),
+    ("checkpoint", checkpoint),
+    ("resume", resume),
     ("migrate-tls", migrate_encrypted),
     ("protect-tls", protect_encrypted),
     ("standby-tls", standby_encrypted),
@@ -229,6 +231,44 @@ fn move_on(source: Prepare<'_>, target: Prepare<'_>) {
     guest.wait().assert_success();
     target.wait_for("spin:");
     stop(target);
+}
+
+/// A guest with so many checkpoints that old ones are removed, which ends by itself.
+fn checkpoint(prepare: Prepare<'_>) {
+    let store = tempfile::tempdir().unwrap();
+    let guest = stored("hello", "stay", store.path());
+    let guest = ready(prepare(guest), "hello");
+    await_checkpoints(&guest, 70);
+    tandem(&guest, &["stop", "guest"]);
+    guest.wait().assert_success();
+}
+
+/// A guest that goes on from a store.
+fn resume(prepare: Prepare<'_>) {
+    let store = tempfile::tempdir().unwrap();
+    let guest = ready(stored("spin", "iters=0 report=1", store.path()), "spin");
+    await_checkpoints(&guest, 2);
+    guest.signal(Signal::KILL);
+    drop(guest);
+    let mut guest = prepare(GuestBuilder::resumed(store.path())).start();
+    guest.wait_for("sum");
+    await_checkpoints(&guest, 2);
+    stop(guest);
+}
+
+fn stored(image: &str, cmdline: &str, store: &Path) -> GuestBuilder {
+    let guest = GuestBuilder::image(image, cmdline);
+    let guest = guest.arg("--checkpoint").arg(store);
+    guest.arg("--every").arg("10ms")
+}
+
+fn await_checkpoints(guest: &Guest, count: u64) {
+    let deadline = Instant::now() + PATIENCE;
+    let completed = || guest.protection()?["checkpoints"]["completed"].as_u64();
+    while completed().is_none_or(|completed| completed < count) {
+        assert!(Instant::now() < deadline, "{}", guest.log());
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// A server that is protected, and goes on alone when its copy is gone.

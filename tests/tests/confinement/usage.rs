@@ -35,6 +35,8 @@ fn kind_of(name: &str) -> Option<ThreadKind> {
         "api" => Some(ThreadKind::Api),
         "protect" | "pair" | "follow" | "late" | "ask" => Some(ThreadKind::Protection),
         "keeper" => Some(ThreadKind::Keeper),
+        "checkpoint" => Some(ThreadKind::Checkpoints),
+        "store-faults" | "store-ahead" => Some(ThreadKind::StoreLoader),
         _ => None,
     }
 }

@@ -34,20 +34,25 @@ pub(in crate::verbs) fn verify(args: &VerifyArgs, style: Style) -> Result<Exit, 
     })
 }
 
+/// A store whose description is damaged is damaged.
+fn damaged_store(error: StoreError) -> Result<Report, Failure> {
+    match error {
+        StoreError::Damaged { name, what } => Ok(Report {
+            damaged: vec![Damage {
+                name,
+                what,
+                checkpoints: Vec::new(),
+            }],
+            ..Report::default()
+        }),
+        error => Err(error.into()),
+    }
+}
+
 fn read_all(args: &VerifyArgs, progress: &mut dyn FnMut(Progress)) -> Result<Report, Failure> {
     let store = match read(&args.store) {
         Ok(store) => store,
-        // A store whose description is damaged is damaged.
-        Err(Failure::Store(StoreError::Damaged { name, what })) => {
-            return Ok(Report {
-                damaged: vec![Damage {
-                    name,
-                    what,
-                    checkpoints: Vec::new(),
-                }],
-                ..Report::default()
-            });
-        }
+        Err(Failure::Store(error)) => return damaged_store(*error),
         Err(failure) => return Err(failure),
     };
     match &args.checkpoint {

@@ -1,0 +1,131 @@
+//! Checkpoints of a guest in a store: `tandem run --checkpoint`, and what `tandem resume` has in common with it.
+
+use tandem_store::capture::{Begin, Capture, Captured, Owned, Plan};
+use tandem_store::guest::{Tenancy, Whole};
+use tandem_store::owner::{SharedArbiter, this_host};
+use tandem_store::seal::Key;
+use tandem_store::{Options, Store, StoreError};
+use tandem_vmm::confinement::{Confinement, ThreadKind};
+use tandem_vmm::machine::Machine;
+
+use crate::failure::Failure;
+use crate::output;
+use crate::run::Beside;
+use crate::settings::Checkpoints;
+
+/// A guest in a store that is open.
+pub(crate) struct Opened {
+    place: String,
+    pub(crate) guest: tandem_store::Guest,
+    arbiter: SharedArbiter,
+}
+
+impl Opened {
+    /// Opens the store of `checkpoints`, and guest `name` in it.
+    ///
+    /// # Errors
+    /// When it cannot be a store, or its key does not fit.
+    pub(crate) fn open(checkpoints: &Checkpoints, name: &str) -> Result<Self, Failure> {
+        let key = checkpoints.key.as_deref().map(Key::read).transpose()?;
+        let store = Store::open_at(&checkpoints.store, Options { key })?;
+        Ok(Self {
+            place: store.place(),
+            guest: store.guest(name)?,
+            arbiter: SharedArbiter::new(store.arbiter()?),
+        })
+    }
+
+    /// The newest checkpoint from which the guest could go on. Tells of those that are passed over.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub(crate) fn newest(&self) -> Result<Whole, Failure> {
+        let newest = self.guest.newest_whole()?;
+        let none = || StoreError::NoCheckpoint {
+            guest: self.guest.name().to_owned(),
+            damaged: Vec::new(),
+        };
+        Ok(newest.ok_or_else(none)?)
+    }
+
+    /// Takes the guest, which begins anew. Checkpoints that it has count no longer, which has to be `allowed`.
+    ///
+    /// # Errors
+    /// When it has some and that is not allowed, another is faster, or the storage fails.
+    pub(crate) fn begin_anew(self, allowed: bool) -> Result<Owned, Failure> {
+        if !allowed && let Some(newest) = self.guest.checkpoints()?.first() {
+            return Err(Failure::HasCheckpoints {
+                name: self.guest.name().to_owned(),
+                newest: newest.to_string(),
+                place: self.place,
+            });
+        }
+        let tenancy = self.guest.begin_anew(&self.arbiter, &this_host()?)?;
+        Ok(self.owned(tenancy))
+    }
+
+    /// Takes the guest, which goes on from the newest checkpoint that is whole, as far as can be seen and as `check`
+    /// finds.
+    ///
+    /// # Errors
+    /// When there is none, another is faster, or the storage fails.
+    pub(crate) fn go_on(
+        self,
+        check: &mut dyn FnMut(&tandem_store::manifest::Manifest) -> Result<(), StoreError>,
+    ) -> Result<Owned, Failure> {
+        let tenancy = self
+            .guest
+            .resume_checked(&self.arbiter, &this_host()?, check)?;
+        Ok(self.owned(tenancy))
+    }
+
+    fn owned(self, tenancy: Tenancy) -> Owned {
+        for passed_over in tenancy.from.iter().flat_map(|whole| &whole.passed_over) {
+            output::tell(&format!(
+                "tandem: passed over, as it is damaged: {passed_over}"
+            ));
+        }
+        Owned {
+            place: self.place,
+            guest: self.guest,
+            arbiter: self.arbiter,
+            tenure: tenancy.tenure,
+            base: tenancy.from.map(|whole| whole.manifest),
+        }
+    }
+}
+
+/// What goes on beside `machine`, with checkpoints of its guest that begin as it does.
+pub(crate) fn beside(
+    beside: Beside,
+    machine: &Machine,
+    description: String,
+    confinement: &Confinement,
+    owned: Owned,
+    (plan, begin): (Plan, Begin),
+) -> Beside {
+    let captured = Captured {
+        pair: beside.pair.clone(),
+        handle: machine.handle(),
+        description,
+        confinement: confinement.entry(ThreadKind::Checkpoints),
+    };
+    let others = beside.begin;
+    Beside {
+        begin: Box::new(move || {
+            let finish = others();
+            match Capture::start(captured, owned, plan, begin) {
+                Ok(capture) => Box::new(move |outcome| {
+                    capture.finish(outcome);
+                    finish(outcome);
+                }),
+                Err(error) => {
+                    let failure = Failure::from(error);
+                    output::tell(&failure.report());
+                    finish
+                }
+            }
+        }),
+        ..beside
+    }
+}

@@ -1,0 +1,156 @@
+//! `tandem resume --from`: a guest that was lost goes on from its newest checkpoint.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tandem_devices::GuestMemory;
+use tandem_store::capture::{Begin, Owned, Plan, outputs_of};
+use tandem_store::manifest::Manifest;
+use tandem_store::memory::{SavedMemory as StoredMemory, state_of};
+use tandem_store::{Place, StoreError};
+use tandem_vmm::config::{MacAddr, MachineConfig};
+use tandem_vmm::confinement::{Confinement, ThreadKind};
+use tandem_vmm::machine::{Machine, SavedMemory};
+use tandem_vmm::memory;
+use tandem_vmm::memory_image::Loader;
+
+use crate::args::ResumeArgs;
+use crate::checkpoints::{self, Opened};
+use crate::exit::Exit;
+use crate::failure::Failure;
+use crate::output;
+use crate::protect;
+use crate::run::{RunContext, accept, print_plan, run_machine};
+use crate::settings::{Checkpoints, Launch, Located, describe, file};
+
+/// Runs a guest on from its newest checkpoint in `from` until it ends.
+///
+/// # Errors
+/// When there is none, another has taken it, it cannot run here, or does not end well.
+pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<Exit, Failure> {
+    let store = Checkpoints {
+        store: from.clone(),
+        key: args.store_key.clone(),
+        plan: Plan::default(),
+    };
+    let opened = Opened::open(&store, &args.guest)?;
+    // Nothing is taken from anybody before it is known that the guest can go on here.
+    let newest = opened.newest()?;
+    let launch = plan(args, from, &opened, &newest.manifest)?;
+    if args.dry_run {
+        return print_plan(launch, context.format);
+    }
+    let plan = launch.checkpoints.as_ref().map(|c| c.plan);
+    let plan = plan.unwrap_or_default();
+    run_machine(launch, context, |config, confinement, place| {
+        let made = (protect::pair(&config)?, describe(&config));
+        let surroundings = protect::surroundings(confinement, &made.0);
+        let resources = Machine::reserve(&config, confinement)?;
+        let room = memory::allocate(config.memory, config.hugepages)?;
+        // The kernel copies what is missing in pages of its own size only.
+        let eager = args.eager || config.hugepages;
+        let owned = take(opened, eager.then_some(&room))?;
+        let manifest = owned.base.clone().ok_or(Failure::NothingTaken)?;
+        let state = state_of(&owned.guest, &manifest)?;
+        let saved = match eager {
+            true => SavedMemory::Loaded(room),
+            false => on_demand(&owned, &manifest, room, confinement)?,
+        };
+        let macs = macs(&config);
+        let started = context.started;
+        let mut machine =
+            Machine::restore_on(resources, config, &state, saved, surroundings, started)?;
+        machine.start_paused();
+        made.0
+            .go_on_from(outputs_of(&manifest))
+            .map_err(|error| Failure::Protection(Box::new(error)))?;
+        made.0.announce(&macs);
+        tell(&owned, &manifest, context.quiet);
+        let description = made.1.clone();
+        let begin = match args.paused {
+            true => Begin::Stands,
+            false => Begin::LetRun,
+        };
+        let guest = protect::guest(&machine, made, confinement, place, None);
+        let beside = protect::beside(guest, None, |_| {})?;
+        let how = (plan, begin);
+        let beside = checkpoints::beside(beside, &machine, description, confinement, owned, how);
+        Ok::<_, Failure>((machine, beside))
+    })
+}
+
+/// Lays the flags over the checkpoint's description.
+fn plan(
+    args: &ResumeArgs,
+    from: &Place,
+    opened: &Opened,
+    manifest: &Manifest,
+) -> Result<Launch, Failure> {
+    let (described, problems) = file::parse(&opened.guest.description(manifest)?);
+    let before = Plan::of(manifest);
+    let mut settings = described.replace(args.place.settings());
+    settings.checkpoint = Some(Located::flag(from.clone()));
+    settings.store_key = args.store_key.clone().map(Located::flag);
+    settings.every = Some(Located::flag(args.every.unwrap_or(before.interval)));
+    settings.commit = Some(Located::flag(args.commit.unwrap_or(before.commit)));
+    accept(settings.launch_restored(args.guest.clone()), problems, None)
+}
+
+/// Takes the guest; with `room`, its memory is loaded and checked there before the checkpoint is settled on.
+fn take(opened: Opened, room: Option<&Arc<GuestMemory>>) -> Result<Owned, Failure> {
+    let guest = opened.guest.clone();
+    opened.go_on(&mut |manifest| {
+        let Some(room) = room else {
+            return Ok(());
+        };
+        let loaded = StoredMemory::open(&guest, manifest.clone())?.load(room);
+        if loaded.is_err() {
+            // What of it was loaded is not another checkpoint's.
+            memory::clear(room).map_err(|source| StoreError::Ended {
+                what: format!("guest memory cannot be emptied: {source}"),
+            })?;
+        }
+        loaded
+    })
+}
+
+/// Memory that is loaded when it is touched.
+fn on_demand(
+    owned: &Owned,
+    manifest: &Manifest,
+    room: Arc<GuestMemory>,
+    confinement: &Confinement,
+) -> Result<SavedMemory, Failure> {
+    let stored = Box::new(StoredMemory::open(&owned.guest, manifest.clone())?);
+    let confine = confinement.entry(ThreadKind::StoreLoader);
+    let begin = move || confine.enter().map_err(io::Error::other);
+    let to = Arc::clone(&room);
+    let start = Box::new(move |on_failure| Loader::start_from(stored, to, on_failure, begin));
+    Ok(SavedMemory::OnDemand(room, start))
+}
+
+/// The addresses of a guest's interfaces.
+fn macs(config: &MachineConfig) -> Vec<[u8; 6]> {
+    let nets = config.nets.iter().enumerate();
+    nets.map(|(index, net)| {
+        let derived = || MacAddr::derived(&config.name, index);
+        net.mac.unwrap_or_else(derived).0
+    })
+    .collect()
+}
+
+/// Says from when the guest goes on.
+fn tell(owned: &Owned, manifest: &Manifest, quiet: bool) {
+    let begun = UNIX_EPOCH + Duration::from_millis(manifest.begun_ms);
+    let age = SystemTime::now().duration_since(begun).unwrap_or_default();
+    let (id, term) = (manifest.id, owned.tenure.term);
+    let name = owned.guest.name();
+    let seconds = age.as_secs_f64();
+    tracing::info!(%id, %term, seconds, "the guest goes on from a checkpoint");
+    if !quiet {
+        output::tell(&format!(
+            "tandem: guest `{name}` goes on from checkpoint {id}, which is {seconds:.1} s old; term {term}"
+        ));
+    }
+}

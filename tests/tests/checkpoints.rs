@@ -1,0 +1,358 @@
+//! Guests with checkpoints in a store are lost, and go on elsewhere: with `--commit` nothing that clients were told is
+//! lost or contradicted, without it no more than what came after the last checkpoint. Whoever had the guest before
+//! harms nothing.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+#[allow(
+    dead_code,
+    reason = "clients and histories are those of protected guests, which need more of them"
+)]
+mod protection {
+    pub(crate) mod clients;
+    pub(crate) mod history;
+}
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use protection::clients::{KV, Kv, Load, NATIVE};
+use protection::history::Recording;
+use rustix::process::Signal;
+use serde_json::Value;
+use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::skip::{Need, must_skip};
+use tempfile::TempDir;
+
+/// How often the guest's host is lost.
+const KILLS: usize = 5;
+/// Pause before something is looked at again.
+const LOOK: Duration = Duration::from_millis(5);
+/// Longer than an interval and the time that a checkpoint takes, also on a busy machine.
+const LATE: Duration = Duration::from_secs(3);
+
+fn cannot_run() -> bool {
+    must_skip(&[Need::Kvm, Need::Root, Need::Program("ip")])
+}
+
+/// A store, and hosts that reach it.
+struct Shared {
+    directory: TempDir,
+    network: Network,
+    hosts: usize,
+}
+
+impl Shared {
+    fn new() -> Self {
+        Self {
+            directory: tempfile::tempdir().unwrap(),
+            network: Network::new(),
+            hosts: 0,
+        }
+    }
+
+    fn store(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The tap of another host.
+    fn next_tap(&mut self) -> String {
+        self.hosts += 1;
+        self.network.nth_tap(self.hosts)
+    }
+
+    /// A key-value store of which checkpoints are made as `how` says, and at least one is complete.
+    fn serve(&self, how: &[&str]) -> Guest {
+        let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(&self.network);
+        let guest = guest.arg("--checkpoint").arg(self.store());
+        let mut guest = how.iter().fold(guest, GuestBuilder::arg).start();
+        guest.wait_for("kv: ready");
+        wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 0);
+        guest
+    }
+
+    /// Begins to resume the guest on another host.
+    fn resume(&mut self, how: &[&str]) -> Guest {
+        let tap = format!("tap={}", self.next_tap());
+        let guest = GuestBuilder::resumed(self.store());
+        let guest = guest.in_namespace(self.network.namespace());
+        let guest = guest.arg("--net").arg(tap);
+        how.iter().fold(guest, GuestBuilder::arg).start()
+    }
+
+    /// Files of the guest's in the store.
+    fn files(&self, kind: &str, ending: &str) -> Vec<PathBuf> {
+        let directory = self.store().join("guests/guest").join(kind);
+        let mut files: Vec<PathBuf> = fs::read_dir(directory)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.to_string_lossy().ends_with(ending))
+            .collect();
+        files.sort();
+        files
+    }
+}
+
+fn checkpoints(guest: &Guest) -> Option<Value> {
+    let status = guest.protection()?;
+    status.get("checkpoints").cloned()
+}
+
+fn completed(checkpoints: &Value) -> u64 {
+    checkpoints["completed"].as_u64().unwrap()
+}
+
+/// Waits until the guest's checkpoints are as `wanted`.
+fn wait_checkpoints(guest: &Guest, wanted: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let found = checkpoints(guest);
+        if let Some(found) = found.as_ref().filter(|found| wanted(found)) {
+            return found.clone();
+        }
+        assert!(Instant::now() < deadline, "{found:?} {}", guest.log());
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Waits until a guest that goes on makes checkpoints.
+fn wait_resumed(guest: &Guest) {
+    wait_checkpoints(guest, |checkpoints| completed(checkpoints) > 0);
+}
+
+fn kill(guest: Guest) {
+    guest.signal(Signal::KILL);
+    drop(guest);
+}
+
+fn wait_end(mut guest: Guest) -> (Option<i32>, String) {
+    let deadline = Instant::now() + PATIENCE;
+    while guest.runs() {
+        assert!(Instant::now() < deadline, "{}", guest.log());
+        std::thread::sleep(LOOK);
+    }
+    let ended = guest.wait();
+    (ended.code(), ended.messages.join("\n"))
+}
+
+#[test]
+fn with_commit_nothing_that_clients_were_told_is_lost_or_contradicted() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let mut guest = shared.serve(&["--every", "20ms", "--commit"]);
+    let recording = Recording::start(&shared.network);
+    let load = Load::start(&shared.network, KV, NATIVE);
+    for number in 0..KILLS {
+        kill(guest);
+        let killed = Instant::now();
+        guest = shared.resume(&[]);
+        wait_resumed(&guest);
+        println!(
+            "kill {number}: checkpoints again after {:?}",
+            killed.elapsed()
+        );
+        load.expect_progress();
+    }
+    recording.finish().expect_linearizable();
+    load.finish();
+    let last = wait_checkpoints(&guest, |checkpoints| checkpoints["failing"].is_null());
+    assert_eq!(last["term"], KILLS as u64 + 1);
+    assert_eq!(last["commit"], true);
+}
+
+#[test]
+fn without_commit_no_more_is_lost_than_what_came_after_the_last_checkpoint() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let mut guest = shared.serve(&["--every", "100ms"]);
+    let mut least = 0;
+    for _ in 0..3 {
+        let told = count_up(&shared.network, LATE + Duration::from_millis(300));
+        let killed = Instant::now();
+        kill(guest);
+        guest = shared.resume(&[]);
+        wait_resumed(&guest);
+        let connection = shared.network.connect(KV.port);
+        let found = Kv::new(&connection).ask(&["GET", "count"]).unwrap();
+        let found: u64 = found.map_or(0, |text| text.parse().unwrap());
+        let early = told.iter().filter(|(_, at)| *at + LATE < killed);
+        least = early.map(|(count, _)| *count).max().unwrap_or(least);
+        let most = told.last().unwrap().0 + 1;
+        assert!((least..=most).contains(&found), "{least} {found} {most}");
+    }
+}
+
+/// Counts up for a while; what the guest said, and when.
+fn count_up(network: &Network, time: Duration) -> Vec<(u64, Instant)> {
+    let connection = network.connect(KV.port);
+    let mut kv = Kv::new(&connection);
+    let end = Instant::now() + time;
+    let mut told = Vec::new();
+    while Instant::now() < end {
+        let count = kv.ask(&["INCR", "count"]).unwrap().unwrap();
+        told.push((count.parse().unwrap(), Instant::now()));
+    }
+    told
+}
+
+#[test]
+fn of_two_that_resume_a_guest_one_has_it() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    kill(shared.serve(&["--every", "50ms"]));
+    let mut both = [shared.resume(&[]), shared.resume(&[])];
+    let deadline = Instant::now() + PATIENCE;
+    let winner = loop {
+        let run = both.each_mut().map(Guest::runs);
+        match run {
+            [true, false] => break 0,
+            [false, true] => break 1,
+            [true, true] if Instant::now() < deadline => std::thread::sleep(LOOK),
+            run => panic!("{run:?} {} {}", both[0].log(), both[1].log()),
+        }
+    };
+    let [first, second] = both;
+    let (winner, loser) = match winner {
+        0 => (first, second),
+        _ => (second, first),
+    };
+    let (_, said) = wait_end(loser);
+    let lost = ["was taken by", "goes on elsewhere"];
+    assert!(lost.iter().any(|text| said.contains(text)), "{said}");
+    wait_resumed(&winner);
+    let connection = shared.network.connect(KV.port);
+    let said = Kv::new(&connection).ask(&["SET", "key", "value"]).unwrap();
+    assert_eq!(said.as_deref(), Some("OK"));
+}
+
+#[test]
+fn an_owner_that_wakes_up_later_ends_and_harms_nothing() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let old = shared.serve(&["--every", "20ms", "--commit"]);
+    let recording = Recording::start(&shared.network);
+    let load = Load::start(&shared.network, KV, NATIVE);
+    old.signal(Signal::STOP);
+    let new = shared.resume(&[]);
+    wait_resumed(&new);
+    load.expect_progress();
+    old.signal(Signal::CONT);
+    let (code, said) = wait_end(old);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("goes on elsewhere"), "{said}");
+    load.expect_progress();
+    recording.finish().expect_linearizable();
+    load.finish();
+    let checkpoints = wait_checkpoints(&new, |checkpoints| checkpoints["failing"].is_null());
+    assert_eq!(checkpoints["term"], 2);
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let guest = shared.serve(&["--every", "50ms"]);
+    wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 2);
+    kill(guest);
+    let newest = shared.files("checkpoints", "").pop().unwrap();
+    flip_middle(&newest);
+    let mut guest = shared.resume(&[]);
+    wait_resumed(&guest);
+    let said = guest.messages().join("\n");
+    assert!(said.contains("passed over, as it is damaged"), "{said}");
+    kill(guest);
+    // What pages need is found to be damaged when it is read.
+    flip_middle(&shared.files("objects", ".pack").pop().unwrap());
+    let mut guest = shared.resume(&["--eager"]);
+    wait_resumed(&guest);
+    let said = guest.messages().join("\n");
+    assert!(said.contains("passed over, as it is damaged"), "{said}");
+}
+
+fn flip_middle(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_guest_runs_on_while_its_store_is_away() {
+    if cannot_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path().join("store");
+    fs::create_dir(&store).unwrap();
+    let guest = GuestBuilder::image("spin", "iters=0 report=20");
+    let guest = guest.arg("--checkpoint").arg(&store);
+    let mut guest = guest.arg("--every").arg("20ms").start();
+    guest.wait_for("spin: ready");
+    wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 0);
+    let away = directory.path().join("away");
+    fs::rename(&store, &away).unwrap();
+    let failing = wait_checkpoints(&guest, |checkpoints| !checkpoints["failing"].is_null());
+    guest.console_lines();
+    guest.wait_for("sum");
+    fs::rename(&away, &store).unwrap();
+    let before = completed(&failing);
+    wait_checkpoints(&guest, |checkpoints| {
+        checkpoints["failing"].is_null() && completed(checkpoints) > before
+    });
+    let events = guest.succeed(&["events", "guest"]);
+    assert!(events.contains("checkpoint-failed"), "{events}");
+}
+
+#[test]
+fn a_guest_that_ended_by_itself_is_not_resumed_and_printed_all() {
+    if cannot_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let run = || {
+        GuestBuilder::image("hello", "")
+            .arg("--checkpoint")
+            .arg(directory.path())
+            .arg("--commit")
+    };
+    let ended = run().start().wait();
+    ended.assert_success().assert_console("hello: ready");
+    let resumed = GuestBuilder::resumed(directory.path()).start().wait();
+    resumed.assert_error(13, &["has no checkpoint"]);
+    // Nothing has to be said to run it again.
+    run().start().wait().assert_success();
+}
+
+#[test]
+fn a_guest_that_was_lost_begins_anew_only_if_that_is_said() {
+    if cannot_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let run = |more: &[&str]| {
+        let guest = GuestBuilder::image("hello", "stay")
+            .arg("--checkpoint")
+            .arg(directory.path());
+        more.iter().fold(guest, GuestBuilder::arg).start()
+    };
+    let mut guest = run(&["--every", "20ms"]);
+    guest.wait_for("hello: ready");
+    wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 0);
+    kill(guest);
+    run(&[])
+        .wait()
+        .assert_error(1, &["has checkpoints in", "--anew"]);
+    let mut guest = run(&["--anew"]);
+    guest.wait_for("hello: ready");
+}
