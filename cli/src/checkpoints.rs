@@ -18,6 +18,7 @@ pub(crate) struct Opened {
     place: String,
     pub(crate) guest: tandem_store::Guest,
     arbiter: SharedArbiter,
+    unraced: Option<Store>,
 }
 
 impl Opened {
@@ -26,12 +27,29 @@ impl Opened {
     /// # Errors
     /// When it cannot be a store, or its key does not fit.
     pub(crate) fn open(checkpoints: &Checkpoints, name: &str) -> Result<Self, Failure> {
-        let key = checkpoints.key.as_deref().map(Key::read).transpose()?;
-        let store = Store::open_at(&checkpoints.store, Options { key })?;
+        let store = Store::open_at(&checkpoints.store, options(checkpoints)?)?;
+        Self::of(&store, name)
+    }
+
+    /// As [`Opened::open`], to go on with a guest at once: there is a store, and its storage races when the guest runs.
+    ///
+    /// # Errors
+    /// As that, and when there is none.
+    pub(crate) fn find(checkpoints: &Checkpoints, name: &str) -> Result<Self, Failure> {
+        let store = Store::open_unraced(&checkpoints.store, options(checkpoints)?)?;
+        let opened = Self::of(&store, name)?;
+        Ok(Self {
+            unraced: Some(store),
+            ..opened
+        })
+    }
+
+    fn of(store: &Store, name: &str) -> Result<Self, Failure> {
         Ok(Self {
             place: store.place(),
             guest: store.guest(name)?,
             arbiter: SharedArbiter::new(store.arbiter()?),
+            unraced: None,
         })
     }
 
@@ -91,8 +109,14 @@ impl Opened {
             arbiter: self.arbiter,
             tenure: tenancy.tenure,
             base: tenancy.from.map(|whole| whole.manifest),
+            unraced: self.unraced,
         }
     }
+}
+
+fn options(checkpoints: &Checkpoints) -> Result<Options, Failure> {
+    let key = checkpoints.key.as_deref().map(Key::read).transpose()?;
+    Ok(Options { key })
 }
 
 /// What goes on beside `machine`, with checkpoints of its guest that begin as it does.

@@ -34,7 +34,7 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
         key: args.store_key.clone(),
         plan: Plan::default(),
     };
-    let opened = Opened::open(&store, &args.guest)?;
+    let opened = Opened::find(&store, &args.guest)?;
     // Nothing is taken from anybody before it is known that the guest can go on here.
     let newest = opened.newest()?;
     let launch = plan(args, from, &opened, &newest.manifest)?;

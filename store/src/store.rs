@@ -74,6 +74,23 @@ impl Store {
         Self::begin(place, options)?.prepare()
     }
 
+    /// Opens the store at `place` to go on with a guest at once: there is one, and its storage is raced later, by
+    /// [`Store::race`], before anything that is written to it counts.
+    ///
+    /// # Errors
+    /// As [`Store::read_at`].
+    pub fn open_unraced(place: &Place, options: Options) -> Result<Self, StoreError> {
+        Self::read_at(place, options)
+    }
+
+    /// Races the storage against itself.
+    ///
+    /// # Errors
+    /// When the storage fails, or two writers can win.
+    pub fn race(&self) -> Result<(), StoreError> {
+        Ok(race(self.backend.as_ref())?)
+    }
+
     /// Opens the store at `place`, as it is: to read from it, or to remove something.
     ///
     /// # Errors
@@ -231,8 +248,10 @@ impl Store {
 
     /// Who decides who owns the guests of this store: the store itself.
     ///
+    /// Its terms are made as all objects are, so the race of the store is theirs too.
+    ///
     /// # Errors
-    /// When the storage fails, or gives a term to two claimants.
+    /// When the storage fails.
     pub fn arbiter(&self) -> Result<Box<dyn Arbiter>, StoreError> {
         let Some(directory) = &self.directory else {
             return Ok(Box::new(ObjectArbiter::new(Arc::clone(&self.backend))));
@@ -247,7 +266,7 @@ impl Store {
                 synced.map_err(StoreError::file("make durable", directory))?;
             }
         }
-        Ok(Box::new(DirectoryArbiter::open(&terms)?))
+        Ok(Box::new(DirectoryArbiter::open_unraced(&terms)?))
     }
 }
 

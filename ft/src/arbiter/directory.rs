@@ -95,6 +95,20 @@ impl DirectoryArbiter {
         Ok(arbiter)
     }
 
+    /// As [`Self::open`], without the race: for a directory of storage that has raced, or will before it matters.
+    ///
+    /// # Errors
+    /// When `root` does not exist or cannot be written.
+    pub fn open_unraced(root: &Path) -> Result<Self, ArbiterError> {
+        let mut arbiter = Self {
+            root: root.to_owned(),
+            identity: new_id()?,
+            settle_time: SETTLE_TIME,
+        };
+        arbiter.identity = arbiter.read_identity()?;
+        Ok(arbiter)
+    }
+
     /// A name of this directory that no other has. Hosts that are to share an arbiter compare it, for a
     /// path may be a different directory on each.
     pub fn identity(&self) -> Claimant {

@@ -245,10 +245,16 @@ impl<F: Files> Backend for Directory<F> {
     fn refresh(&self, prefix: &str) -> Result<(), BackendError> {
         // A directory in which this host makes a name is asked for anew.
         let draft = self.path(&format!("{prefix}{DRAFT}{}", random_name()));
-        let made = self.make_above(&draft).and_then(|()| {
+        let make = || {
             drop(self.files.make(&draft)?);
             self.files.remove(&draft)
-        });
+        };
+        let made = match make() {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                self.make_above(&draft).and_then(|()| make())
+            }
+            made => made,
+        };
         made.map_err(BackendError::storage("look into", prefix, self))
     }
 

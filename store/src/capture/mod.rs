@@ -34,7 +34,7 @@ use tandem_vmm::control::{Handle, Outcome};
 
 use crate::manifest::Manifest;
 use crate::owner::SharedArbiter;
-use crate::{Guest, StoreError};
+use crate::{Guest, Store, StoreError};
 
 /// How often checkpoints are made, where nothing else is said.
 pub const INTERVAL_DEFAULT: Duration = Duration::from_secs(1);
@@ -115,6 +115,8 @@ pub struct Owned {
     pub tenure: Tenure,
     /// From which checkpoint it goes on.
     pub base: Option<Manifest>,
+    /// The store, if its storage has yet to race.
+    pub unraced: Option<Store>,
 }
 
 /// What the guest does when its writes are followed.

@@ -12,6 +12,7 @@ use tandem_vmm::snapshot::save::Session;
 use super::captor::Captor;
 use super::tally::Tally;
 use super::{Begin, Captured, Owned, Plan, Shared};
+use crate::backend::BackendError;
 use crate::frames::Frames;
 use crate::manifest::Manifest;
 use crate::owner::{self, SharedArbiter};
@@ -88,6 +89,7 @@ impl<'a> Thread<'a> {
         followed: Result<Session<'a>, SnapshotError>,
         known: bool,
     ) -> Result<(), StoreError> {
+        self.race()?;
         let Some(mut captor) = self.begin(followed, known)? else {
             return Ok(());
         };
@@ -116,6 +118,20 @@ impl<'a> Thread<'a> {
                 Err(error) => self.fail(&error),
             }
             self.rest(due.saturating_duration_since(Instant::now()));
+        }
+        Ok(())
+    }
+
+    /// Lets the storage race, if it has yet to, however often it fails to do so.
+    fn race(&mut self) -> Result<(), StoreError> {
+        while let Some(store) = &self.owned.unraced
+            && !self.stops()
+        {
+            match store.race() {
+                Ok(()) => self.owned.unraced = None,
+                Err(error) if is_unfit(&error) => return Err(error),
+                Err(error) => self.fail(&error),
+            }
         }
         Ok(())
     }
@@ -191,11 +207,11 @@ impl<'a> Thread<'a> {
         self.back_off = (self.back_off * 2).min(BACK_OFF_MAX);
     }
 
-    /// Another owns the guest, or its memory cannot be followed: it ends here in the first case.
+    /// There can be no more checkpoints. If another owns the guest, or may, it ends here.
     fn give_up(&mut self, error: &StoreError) {
         let why = causes(error);
         match error {
-            StoreError::Overtaken { .. } | StoreError::Lost { .. } => {
+            _ if is_fencing(error) => {
                 tracing::warn!(%why, "the guest ends here");
                 self.tally.ended("fenced", why);
                 // It may have ended by itself.
@@ -228,10 +244,21 @@ impl<'a> Thread<'a> {
 
 /// Whether there can be no more checkpoints.
 fn is_final(error: &StoreError) -> bool {
-    matches!(
+    is_fencing(error) || matches!(error, StoreError::Ended { .. })
+}
+
+/// Whether another owns the guest, or may.
+fn is_fencing(error: &StoreError) -> bool {
+    let lost = matches!(
         error,
-        StoreError::Overtaken { .. } | StoreError::Lost { .. } | StoreError::Ended { .. }
-    )
+        StoreError::Overtaken { .. } | StoreError::Lost { .. }
+    );
+    lost || is_unfit(error)
+}
+
+/// Whether the storage lets two win.
+fn is_unfit(error: &StoreError) -> bool {
+    matches!(error, StoreError::Backend(BackendError::Unfit { .. }))
 }
 
 /// Whether the guest was reset meanwhile.
