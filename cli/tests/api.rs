@@ -16,7 +16,7 @@ use tandem_cli::control::Control;
 use tandem_cli::settings::file;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
-use tandem_ft::runtime::status::Status;
+use tandem_ft::runtime::status::{Checkpoints, Status};
 use tandem_vmm::config::Pace;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::{
@@ -109,7 +109,13 @@ impl Control for Fake {
     }
 
     fn protection(&self) -> Status {
-        Status::unprotected("web")
+        let mut status = Status::unprotected("web");
+        status.checkpoints = Some(Checkpoints {
+            store: "/shared".into(),
+            last: Some("1-7".into()),
+            ..Checkpoints::default()
+        });
+        status
     }
 
     fn events(&self) -> Vec<Event> {

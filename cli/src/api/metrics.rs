@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use tandem_ft::runtime::status::{Percentiles, Role, Status};
+use tandem_ft::runtime::status::{Checkpoints, Percentiles, Role, Status};
 use tandem_vmm::control::{MachineState, MachineStats};
 
 /// Content type of the format.
@@ -30,6 +30,9 @@ pub fn text(name: &str, stats: &MachineStats, protection: &Status) -> String {
     exits(&mut out, stats);
     devices(&mut out, stats);
     protected(&mut out, protection);
+    if let Some(stored) = &protection.checkpoints {
+        checkpoints(&mut out, stored);
+    }
     out.0
 }
 
@@ -125,6 +128,56 @@ fn protected(out: &mut Exposition, status: &Status) {
         out.family(name, "gauge", help);
         quantiles(out, name, times);
     }
+}
+
+/// What checkpoints in a store came to.
+fn checkpoints(out: &mut Exposition, stored: &Checkpoints) {
+    let failing = u64::from(stored.failing.is_some());
+    for (name, kind, help, value) in [
+        (
+            "tandem_checkpoints_completed_total",
+            "counter",
+            "Checkpoints in a store that were completed.",
+            stored.completed,
+        ),
+        (
+            "tandem_checkpoints_failed_total",
+            "counter",
+            "Checkpoints in a store that failed.",
+            stored.failed,
+        ),
+        (
+            "tandem_checkpoints_failing",
+            "gauge",
+            "1 while checkpoints in a store fail, else 0.",
+            failing,
+        ),
+        (
+            "tandem_checkpoints_pages_total",
+            "counter",
+            "Pages that were handed to a store.",
+            stored.pages,
+        ),
+        (
+            "tandem_checkpoints_stored_bytes_total",
+            "counter",
+            "Bytes that a store took for checkpoints.",
+            stored.stored_bytes,
+        ),
+    ] {
+        out.family(name, kind, help);
+        out.sample(name, &[], &value.to_string());
+    }
+    if let Some(age) = stored.age_ms {
+        let name = "tandem_checkpoints_age_seconds";
+        let help = "How long ago the guest stood for its last checkpoint in a store.";
+        out.family(name, "gauge", help);
+        out.sample(name, &[], &decimal(age, 3));
+    }
+    let name = "tandem_checkpoints_pause_microseconds";
+    let help = "How long the guest stood for its last checkpoints in a store.";
+    out.family(name, "gauge", help);
+    quantiles(out, name, &stored.pause_us);
 }
 
 fn quantiles(out: &mut Exposition, name: &str, times: &Percentiles) {

@@ -145,3 +145,27 @@ fn decimals_are_exact() {
     assert_eq!(decimal(u64::MAX, 6), "18446744073709.551615");
     assert_eq!(decimal(5, 3), "0.005");
 }
+
+#[test]
+fn a_scraper_reads_how_checkpoints_stand() {
+    let mut status = Status::unprotected("web");
+    let families = |status: &Status| {
+        let samples = read(&text("web", &stats(), status));
+        let names = samples.iter().map(|sample| sample.name.clone());
+        names.collect::<BTreeSet<_>>()
+    };
+    let without = families(&status);
+    status.checkpoints = Some(Checkpoints {
+        completed: 7,
+        failing: Some("the store is away".into()),
+        age_ms: Some(1500),
+        ..Checkpoints::default()
+    });
+    let samples = read(&text("web", &stats(), &status));
+    let get = |name| value(&samples, name, &[]);
+    assert_eq!(get("tandem_checkpoints_completed_total"), 7.0);
+    assert_eq!(get("tandem_checkpoints_failing"), 1.0);
+    assert_eq!(get("tandem_checkpoints_age_seconds"), 1.5);
+    let told = |name: &String| name.starts_with("tandem_checkpoints_");
+    assert!(families(&status).iter().any(told) && !without.iter().any(told));
+}
