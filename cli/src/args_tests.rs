@@ -44,11 +44,32 @@ fn every_flag_is_a_key_of_the_file_and_the_other_way_round() {
     let mut flags: Vec<&str> = run
         .get_arguments()
         .filter_map(clap::Arg::get_long)
-        .filter(|flag| !["config", "dry-run", "help"].contains(flag))
+        .filter(|flag| !["config", "dry-run", "help", "anew"].contains(flag))
         .collect();
     keys.sort_unstable();
     flags.sort_unstable();
     assert_eq!(keys, flags);
+}
+
+#[test]
+fn a_guest_is_resumed_from_a_store_or_where_it_stands() {
+    let resume = |args: &[&str]| {
+        let argv = ["tandem", "resume", "web"];
+        match Cli::try_parse_from(argv.into_iter().chain(args.iter().copied()))?.verb {
+            Verb::Resume(resume) => Ok::<_, clap::Error>(*resume),
+            other => panic!("parsed as {other:?}"),
+        }
+    };
+    let paused = resume(&["--dry-run"]).expect("no more is needed");
+    let change = paused.change().expect("it says nothing of a place");
+    assert_eq!((change.name.as_str(), change.dry_run), ("web", true));
+    let lost = resume(&["--from", "/s", "--every", "2m", "--pin", "0"]).expect("flags");
+    assert_eq!(lost.from, Some(Place::Directory("/s".into())));
+    assert_eq!(lost.every, Some(Duration::from_secs(120)));
+    assert!(resume(&["--every", "1s"]).is_err());
+    let placed = resume(&["--pin", "0"]).expect("flags").change();
+    let told = placed.expect_err("there is no store").report();
+    assert!(told.contains("--from"), "{told}");
 }
 
 #[test]
@@ -144,6 +165,18 @@ fn flags(settings: &Settings) -> Vec<String> {
         mode.name().into()
     });
     flag(&mut all, "tls", settings.tls.as_ref(), path);
+    let store = settings.checkpoint.as_ref();
+    flag(&mut all, "checkpoint", store, Place::to_string);
+    flag(&mut all, "every", settings.every.as_ref(), |every| {
+        value::time(*every)
+    });
+    flag(
+        &mut all,
+        "commit",
+        settings.commit.as_ref(),
+        bool::to_string,
+    );
+    flag(&mut all, "store-key", settings.store_key.as_ref(), path);
     flag(&mut all, "vsock", settings.vsock.as_ref(), |v| {
         format!("cid={},path={}", v.cid, v.path.display())
     });

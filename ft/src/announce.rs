@@ -199,6 +199,19 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_of_which_nothing_is_known_asks_for_its_own_address() {
+        let frame = reverse_arp(MAC);
+        let ethernet = &frame[HEADER_SIZE..];
+        assert_eq!(ethernet[..6], BROADCAST);
+        assert_eq!(ethernet[6..12], MAC);
+        assert_eq!(ethernet[12..14], RARP);
+        // The operation, and whose address is asked for (RFC 903).
+        assert_eq!(ethernet[20..22], [0, 3]);
+        assert_eq!((&ethernet[22..28], &ethernet[32..38]), (&MAC[..], &MAC[..]));
+        assert_eq!(ethernet.len(), 42);
+    }
+
+    #[test]
     fn frames_that_are_cut_short_or_strange_are_borne() {
         let mut announcer = Announcer::default();
         for length in 0..60 {

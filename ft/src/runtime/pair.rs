@@ -540,3 +540,90 @@ impl Gates for Pair {
         console.guard(gate);
     }
 }
+
+#[cfg(test)]
+mod store_tests {
+    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+    use tandem_devices::virtio::net::HEADER_SIZE;
+    use tandem_devices::virtio::net::memory::MemoryBackend;
+
+    use super::*;
+
+    const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
+
+    fn frame(mark: u8) -> Vec<u8> {
+        let mut frame = vec![0; HEADER_SIZE];
+        frame.extend([0xff; 6]);
+        frame.extend(GUEST);
+        frame.extend([0x88, 0xb5, mark]);
+        frame
+    }
+
+    /// A guest's gates, the backend that its network device sees, and the outside.
+    fn guest() -> (Pair, Box<dyn NetBackend>, MemoryBackend) {
+        let pair = Pair::new("guest", 1, 0).unwrap();
+        let outside = MemoryBackend::default();
+        let device = pair.net(0, Box::new(outside.clone()));
+        (pair, device, outside)
+    }
+
+    fn marks(outside: &MemoryBackend) -> Vec<u8> {
+        let sent = std::mem::take(&mut outside.wire().sent);
+        sent.iter().map(|frame| frame[HEADER_SIZE + 14]).collect()
+    }
+
+    #[test]
+    fn outputs_leave_with_the_checkpoint_that_explains_them() {
+        let (pair, mut device, outside) = guest();
+        pair.hold_outputs();
+        device.send(&frame(1));
+        assert!(pair.holds() && marks(&outside).is_empty());
+        let first = pair.explain();
+        device.send(&frame(2));
+        pair.complete();
+        assert_eq!(marks(&outside), [1]);
+        // One that fails leaves its outputs to the next.
+        drop(pair.explain());
+        device.send(&frame(3));
+        let last = pair.explain();
+        device.send(&frame(4));
+        assert!(marks(&outside).is_empty());
+        pair.complete();
+        assert_eq!(marks(&outside), [2, 3]);
+        pair.let_outputs_go(Duration::ZERO);
+        assert_eq!(marks(&outside), [4]);
+        assert_eq!(first.0.nets[0].covered.len(), 1);
+        assert_eq!(last.0.nets[0].covered.len(), 2);
+    }
+
+    #[test]
+    fn who_goes_on_repeats_what_may_not_be_out() {
+        let (pair, mut device, outside) = guest();
+        pair.hold_outputs();
+        device.send(&frame(1));
+        let outputs = pair.explain().to_bytes().unwrap();
+        let (next, mut device, elsewhere) = guest();
+        next.go_on_from(Some(&outputs)).unwrap();
+        assert_eq!(marks(&elsewhere), [1]);
+        device.send(&frame(2));
+        assert_eq!(marks(&elsewhere), [2]);
+        next.announce(&[GUEST]);
+        assert_eq!(elsewhere.wire().sent.len(), 1);
+        assert!(marks(&outside).is_empty());
+        assert!(next.go_on_from(Some(b"nothing")).is_err());
+    }
+
+    #[test]
+    fn a_checkpoint_keeps_a_bounded_part_of_what_is_held() {
+        let (pair, mut device, _outside) = guest();
+        pair.hold_outputs();
+        let large = [frame(0), vec![7; 60_000]].concat();
+        for _ in 0..40 {
+            device.send(&large);
+        }
+        let bytes = pair.explain().to_bytes().unwrap();
+        assert!(bytes.len() <= FRAMES_KEPT + 4096, "{}", bytes.len());
+        assert!(bytes.len() > FRAMES_KEPT / 2, "{}", bytes.len());
+    }
+}

@@ -78,6 +78,7 @@ fn checkpoints_are_made_beside_the_guest_and_told_of() {
     for job in [begin(), Job::Frames(batch(20..30)), Job::Abandon] {
         give(&uploads, job);
     }
+    assert!(matches!(uploads.wait().unwrap(), End::Abandoned));
     for job in [begin(), Job::Pages(0, batch(6..7)), commit("two")] {
         give(&uploads, job);
     }
@@ -132,7 +133,9 @@ fn a_full_queue_gives_the_batch_back() {
     }
     let back = uploads.offer(Job::Frames(batch(3..4))).unwrap();
     assert!(matches!(back, Some(Job::Frames(batch)) if batch.pages().next().unwrap().0 == 3));
-    assert!(uploads.ends().unwrap().is_none());
+    assert_eq!(uploads.waiting(), JOBS_MAX);
+    let soon = std::time::Duration::from_millis(1);
+    assert!(uploads.end_within(soon).unwrap().is_none());
     go.send(()).unwrap();
     drop(uploads);
 }

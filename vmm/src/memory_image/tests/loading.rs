@@ -1,6 +1,7 @@
 //! Loading on demand: nobody sees anything but what was saved, or waits.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -17,7 +18,8 @@ use super::sources::{
 };
 use crate::dirty::PAGE_SIZE;
 use crate::memory_image::{
-    CHUNK_SIZE, Checksums, Loader, MemoryImageError, Stopper, load_all, on_demand_is_available,
+    CHUNK_SIZE, Checksums, Loader, MemoryImageError, MemorySource, Stopper, load_all,
+    on_demand_is_available,
 };
 
 /// Longest wait for something that must happen soon.
@@ -145,6 +147,73 @@ fn all_ways_of_loading_give_the_same() {
     start(&file, &sums, &demand).wait().unwrap();
     assert!(same(&once, &guest));
     assert!(same(&demand, &guest));
+}
+
+/// Memory that is saved elsewhere than in a file; one page of it may be damaged.
+struct Elsewhere {
+    bytes: Vec<u8>,
+    damaged: Option<u64>,
+}
+
+impl MemorySource for Elsewhere {
+    fn length(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn is_zero(&self, offset: u64, length: usize) -> bool {
+        let bytes = &self.bytes[offset as usize..][..length];
+        bytes.iter().all(|byte| *byte == 0)
+    }
+
+    fn read(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        let end = offset + bytes.len() as u64;
+        if self.damaged.is_some_and(|at| (offset..end).contains(&at)) {
+            return Err(io::Error::other("a page is damaged"));
+        }
+        bytes.copy_from_slice(&self.bytes[offset as usize..][..bytes.len()]);
+        Ok(())
+    }
+}
+
+#[test]
+fn memory_is_loaded_from_elsewhere_too() {
+    if !available() {
+        return;
+    }
+    let guest = patchwork(SMALL, 22);
+    let source = |damaged| {
+        let bytes = contents(&guest);
+        Box::new(Elsewhere { bytes, damaged })
+    };
+    let restored = patchwork(SMALL, 23);
+    let fail = |error: MemoryImageError| panic!("{error}");
+    let to = Arc::clone(&restored);
+    let mut loader = Loader::start_from(source(None), to, Box::new(fail), || Ok(())).unwrap();
+    loader.load_ahead();
+    loader.wait().unwrap();
+    assert!(same(&restored, &guest));
+    // One that is damaged is told as a file is.
+    let (told, failure) = mpsc::channel();
+    let tell = Box::new(move |error: MemoryImageError| told.send(error).unwrap());
+    let damaged = (0..contents(&guest).len() as u64)
+        .step_by(CHUNK_SIZE as usize)
+        .find(|at| !source(None).is_zero(*at, CHUNK_SIZE as usize));
+    let to = memory(SMALL);
+    let mut loader = Loader::start_from(source(damaged), to, tell, || Ok(())).unwrap();
+    loader.load_ahead();
+    let error = failure.recv_timeout(PATIENCE).unwrap();
+    assert!(matches!(error, MemoryImageError::Read { .. }), "{error}");
+}
+
+#[test]
+fn memory_of_another_length_is_refused() {
+    let source = Box::new(Elsewhere {
+        bytes: vec![0; CHUNK_SIZE as usize],
+        damaged: None,
+    });
+    let started = Loader::start_from(source, memory(SMALL), Box::new(|_| ()), || Ok(()));
+    let error = started.err().unwrap();
+    assert!(matches!(error, MemoryImageError::Length { .. }), "{error}");
 }
 
 #[test]
