@@ -499,7 +499,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
     pub tls: Option<PathBuf>,
     /// Make checkpoints of the guest in this store, from which any host that reaches it lets the guest go on by
-    /// `tandem resume`: a directory that hosts share
+    /// `tandem resume`: a directory that hosts share; the last few are kept
     #[arg(long, value_name = "STORE", value_parser = value::store, help_heading = "Checkpoints")]
     pub checkpoint: Option<Place>,
     /// How often, such as 500ms or 10s: what is lost at most with the guest, and how long outputs wait with --commit

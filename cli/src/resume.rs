@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tandem_devices::GuestMemory;
+use tandem_store::capture::disks::image_name;
 use tandem_store::capture::{Begin, Owned, Plan, outputs_of};
+use tandem_store::disk;
 use tandem_store::manifest::Manifest;
 use tandem_store::memory::{SavedMemory as StoredMemory, state_of};
 use tandem_store::{Place, StoreError};
@@ -22,7 +24,7 @@ use crate::failure::Failure;
 use crate::output;
 use crate::protect;
 use crate::run::{RunContext, accept, print_plan, run_machine};
-use crate::settings::{Checkpoints, Launch, Located, describe, file};
+use crate::settings::{Checkpoints, Launch, Located, Settings, describe, file};
 
 /// Runs a guest on from its newest checkpoint in `from` until it ends.
 ///
@@ -53,6 +55,7 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
         let owned = take(opened, eager.then_some(&room))?;
         let manifest = owned.base.clone().ok_or(Failure::NothingTaken)?;
         let state = state_of(&owned.guest, &manifest)?;
+        restore_disks(&owned, &manifest, &config)?;
         let saved = match eager {
             true => SavedMemory::Loaded(room),
             false => on_demand(&owned, &manifest, room, confinement)?,
@@ -90,11 +93,40 @@ fn plan(
     let (described, problems) = file::parse(&opened.guest.description(manifest)?);
     let before = Plan::of(manifest);
     let mut settings = described.replace(args.place.settings());
+    if !args.dry_run {
+        make_images(&settings, manifest)?;
+    }
     settings.checkpoint = Some(Located::flag(from.clone()));
     settings.store_key = args.store_key.clone().map(Located::flag);
     settings.every = Some(Located::flag(args.every.unwrap_or(before.interval)));
     settings.commit = Some(Located::flag(args.commit.unwrap_or(before.commit)));
     accept(settings.launch_restored(args.guest.clone()), problems, None)
+}
+
+/// Makes the images that are not there of disks that the checkpoint has.
+fn make_images(settings: &Settings, manifest: &Manifest) -> Result<(), Failure> {
+    for (number, disk) in (0..).zip(&settings.disks) {
+        if let Some(bytes) = disk::bytes_of(manifest, &image_name(number)) {
+            disk::make(&disk.config.path, bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the guest's disks, which this process has locked, what they were at the checkpoint.
+fn restore_disks(
+    owned: &Owned,
+    manifest: &Manifest,
+    config: &MachineConfig,
+) -> Result<(), Failure> {
+    for (number, disk) in (0..).zip(&config.disks) {
+        let name = image_name(number);
+        if !disk.readonly && disk::bytes_of(manifest, &name).is_some() {
+            let written = disk::restore(&owned.guest, manifest, &name, &disk.path)?;
+            tracing::info!(name, written, "a disk is what it was at the checkpoint");
+        }
+    }
+    Ok(())
 }
 
 /// Takes the guest; with `room`, its memory is loaded and checked there before the checkpoint is settled on.

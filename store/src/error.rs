@@ -163,6 +163,14 @@ pub enum StoreError {
         /// Why not.
         source: io::Error,
     },
+    /// The image of a disk cannot be what it was at a checkpoint.
+    #[error("disk image `{}` cannot be used: {what}", path.display())]
+    Disk {
+        /// The image.
+        path: PathBuf,
+        /// Why not.
+        what: String,
+    },
     /// A guest's outputs cannot be kept.
     #[error(transparent)]
     Outputs(#[from] Box<ProtectionError>),

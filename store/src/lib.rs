@@ -33,6 +33,7 @@
 pub mod backend;
 pub mod capture;
 pub mod chunk;
+pub mod disk;
 mod envelope;
 pub mod error;
 pub mod frames;

@@ -27,6 +27,8 @@ use tempfile::TempDir;
 
 /// How often the guest's host is lost.
 const KILLS: usize = 5;
+/// Bytes of a disk.
+const DISK_BYTES: u64 = 32 << 20;
 /// Pause before something is looked at again.
 const LOOK: Duration = Duration::from_millis(5);
 /// Longer than an interval and the time that a checkpoint takes, also on a busy machine.
@@ -198,6 +200,52 @@ fn count_up(network: &Network, time: Duration) -> Vec<(u64, Instant)> {
         told.push((count.parse().unwrap(), Instant::now()));
     }
     told
+}
+
+#[test]
+fn disks_are_what_they_were_at_the_checkpoint() {
+    if cannot_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path().join("store");
+    fs::create_dir(&store).unwrap();
+    let image = |number: usize| directory.path().join(format!("{number}.img"));
+    let flag = |number| format!("path={}", image(number).display());
+    let file = fs::File::create(image(0)).unwrap();
+    file.set_len(DISK_BYTES).unwrap();
+    // It knows what it wrote, and looks at it again and again.
+    let cmdline = "blocks=2048 ops=0 depth=8 write=60 flush=16 report=100";
+    let guest = GuestBuilder::image("disk", cmdline);
+    let guest = guest.arg("--checkpoint").arg(&store);
+    let guest = guest.arg("--every").arg("50ms");
+    let mut guest = guest.arg("--disk").arg(flag(0)).start();
+    guest.wait_for("disk: ready");
+    // Each time on another host, where there is no image yet, and at last where it was before.
+    for host in [1, 2, 0] {
+        wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 3);
+        expect_sound(&mut guest);
+        kill(guest);
+        guest = GuestBuilder::resumed(&store)
+            .arg("--disk")
+            .arg(flag(host))
+            .start();
+    }
+    expect_sound(&mut guest);
+    expect_sound(&mut guest);
+}
+
+/// Waits until a guest with a disk has done more, and found nothing wrong.
+fn expect_sound(guest: &mut Guest) {
+    let line = guest.wait_for("errors=");
+    assert!(line.contains("errors=0"), "{line}");
+    let wrong = |line: &&String| {
+        ["CORRUPT", "FAILED", "PANIC"]
+            .iter()
+            .any(|w| line.contains(w))
+    };
+    let found = guest.console_seen().iter().find(wrong);
+    assert_eq!(found, None);
 }
 
 #[test]

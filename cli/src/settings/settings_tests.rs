@@ -91,6 +91,69 @@ fn standbys_are_one_or_a_list_of_bounded_length() {
 }
 
 #[test]
+fn checkpoints_need_a_store_and_nothing_that_others_have_too() {
+    let place = tempfile::tempdir().expect("a directory");
+    let image = place.path().join("kernel");
+    fs::write(&image, "x").expect("a file");
+    let problems = |text: &str| {
+        let text = format!("kernel = '{}'\n{text}", image.display());
+        let (settings, problems) = file::parse(&text);
+        assert_eq!(problems, [], "{text}");
+        match settings.launch("web".into()) {
+            Ok(launch) => Ok(launch.checkpoints),
+            Err(problems) => Err(problems
+                .into_iter()
+                .map(|p| p.key + ": " + &p.message)
+                .collect::<String>()),
+        }
+    };
+    let there = place.path().display();
+    let found = problems(&format!(
+        "checkpoint = '{there}'\nevery = '50ms'\ncommit = true"
+    ));
+    let plan = found.expect("they fit").expect("there is a store").plan;
+    assert_eq!(
+        (plan.interval, plan.commit),
+        (Duration::from_millis(50), true)
+    );
+    assert_eq!(problems("").expect("nothing is said"), None);
+    for (text, told) in [
+        (
+            "checkpoint = '/no/such/place'".to_owned(),
+            "checkpoint: `/no/such/place` is no directory",
+        ),
+        ("every = '1s'".to_owned(), "every: there are no checkpoints"),
+        (
+            "commit = false".to_owned(),
+            "commit: there are no checkpoints",
+        ),
+        (
+            format!("checkpoint = '{there}'\nstore-key = '/no/key'"),
+            "store-key: it cannot be used",
+        ),
+        (
+            format!("checkpoint = '{there}'\nprotect = 'h:1'\narbiter = '{there}'"),
+            "protect: a guest that has checkpoints",
+        ),
+        ("checkpoint = 's3://bucket/x'".to_owned(), "--confine off"),
+    ] {
+        let found = problems(&text).expect_err(&text);
+        assert!(found.contains(told), "{text}: {found}");
+    }
+    let lines = lines("every = '1ms'\ncheckpoint = 'http://x'");
+    assert!(
+        lines
+            .iter()
+            .any(|line| line.contains("must be 10ms to 1440m")),
+        "{lines:?}"
+    );
+    assert!(
+        lines.iter().any(|line| line.contains("s3://BUCKET/PREFIX")),
+        "{lines:?}"
+    );
+}
+
+#[test]
 fn a_pace_is_text_or_a_table() {
     let pace = |text: &str| {
         let (settings, problems) = file::parse(&format!("[[disk]]\npath = 'a'\npace = {text}\n"));
@@ -408,6 +471,10 @@ prop_compose! {
             Just(ResyncMode::Stopped),
         ]),
         tls in proptest::option::of(some_path()),
+        checkpoint in proptest::option::of("/[a-z]{1,9}|s3://[a-z]{3,9}/[a-z]{1,9}"),
+        every_ms in proptest::option::of(10u64..86_400_000),
+        commit in proptest::option::of(any::<bool>()),
+        store_key in proptest::option::of(some_path()),
         disks in proptest::collection::vec(some_disk(), 0..3),
         nets in proptest::collection::vec(some_net(), 0..3),
         vsock in proptest::option::of((3u32..u32::MAX, some_path())),
@@ -435,6 +502,10 @@ prop_compose! {
             arbiter: arbiter.map(Located::flag),
             resync: resync.map(Located::flag),
             tls: tls.map(Located::flag),
+            checkpoint: checkpoint.map(|place| Located::flag(place.parse().expect("a place"))),
+            every: every_ms.map(|ms| Located::flag(Duration::from_millis(ms))),
+            commit: commit.map(Located::flag),
+            store_key: store_key.map(Located::flag),
             disks,
             nets,
             vsock: vsock.map(|(cid, path)| Located::flag(VsockConfig { cid, path })),

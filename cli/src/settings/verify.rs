@@ -11,7 +11,7 @@ use rustix::thread::{CpuSet, sched_getaffinity};
 use tandem_ft::runtime::STANDBYS_MAX;
 use tandem_store::seal::Key;
 use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
-use tandem_vmm::confinement::credentials;
+use tandem_vmm::confinement::{Enforcement, credentials};
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::tls::Keys;
 
@@ -357,6 +357,12 @@ fn checkpoints(settings: &Settings, problems: &mut Problems) {
         let message = format!("`{path}` is no directory; it must be there before");
         problems.add(store.at, "checkpoint", message);
     }
+    let confined = settings.confine.as_ref().map(|confine| confine.value);
+    if store.value.directory().is_none() && confined != Some(Enforcement::Off) {
+        let message =
+            "a VMM that is confined cannot reach a bucket yet; allowed with `--confine off`";
+        problems.add(store.at, "checkpoint", message);
+    }
     if let Some(key) = &settings.store_key
         && let Err(error) = Key::read(&key.value)
     {
@@ -370,13 +376,6 @@ fn checkpoints(settings: &Settings, problems: &mut Problems) {
     if let Some(vsock) = &settings.vsock {
         let message = "a guest that has checkpoints in a store cannot have it: programs of one host are at its other end";
         problems.add(vsock.at, "vsock", message);
-    }
-    for disk in settings.disks.iter().filter(|disk| !disk.config.readonly) {
-        let path = disk.config.path.display();
-        let message = format!(
-            "`{path}` can be written to: a guest that has checkpoints in a store can have readonly disks only"
-        );
-        problems.add(disk.path_at, "disk", message);
     }
 }
 

@@ -26,12 +26,20 @@ struct State {
     image: Option<(Arc<File>, u64)>,
     /// Blocks that were written, if that matters.
     written: Option<RoaringBitmap>,
+    /// They matter for a store, which is no copy.
+    stored: bool,
     /// Blocks of each request that writes and is not done, by its token.
     under_way: HashMap<usize, RangeInclusive<u32>>,
     /// Writes wait.
     holds: bool,
     /// Why the host failed a request of a guest that has a copy.
     failure: Option<String>,
+}
+
+impl State {
+    fn has_copy(&self) -> bool {
+        self.written.is_some() && !self.stored
+    }
 }
 
 /// The gate of one disk that the guest may write to.
@@ -74,11 +82,18 @@ impl DiskGate {
     pub(crate) fn track(&self) {
         let mut state = self.lock();
         state.failure = None;
+        state.stored = false;
         let mut written = RoaringBitmap::new();
         for blocks in state.under_way.values() {
             written.insert_range(blocks.clone());
         }
         state.written = Some(written);
+    }
+
+    /// As [`DiskGate::track`], for a store: the guest has no copy, and sees what the host fails.
+    pub(crate) fn track_for_store(&self) {
+        self.track();
+        self.lock().stored = true;
     }
 
     /// What was written since this was asked last, or since [`DiskGate::track`].
@@ -89,6 +104,21 @@ impl DiskGate {
             .as_mut()
             .map(std::mem::take)
             .unwrap_or_default()
+    }
+
+    /// The same of a guest that may run. Blocks of requests that are not done come again: what they write may not be
+    /// in the image yet.
+    pub(crate) fn take_written_so_far(&self) -> RoaringBitmap {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let Some(written) = &mut state.written else {
+            return RoaringBitmap::new();
+        };
+        let taken = std::mem::take(written);
+        for blocks in state.under_way.values() {
+            written.insert_range(blocks.clone());
+        }
+        taken
     }
 
     /// Blocks that were written since the last checkpoint.
@@ -158,13 +188,13 @@ impl DiskGate {
 
     /// Whether the guest has a copy.
     fn has_copy(&self) -> bool {
-        self.lock().written.is_some()
+        self.lock().has_copy()
     }
 
     /// The host failed a request. Whether the guest is not to see that.
     fn withholds(&self, error: &io::Error) -> bool {
         let mut state = self.lock();
-        if state.written.is_none() {
+        if !state.has_copy() {
             return false;
         }
         if state.failure.is_none() {
@@ -416,6 +446,30 @@ mod tests {
         LazyLock::new(|| Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap()));
 
     const WRITE: Operation = Operation::Write { durable: false };
+
+    #[test]
+    fn writes_that_are_not_done_come_again_as_long_as_the_guest_runs() {
+        let (gate, mut disk) = disk();
+        gate.track_for_store();
+        disk.submit(request(1, WRITE, 10));
+        disk.submit(request(2, WRITE, 20));
+        assert!(matches!(disk.next_completed(), Some((1, Ok(())))));
+        let taken = || gate.take_written_so_far().iter().collect::<Vec<_>>();
+        assert_eq!(taken(), [10, 11, 20, 21]);
+        assert_eq!(taken(), [20, 21]);
+        while disk.next_completed().is_some() {}
+        assert_eq!(taken(), [20, 21]);
+        assert!(taken().is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_is_followed_for_a_store_sees_what_the_host_fails() {
+        let (gate, mut disk) = disk();
+        gate.track_for_store();
+        disk.submit(request(BROKEN, WRITE, 10));
+        assert!(matches!(disk.next_completed(), Some((BROKEN, Err(_)))));
+        assert_eq!((gate.failure(), blocks(&gate)), (None, vec![10, 11]));
+    }
 
     #[test]
     fn writes_that_are_not_done_when_tracking_begins_count() {

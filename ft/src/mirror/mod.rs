@@ -43,6 +43,8 @@ use std::sync::Arc;
 pub use replica::{ReplicaError, make};
 pub(crate) use replica::{Staging, answer, open};
 use roaring::RoaringBitmap;
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
 pub(crate) use source::{all_of, reconcile};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
@@ -123,9 +125,9 @@ pub(crate) fn extents(
     })
 }
 
-/// An image of disk `disk`.
+/// An image of a disk.
 #[derive(Debug)]
-pub(crate) struct Image {
+pub struct Image {
     pub(crate) disk: u8,
     file: Arc<File>,
     bytes: u64,
@@ -137,9 +139,53 @@ impl Image {
         Self { disk, file, bytes }
     }
 
+    /// Number of the disk.
+    pub fn disk(&self) -> u8 {
+        self.disk
+    }
+
     /// Its size in bytes.
-    pub(crate) fn bytes(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Reads whole blocks of 4 KiB from block `first` on; what is behind the end of the disk is zero.
+    ///
+    /// # Errors
+    /// When the image cannot be read, or has no such block.
+    pub fn read_blocks(&self, first: u64, content: &mut [u8]) -> io::Result<()> {
+        let start = first * BLOCK;
+        let there = self.bytes.checked_sub(start);
+        let there = there.ok_or(io::ErrorKind::InvalidInput)?;
+        let length = there.min(content.len() as u64) as usize;
+        content[length..].fill(0);
+        self.file.read_exact_at(&mut content[..length], start)
+    }
+
+    /// The parts of it that may hold something other than zeros, in bytes. Moves the file's position.
+    ///
+    /// # Errors
+    /// When the file system fails.
+    pub fn data(&self) -> io::Result<Vec<Range<u64>>> {
+        let mut parts = Vec::new();
+        let mut end = 0;
+        while end < self.bytes {
+            let start = match seek(&self.file, SeekFrom::Data(end)) {
+                Ok(start) => start,
+                // There is none up to the end.
+                Err(Errno::NXIO) => break,
+                // It cannot tell.
+                Err(Errno::INVAL) => end,
+                Err(error) => return Err(error.into()),
+            };
+            end = match seek(&self.file, SeekFrom::Hole(start)) {
+                Ok(hole) => hole.min(self.bytes),
+                Err(Errno::INVAL) => self.bytes,
+                Err(error) => return Err(error.into()),
+            };
+            parts.push(start..end);
+        }
+        Ok(parts)
     }
 
     /// Where `extent` is in it, in bytes; none if it is not.

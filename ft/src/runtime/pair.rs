@@ -376,7 +376,7 @@ impl Pair {
     // Both.
 
     /// Images of the guest's disks that it may write to.
-    pub(super) fn images(&self) -> Vec<Image> {
+    pub fn images(&self) -> Vec<Image> {
         self.disks.iter().filter_map(|disk| disk.image()).collect()
     }
 
@@ -385,6 +385,14 @@ impl Pair {
         let disks = (0..).zip(&self.disks);
         disks
             .map(|(number, disk)| (number, disk.take_written()))
+            .collect()
+    }
+
+    /// As far as is known while the guest may run: some of it may come again.
+    pub fn take_written_so_far(&self) -> Vec<(u8, RoaringBitmap)> {
+        let disks = (0..).zip(&self.disks);
+        disks
+            .map(|(number, disk)| (number, disk.take_written_so_far()))
             .collect()
     }
 
@@ -398,8 +406,13 @@ impl Pair {
         self.disks.iter().for_each(|disk| disk.track());
     }
 
+    /// The same, for a store.
+    pub fn follow_disks(&self) {
+        self.disks.iter().for_each(|disk| disk.track_for_store());
+    }
+
     /// The guest, which stands, will wait with writes to its disks.
-    pub(super) fn hold_disks(&self) {
+    pub fn hold_disks(&self) {
         self.disks.iter().for_each(|disk| disk.hold());
     }
 
@@ -409,7 +422,7 @@ impl Pair {
     }
 
     /// It waits no longer.
-    pub(super) fn let_disks_go(&self) {
+    pub fn let_disks_go(&self) {
         self.disks.iter().for_each(|disk| disk.let_go());
     }
 

@@ -7,9 +7,11 @@ use std::time::Duration;
 use tandem_ft::delta::Staging;
 use tandem_ft::runtime::Outputs;
 use tandem_vmm::dirty::PageSet;
+use tandem_vmm::migration::pages::Batch;
 use tandem_vmm::snapshot::GuestState;
 use tandem_vmm::snapshot::save::Session;
 
+use super::disks::Disks;
 use super::sink::{Sink, give, gone};
 use super::tally::Made;
 use super::{Captured, OUTPUTS, PLAN, Plan, SECTION_VERSION, Shared};
@@ -42,9 +44,12 @@ pub(super) struct Captor<'a> {
     handed: PageSet,
     /// All of memory is to be handed over.
     whole: bool,
+    /// As that, of the disks, which a reset leaves as they are.
+    disks_whole: bool,
     /// The last checkpoint that is complete.
     last: Option<CheckpointId>,
     staged: Staging,
+    disks: Disks,
     images: Vec<(String, u64)>,
 }
 
@@ -74,9 +79,13 @@ impl<'a> Captor<'a> {
         (last, whole): (Option<CheckpointId>, bool),
     ) -> Self {
         let memory = Arc::clone(&session.saving().memory);
+        let disks = Disks::of(&guest.pair);
+        let images = vec![(MEMORY.to_owned(), Frames::of(&memory).bytes())];
         Self {
             handed: PageSet::covering(&memory),
-            images: vec![(MEMORY.to_owned(), Frames::of(&memory).bytes())],
+            images: images.into_iter().chain(disks.images()).collect(),
+            disks,
+            disks_whole: whole,
             staged: Staging::new(memory),
             guest,
             shared,
@@ -102,9 +111,12 @@ impl<'a> Captor<'a> {
         match &made {
             Ok(_) => {
                 self.handed.clear();
+                self.disks.complete();
                 self.whole = false;
+                self.disks_whole = false;
             }
             Err(_) => {
+                self.disks.again();
                 self.session.copy_again(&self.handed)?;
                 self.handed.clear();
             }
@@ -146,15 +158,23 @@ impl<'a> Captor<'a> {
 
     /// Hands over all pages, the last of them after the guest stood.
     fn capture(&mut self) -> Result<Cut, StoreError> {
+        self.copy_disks()?;
         self.copy_while_much()?;
         self.staged.clear(STAGING_KEPT);
         let stopped = self.session.freeze(&mut self.staged)?;
+        let held = self.disks.hold();
         let outputs = self.plan.commit.then(|| self.guest.pair.explain());
         let stand = self.session.thaw()?;
+        let blocks = self.rest_of_disks()?;
+        // Before anything waits for the store.
+        drop(held);
         let memory = Arc::clone(&self.session.saving().memory);
         let zeros = self.last.is_some();
         let mut sink = Sink::new(&self.uploads, self.shared, &memory, &mut self.handed, zeros);
         sink.copied(self.staged.batch())?;
+        for (image, batch) in blocks {
+            self.give(Job::Pages(image, batch))?;
+        }
         Ok(Cut {
             state: stopped.frozen.state,
             outputs,
@@ -164,6 +184,26 @@ impl<'a> Captor<'a> {
                 left: stopped.pages,
             },
         })
+    }
+
+    /// Hands over blocks of disks while the guest runs, until those that are left are few.
+    fn copy_disks(&mut self) -> Result<(), StoreError> {
+        if self.disks_whole {
+            self.disks.all(self.last.is_some())?;
+        }
+        let (uploads, shared) = (&self.uploads, self.shared);
+        let mut hand = |image, batch| give(uploads, shared, Job::Pages(image, batch));
+        self.disks.copy_while_much(&mut hand)
+    }
+
+    /// The blocks of disks that are left, as they were when the guest stood.
+    fn rest_of_disks(&mut self) -> Result<Vec<(usize, Batch)>, StoreError> {
+        let mut blocks = Vec::new();
+        self.disks.copy(&mut |image, batch| {
+            blocks.push((image, batch));
+            Ok(())
+        })?;
+        Ok(blocks)
     }
 
     /// Hands over pages while the guest runs, until those that are left are few.
@@ -242,6 +282,7 @@ impl<'a> Captor<'a> {
         if last != self.last && !last.is_some_and(tried) {
             // It is none that was made here: what it has is not known.
             self.whole = true;
+            self.disks_whole = true;
         }
         self.last = last;
     }

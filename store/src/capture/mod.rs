@@ -16,6 +16,7 @@
 //! told that another owns the guest ends it here: two live copies would be worse than one.
 
 mod captor;
+pub mod disks;
 mod sink;
 mod tally;
 mod thread;
@@ -163,6 +164,7 @@ impl Capture {
         if plan.commit {
             guest.pair.hold_outputs();
         }
+        guest.pair.follow_disks();
         let pair = Arc::clone(&guest.pair);
         let shared = Arc::<Shared>::default();
         let (stop, stopped) = sync_channel(1);

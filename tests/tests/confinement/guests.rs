@@ -21,7 +21,7 @@ type Run = fn(Prepare<'_>);
 const FRAME_LEN: u32 = 60;
 
 /// All of them, by name.
-pub(crate) const ALL: [(&str, Run); 23] = [
+pub(crate) const ALL: [(&str, Run); 24] = [
     ("reset", reset),
     ("console", console),
     ("verbs", verbs),
@@ -38,6 +38,7 @@ pub(crate) const ALL: [(&str, Run); 23] = [
     ("staging", staging),
     ("keeper", keeper),
     ("checkpoint", checkpoint),
+    ("checkpoint-end", checkpoint_end),
     ("resume", resume),
     ("migrate-tls", migrate_encrypted),
     ("protect-tls", protect_encrypted),
@@ -233,14 +234,24 @@ fn move_on(source: Prepare<'_>, target: Prepare<'_>) {
     stop(target);
 }
 
-/// A guest with so many checkpoints that old ones are removed, which ends by itself.
+/// A guest with so many checkpoints that old ones are removed.
 fn checkpoint(prepare: Prepare<'_>) {
     let store = tempfile::tempdir().unwrap();
     let guest = stored("hello", "stay", store.path());
     let guest = ready(prepare(guest), "hello");
     await_checkpoints(&guest, 70);
-    tandem(&guest, &["stop", "guest"]);
-    guest.wait().assert_success();
+    stop(guest);
+}
+
+/// A guest with checkpoints of its disk, which ends by itself.
+fn checkpoint_end(prepare: Prepare<'_>) {
+    let store = tempfile::tempdir().unwrap();
+    let path = store.path().join("disk.img");
+    File::create(&path).unwrap().set_len(32 << 20).unwrap();
+    let guest = stored("disk", "blocks=512 ops=2000 write=60", store.path());
+    let guest = guest.arg("--disk").arg(format!("path={}", path.display()));
+    let ended = prepare(guest).start().wait();
+    ended.assert_success().assert_console("errors=0");
 }
 
 /// A guest that goes on from a store.

@@ -36,8 +36,9 @@ pub(super) const WRITE: &[Rule] = &[
     allow_if(
         Sysno::fcntl,
         &[Is(1, libc::F_GETFL as u32)],
-        "reading a directory",
-    ),
+        "a directory that was opened by its descriptor is read",
+    )
+    .rare("as `unlinkat`"),
     allow(Sysno::lseek, "which memory of the guest was ever touched"),
     allow(
         Sysno::clock_nanosleep,
