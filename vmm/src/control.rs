@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::dirty::{Follower, PAGE_SIZE, PageSet};
 use crate::kvm::standing::{Stand, Standing};
-use crate::machine::Replacement;
+use crate::machine::{LoadMemory, MemoryAhead, Replacement};
 use crate::snapshot::{GuestState, HardwareState};
 
 /// Longest wait for the machine's answer to a command.
@@ -155,6 +155,8 @@ pub enum Command {
     Gather,
     /// Let a guest that is a copy go on from another state; it stands afterwards.
     Replace(Box<Replacement>),
+    /// Put memory in place for a state that a copy may be given later; it stands.
+    LoadAhead(MemoryAhead),
     /// The guest is a copy of none any more.
     GoLive,
     /// Pace the completions of the device of this name.
@@ -499,6 +501,16 @@ impl Handle {
     /// As [`Handle::request`]; if the state was refused nothing changed, otherwise the guest ends.
     pub fn replace(&self, replacement: Replacement) -> Result<(), ControlError> {
         self.request(Command::Replace(Box::new(replacement)))
+            .map(drop)
+    }
+
+    /// Puts memory in place for a state that a guest that is a copy may be given later, by [`Handle::replace`]. It
+    /// stands until then.
+    ///
+    /// # Errors
+    /// As [`Handle::request`], and when it is no copy. Its memory may be neither this nor that then.
+    pub fn load_ahead(&self, load: LoadMemory) -> Result<(), ControlError> {
+        self.request(Command::LoadAhead(MemoryAhead(load)))
             .map(drop)
     }
 

@@ -50,7 +50,7 @@ use crate::resources::{Images, Resources};
 use crate::snapshot::{GuestState, SnapshotError};
 use moderation::Moderation;
 use replace::Shadow;
-pub use replace::{LoadMemory, Replacement};
+pub use replace::{LoadMemory, MemoryAhead, Replacement};
 pub use restore::{SavedMemory, StartLoader};
 use saving::{Probe, SavePhase, Saves};
 

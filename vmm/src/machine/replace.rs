@@ -46,6 +46,15 @@ impl fmt::Debug for Replacement {
     }
 }
 
+/// Memory for a guest that stands and is to be replaced later.
+pub struct MemoryAhead(pub LoadMemory);
+
+impl fmt::Debug for MemoryAhead {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("MemoryAhead")
+    }
+}
+
 /// Whether the guest is a copy of one that runs elsewhere.
 #[derive(Debug, Default)]
 pub(super) enum Shadow {
@@ -105,6 +114,26 @@ impl Machine {
         tracing::debug!(?end, "the copy ended");
         self.stop_guest(&mut FreezeTimes::default());
         self.shadow = Shadow::Ended(end);
+    }
+
+    /// Puts memory in place for a state that the guest, which stands, may be given later.
+    pub(super) fn load_ahead(
+        &mut self,
+        MemoryAhead(load): MemoryAhead,
+    ) -> Result<Answer, ControlError> {
+        if matches!(self.shadow, Shadow::No) {
+            let reason = "the guest is no copy of another: its memory is its own";
+            return Err(ControlError::Failed(reason.into()));
+        }
+        if self.state == MachineState::Running {
+            self.stop_guest(&mut FreezeTimes::default());
+        }
+        let own = self.own_pages().map_err(failed)?;
+        load(&self.memory, &own).map_err(failed)?;
+        // Both sides have what was loaded.
+        let known = self.own_writes.as_ref().map(Follower::forget_own_writes);
+        known.unwrap_or(Ok(())).map_err(failed)?;
+        Ok(Answer::Done)
     }
 
     /// Lets the guest go on from another state. It stands afterwards.

@@ -170,7 +170,12 @@ impl Machine {
             match source {
                 Source::Wake => woken = true,
                 Source::Console => pending.input = true,
-                _ if self.state == MachineState::Paused => self.deferred.push(source),
+                // A guest may stand for long, and each source is looked at once anyway.
+                _ if self.state == MachineState::Paused => {
+                    if !self.deferred.contains(&source) {
+                        self.deferred.push(source);
+                    }
+                }
                 _ => {
                     busy = true;
                     model.handle(source);
@@ -284,6 +289,7 @@ impl Machine {
             Command::FollowCopyNoMore => self.follow_copy_no_more(),
             Command::Gather => self.gather(),
             Command::Replace(replacement) => self.replace(*replacement),
+            Command::LoadAhead(memory) => self.load_ahead(memory),
             Command::GoLive => self.go_live(),
             Command::GiveUp => {
                 end = Some(End::Outcome(Outcome::Left));
