@@ -3,6 +3,8 @@
 //! `maxmemory=` on the command line bounds what the store may take, in octets; without it, five
 //! eighths of the machine's free memory. A quarter is for the connections, and the rest for what
 //! neither of them counts.
+//!
+//! With `clock` it answers `TIME`, by which copies of the guest differ.
 #![no_std]
 #![no_main]
 
@@ -18,6 +20,7 @@ fn main() {
     let limit = rt::args().get("maxmemory", rt::heap::bytes() / 8 * 5);
     let service = Database {
         store: Store::new(limit),
+        tells_time: rt::args().flag("clock"),
     };
     net::guest::run("kv", PORT, false, service);
 }
@@ -25,6 +28,7 @@ fn main() {
 /// The store behind all connections.
 struct Database {
     store: Store,
+    tells_time: bool,
 }
 
 /// One connection.
@@ -59,6 +63,9 @@ impl Service for Database {
     }
 
     fn serve(&mut self, connection: &mut Connection, stream: &mut Stream<'_>) -> Flow {
+        if self.tells_time {
+            self.store.set_time(rt::clock::now());
+        }
         loop {
             connection
                 .session

@@ -58,6 +58,7 @@ pub(crate) fn run(arguments: Arguments<'_>, store: &mut Store, outbox: &mut Outb
         b"DBSIZE" => command.dbsize(),
         b"FLUSHALL" | b"FLUSHDB" => command.flush(),
         b"INFO" => command.info(),
+        b"TIME" => command.time(),
         b"CONFIG" => command.config(),
         b"COMMAND" => command.describe(),
         b"CLIENT" => command.client(),
@@ -288,6 +289,19 @@ impl Command<'_> {
             text += &format!("db0:keys={},expires=0,avg_ttl=0\r\n", self.store.len());
         }
         self.outbox.bulk(text.as_bytes());
+    }
+
+    /// Seconds and microseconds since boot, where the guest may tell them: copies of it differ in them.
+    fn time(&mut self) {
+        let Some(time) = self.store.time() else {
+            return self.unknown();
+        };
+        if self.takes(1..=1) {
+            self.outbox.array(2);
+            for part in [time / 1_000_000, time % 1_000_000] {
+                self.outbox.bulk(format!("{part}").as_bytes());
+            }
+        }
     }
 
     /// `CONFIG GET name...`, with `*` for all; `CONFIG RESETSTAT`.

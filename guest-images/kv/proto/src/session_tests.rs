@@ -46,6 +46,14 @@ fn reply(store: &mut Store, request: &str) -> String {
 }
 
 #[test]
+fn time_is_told_where_it_may_be() {
+    let mut store = Store::new(ROOM);
+    assert!(reply(&mut store, "TIME").starts_with("-ERR unknown"));
+    store.set_time(12_000_345);
+    assert_eq!(reply(&mut store, "TIME"), "*2|$2|12|$3|345|");
+}
+
+#[test]
 fn answers_like_redis() {
     let cases = [
         ("PING", "+PONG|"),

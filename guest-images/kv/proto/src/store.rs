@@ -76,6 +76,8 @@ pub struct Store {
     map: HashMap<Box<[u8]>, Value, FixedState>,
     used: usize,
     limit: usize,
+    /// Microseconds since boot that commands may tell, if they may.
+    time: Option<u64>,
 }
 
 impl Store {
@@ -85,7 +87,18 @@ impl Store {
             map: HashMap::with_hasher(FixedState::with_seed(HASH_SEED)),
             used: 0,
             limit,
+            time: None,
         }
+    }
+
+    /// Commands may tell that so many microseconds have passed since boot.
+    pub fn set_time(&mut self, time: u64) {
+        self.time = Some(time);
+    }
+
+    /// Microseconds since boot, if they may be told.
+    pub(crate) fn time(&self) -> Option<u64> {
+        self.time
     }
 
     /// How many keys there are.
