@@ -2,7 +2,8 @@
 //! (US10579485).
 //!
 //! Both copies run and get the same inputs. Each output of the two is compared and leaves once, when
-//! both produced it, or when a checkpoint that explains it is loaded by the copy.
+//! both produced it, or when a checkpoint that explains it is loaded by the copy. A guest whose copies differ too
+//! often has a copy that stands, and outputs that all wait for a checkpoint ([`mode`]).
 
 pub mod announce;
 pub mod arbiter;
@@ -14,6 +15,7 @@ pub mod keeper;
 pub mod lease;
 pub mod link;
 pub mod mirror;
+pub mod mode;
 pub mod packet;
 pub mod pair;
 pub mod percentiles;
