@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tandem_ft::mode::Choice;
 use tandem_ft::runtime::ResyncMode;
 use tandem_store::Place;
 use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, Pace, VsockConfig};
@@ -238,18 +239,27 @@ pub enum Verb {
         #[arg(value_parser = value::name)]
         name: String,
     },
-    /// Protect a running guest by a copy of it that runs where `tandem standby` listens
+    /// Protect a running guest by a copy of it that runs where `tandem standby` listens, or change the mode of one
+    /// that is protected
     Protect {
         /// Guest and dry run.
         #[command(flatten)]
         change: ChangeArgs,
         /// Where the standby listens: HOST:PORT or the path of a unix socket; repeatable: all are tried in
-        /// their order
-        #[arg(long, value_name = "ADDRESS", value_parser = value::address, required = true)]
+        /// their order. A guest that is protected needs none
+        #[arg(long, value_name = "ADDRESS", value_parser = value::address, requires = "arbiter",
+            required_unless_present_any = ["mode", "latency_budget"])]
         to: Vec<Address>,
         /// The directory that decides who owns the guest; on storage that both hosts share
-        #[arg(long, value_name = "DIR", value_parser = value::path)]
-        arbiter: PathBuf,
+        #[arg(long, value_name = "DIR", value_parser = value::path, requires = "to")]
+        arbiter: Option<PathBuf>,
+        /// How the guest is protected: `lockstep` (both copies run and are compared), `checkpoint` (the copy stands,
+        /// outputs wait for the next checkpoint) or `auto`, whichever costs the guest less [default: auto]
+        #[arg(long, value_name = "MODE", value_parser = value::mode)]
+        mode: Option<Choice>,
+        /// How long outputs may wait for a checkpoint [default: 10ms]
+        #[arg(long, value_name = "TIME", value_parser = value::latency_budget)]
+        latency_budget: Option<Duration>,
         /// What the guest waits for when its copy is made the same: `running` only for its own part,
         /// `stopped` until the copy runs too, which then needs no second image of the guest's memory
         #[arg(long, value_name = "MODE", default_value = "running", value_parser = value::resync)]
@@ -494,6 +504,13 @@ pub struct RunArgs {
     /// `stopped` until the copy runs too, which then needs no second image of the guest's memory [default: running]
     #[arg(long, value_name = "MODE", value_parser = value::resync, help_heading = "Protection")]
     pub resync: Option<ResyncMode>,
+    /// How the guest is protected: `lockstep` (both copies run and are compared), `checkpoint` (the copy stands,
+    /// outputs wait for the next checkpoint) or `auto`, whichever costs the guest less [default: auto]
+    #[arg(long, value_name = "MODE", value_parser = value::mode, help_heading = "Protection")]
+    pub mode: Option<Choice>,
+    /// How long outputs may wait for a checkpoint [default: 10ms]
+    #[arg(long, value_name = "TIME", value_parser = value::latency_budget, help_heading = "Protection")]
+    pub latency_budget: Option<Duration>,
     /// Encrypt the links with the copy, by the keys in this directory (see `tandem keys --help`); without, links by
     /// HOST:PORT are neither encrypted nor authenticated
     #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
@@ -730,6 +747,8 @@ impl RunArgs {
             protect: self.protect.map(Located::flag),
             arbiter: self.arbiter.map(Located::flag),
             resync: self.resync.map(Located::flag),
+            mode: self.mode.map(Located::flag),
+            latency_budget: self.latency_budget.map(Located::flag),
             tls: self.tls.map(Located::flag),
             checkpoint: self.checkpoint.map(Located::flag),
             every: self.every.map(Located::flag),

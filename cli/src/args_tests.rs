@@ -164,6 +164,13 @@ fn flags(settings: &Settings) -> Vec<String> {
     flag(&mut all, "resync", settings.resync.as_ref(), |mode| {
         mode.name().into()
     });
+    flag(&mut all, "mode", settings.mode.as_ref(), |mode| {
+        mode.name().into()
+    });
+    let budget = settings.latency_budget.as_ref();
+    flag(&mut all, "latency-budget", budget, |time| {
+        value::latency_budget_text(*time)
+    });
     flag(&mut all, "tls", settings.tls.as_ref(), path);
     let store = settings.checkpoint.as_ref();
     flag(&mut all, "checkpoint", store, Place::to_string);

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tandem_ft::mode::Wish;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
 use tandem_ft::runtime::{Desk, Pair, ResyncMode, Standbys};
@@ -14,7 +15,7 @@ use tandem_vmm::error::causes;
 use tandem_vmm::migration::{MigrationError, Peer, source};
 use tandem_vmm::snapshot::{SnapshotError, directory};
 
-use crate::api::types::{MigrationReport, SnapshotReport};
+use crate::api::types::{MigrationReport, ModeBody, SnapshotReport};
 
 /// The calls of a running machine that the API and the signals need. All of them wait for the
 /// machine's answer, at most [`ANSWER_TIMEOUT`](tandem_vmm::control::ANSWER_TIMEOUT).
@@ -38,7 +39,15 @@ pub trait Control: Send + Sync + 'static {
     /// What happened to the guest's protection lately.
     fn events(&self) -> Vec<Event>;
     /// Protects the guest by one who stands by at one of `to`.
-    fn protect(&self, to: &[Peer], arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError>;
+    fn protect(
+        &self,
+        to: &[Peer],
+        arbiter: &Path,
+        resync: ResyncMode,
+        wish: Wish,
+    ) -> Result<(), ControlError>;
+    /// Protects the guest as `change` says of what was asked for before.
+    fn set_mode(&self, change: &ModeBody) -> Result<(), ControlError>;
     /// Protects the guest no longer.
     fn unprotect(&self) -> Result<(), ControlError>;
     /// Makes the guest's copy the same once more.
@@ -83,6 +92,10 @@ impl Control for Commander {
     }
 
     fn resume(&self) -> Result<(), ControlError> {
+        if self.pair.copy_stands() {
+            let reason = "this is the guest's copy, which stands until it takes over";
+            return Err(ControlError::Failed(reason.into()));
+        }
         self.handle.resume()
     }
 
@@ -106,11 +119,22 @@ impl Control for Commander {
         self.pair.events(0)
     }
 
-    fn protect(&self, to: &[Peer], arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+    fn protect(
+        &self,
+        to: &[Peer],
+        arbiter: &Path,
+        resync: ResyncMode,
+        wish: Wish,
+    ) -> Result<(), ControlError> {
         let routes = to.iter().map(Peer::open).collect::<Result<_, _>>();
         let to = Standbys::new(routes.map_err(|e| ControlError::Failed(causes(&e)))?);
-        let asked = self.desk.protect(to, arbiter.to_owned(), mode);
+        let asked = self.desk.protect(to, arbiter.to_owned(), resync, wish);
         asked.map_err(ControlError::Failed)
+    }
+
+    fn set_mode(&self, change: &ModeBody) -> Result<(), ControlError> {
+        let wish = change.applied_to(self.desk.wish());
+        self.desk.set_mode(wish).map_err(ControlError::Failed)
     }
 
     fn unprotect(&self) -> Result<(), ControlError> {

@@ -126,7 +126,8 @@ fn claim(protection: &Protection, name: &str) -> Result<Protect, Failure> {
             to: Standbys::new(to),
             claims,
             term,
-            mode: protection.resync,
+            resync: protection.resync,
+            wish: protection.wish,
         }),
         None => Err(Failure::Owned { name: name.into() }),
     }

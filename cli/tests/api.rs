@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tandem_cli::api::server::{Service, Sources};
-use tandem_cli::api::types::{GuestInfo, MigrationReport, SnapshotReport};
+use tandem_cli::api::types::{GuestInfo, MigrationReport, ModeBody, SnapshotReport};
 use tandem_cli::api::{BODY_LEN_MAX, Facts, Guest, OPENAPI, ROUTES};
 use tandem_cli::client::{Client, ClientError};
 use tandem_cli::control::Control;
 use tandem_cli::settings::file;
+use tandem_ft::mode::Wish;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::{Checkpoints, Status};
@@ -128,13 +129,28 @@ impl Control for Fake {
         vec![event]
     }
 
-    fn protect(&self, to: &[Peer], arbiter: &Path, mode: ResyncMode) -> Result<(), ControlError> {
+    fn protect(
+        &self,
+        to: &[Peer],
+        arbiter: &Path,
+        resync: ResyncMode,
+        wish: Wish,
+    ) -> Result<(), ControlError> {
         let to: Vec<String> = to.iter().map(ToString::to_string).collect();
         self.ask(&format!(
-            "protect {} {} {}",
+            "protect {} {} {} {} {}",
             to.join(","),
             arbiter.display(),
-            mode.name()
+            resync.name(),
+            wish.mode.name(),
+            wish.latency_budget_us
+        ))
+    }
+
+    fn set_mode(&self, change: &ModeBody) -> Result<(), ControlError> {
+        self.ask(&format!(
+            "mode {:?} {:?}",
+            change.mode, change.latency_budget_us
         ))
     }
 
@@ -496,6 +512,17 @@ fn the_client_reads_what_the_server_says() {
     client.post("/api/v1/pace", &pace).expect("paced");
     let asked = running.fake.asked();
     assert_eq!(asked[asked.len() - 1], "pace disk1 ssd+latency-us:7");
+    let mode = json!({ "mode": "checkpoint", "latency_budget_us": 5_000 });
+    client.post("/api/v1/mode", &mode).expect("asked for");
+    let asked = running.fake.asked();
+    assert_eq!(asked[asked.len() - 1], "mode Some(Checkpoint) Some(5000)");
+    for wrong in [
+        json!({}),
+        json!({ "mode": "both" }),
+        json!({ "latency_budget_us": 999 }),
+    ] {
+        assert!(client.post("/api/v1/mode", &wrong).is_err(), "{wrong}");
+    }
     running.refuse(ControlError::Failed("no".into()));
     let error = client.get("/metrics").expect_err("refused");
     assert!(

@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
+use serde::{Deserialize, Serialize};
 use tandem_devices::virtio::net::HEADER_SIZE;
 
 /// Addresses that are remembered of each kind; those that were seen longest ago go first.
@@ -20,7 +21,8 @@ const ALL_NODES_MAC: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
 /// What a guest's own frames showed of it.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Announcer {
     mac: Option<[u8; 6]>,
     v4: VecDeque<Ipv4Addr>,
@@ -46,6 +48,17 @@ impl Announcer {
             ARP => self.see_v4(payload.get(14..18)),
             IPV6 => self.see_v6(payload.get(8..24)),
             _ => {}
+        }
+    }
+
+    /// Takes over what another knows of the same guest.
+    pub fn learn(&mut self, other: &Self) {
+        self.mac = other.mac.or(self.mac);
+        for address in &other.v4 {
+            remember(&mut self.v4, *address);
+        }
+        for address in &other.v6 {
+            remember(&mut self.v6, *address);
         }
     }
 
@@ -209,6 +222,25 @@ mod tests {
         assert_eq!(ethernet[20..22], [0, 3]);
         assert_eq!((&ethernet[22..28], &ethernet[32..38]), (&MAC[..], &MAC[..]));
         assert_eq!(ethernet.len(), 42);
+    }
+
+    #[test]
+    fn what_another_knows_of_the_guest_is_announced_too() {
+        let mut first = Announcer::default();
+        let mut v4 = [0; 20];
+        v4[12..16].copy_from_slice(&[10, 0, 0, 9]);
+        first.see(&sent(IPV4, &v4));
+        let mut second = Announcer::default();
+        second.learn(&first);
+        second.learn(&Announcer::default());
+        assert_eq!(second, first);
+        assert_eq!(second.announcements().len(), 1);
+        for number in 0..100 {
+            let mut other = Announcer::default();
+            other.v4.push_back(Ipv4Addr::new(10, 0, 1, number));
+            second.learn(&other);
+        }
+        assert_eq!(second.announcements().len(), ADDRESSES_MAX);
     }
 
     #[test]

@@ -9,10 +9,11 @@ use std::time::Duration;
 
 use signal_hook::consts::SIGPIPE;
 use tandem_cli::api::server::serve_client;
-use tandem_cli::api::types::{MigrationReport, SnapshotReport};
+use tandem_cli::api::types::{MigrationReport, ModeBody, SnapshotReport};
 use tandem_cli::api::{Facts, Guest};
 use tandem_cli::control::Control;
 use tandem_cli::settings::file;
+use tandem_ft::mode::Wish;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::Status;
@@ -143,12 +144,24 @@ impl Control for Machine {
         vec![event]
     }
 
-    fn protect(&self, to: &[Peer], arbiter: &Path, _mode: ResyncMode) -> Result<(), ControlError> {
+    fn protect(
+        &self,
+        to: &[Peer],
+        arbiter: &Path,
+        _resync: ResyncMode,
+        wish: Wish,
+    ) -> Result<(), ControlError> {
+        assert_eq!(wish.budget().as_micros(), wish.latency_budget_us.into());
         assert!(to.iter().all(|place| !place.to_string().is_empty()));
         match (to.len(), arbiter.is_absolute()) {
             (0, _) | (_, false) => Err(ControlError::Gone),
             _ => Ok(()),
         }
+    }
+
+    fn set_mode(&self, change: &ModeBody) -> Result<(), ControlError> {
+        assert_ne!(*change, ModeBody::default());
+        Ok(())
     }
 
     fn unprotect(&self) -> Result<(), ControlError> {

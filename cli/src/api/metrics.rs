@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
+use tandem_ft::mode::Mode;
+use tandem_ft::mode::cost::Cost;
 use tandem_ft::runtime::status::{Checkpoints, Percentiles, Role, Status};
 use tandem_vmm::control::{MachineState, MachineStats};
 
@@ -97,6 +99,7 @@ fn protected(out: &mut Exposition, status: &Status) {
         out.family(name, kind, help);
         out.sample(name, &[], &value.to_string());
     }
+    mode(out, status);
     if let Some(left) = status.lease_ms {
         let name = "tandem_protection_lease_milliseconds";
         let help = "How long outputs may leave if the copy is not heard again.";
@@ -178,6 +181,46 @@ fn checkpoints(out: &mut Exposition, stored: &Checkpoints) {
     let help = "How long the guest stood for its last checkpoints in a store.";
     out.family(name, "gauge", help);
     quantiles(out, name, &stored.pause_us);
+}
+
+/// In which mode the guest is, and what the modes cost.
+fn mode(out: &mut Exposition, status: &Status) {
+    let name = "tandem_protection_mode";
+    out.family(
+        name,
+        "gauge",
+        "In which mode the guest is protected: 1 for that.",
+    );
+    for mode in Mode::ALL {
+        let value = if mode == status.mode { "1" } else { "0" };
+        out.sample(name, &[("mode", mode.name())], value);
+    }
+    let name = "tandem_protection_mode_switches_total";
+    out.family(name, "counter", "How often another mode took effect.");
+    out.sample(name, &[], &status.mode_switches.to_string());
+    let known = Mode::ALL.map(|mode| (mode, status.mode_costs.of(mode)));
+    if known.iter().all(|(_, cost)| cost.is_none()) {
+        return;
+    }
+    for (name, help, value) in [
+        (
+            "tandem_protection_mode_latency_microseconds",
+            "How long an output is held in a mode, measured or estimated.",
+            (|cost| cost.added_latency_us) as fn(Cost) -> f64,
+        ),
+        (
+            "tandem_protection_mode_paused_percent",
+            "Part of its time for which the guest stands in a mode, measured or estimated.",
+            |cost| cost.paused_percent,
+        ),
+    ] {
+        out.family(name, "gauge", help);
+        for (mode, cost) in known {
+            if let Some(cost) = cost {
+                out.sample(name, &[("mode", mode.name())], &value(cost).to_string());
+            }
+        }
+    }
 }
 
 fn quantiles(out: &mut Exposition, name: &str, times: &Percentiles) {

@@ -22,6 +22,7 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, on};
 use serde::Serialize;
+use tandem_ft::mode::{LATENCY_BUDGET_MAX, LATENCY_BUDGET_MIN};
 use tandem_ft::runtime::STANDBYS_MAX;
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::control::{ControlError, MachineState, StopMode};
@@ -29,7 +30,7 @@ use tandem_vmm::control::{ControlError, MachineState, StopMode};
 use crate::control::Control;
 use crate::settings::describe;
 use types::{
-    ErrorBody, ErrorCode, FailOverAnswer, FailOverBody, GuestInfo, MigrateBody, PaceBody,
+    ErrorBody, ErrorCode, FailOverAnswer, FailOverBody, GuestInfo, MigrateBody, ModeBody, PaceBody,
     ProtectBody, SnapshotBody, StateBody, StopBody, TlsBody,
 };
 
@@ -75,6 +76,8 @@ pub enum Endpoint {
     Events,
     /// Protect it.
     Protect,
+    /// Protect it in another mode.
+    Mode,
     /// Protect it no longer.
     Unprotect,
     /// Make its copy the same once more.
@@ -115,7 +118,7 @@ const fn route(method: Method, path: &'static str, endpoint: Endpoint) -> Route 
 }
 
 /// Every route that the server has.
-pub static ROUTES: [Route; 17] = [
+pub static ROUTES: [Route; 18] = [
     route(Method::GET, "/api/v1/guest", Endpoint::Info),
     route(Method::GET, "/api/v1/stats", Endpoint::Stats),
     route(Method::GET, "/api/v1/logs", Endpoint::Logs),
@@ -124,6 +127,7 @@ pub static ROUTES: [Route; 17] = [
     route(Method::GET, "/api/v1/protection", Endpoint::Protection),
     route(Method::GET, "/api/v1/events", Endpoint::Events),
     route(Method::POST, "/api/v1/protect", Endpoint::Protect),
+    route(Method::POST, "/api/v1/mode", Endpoint::Mode),
     route(Method::POST, "/api/v1/unprotect", Endpoint::Unprotect),
     route(Method::POST, "/api/v1/resync", Endpoint::Resync),
     route(Method::POST, "/api/v1/failover", Endpoint::FailOver),
@@ -155,6 +159,15 @@ pub fn router(guest: Guest) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(BODY_LEN_MAX))
         .with_state(guest)
+}
+
+/// Whether outputs may be made to wait for a checkpoint for so many microseconds.
+fn expect_budget(us: u64) -> Result<(), String> {
+    let allowed = LATENCY_BUDGET_MIN..=LATENCY_BUDGET_MAX;
+    match allowed.contains(&Duration::from_micros(us)) {
+        true => Ok(()),
+        false => Err(format!("a budget of {us} us")),
+    }
 }
 
 async fn unknown_path(uri: Uri) -> Response {
@@ -240,6 +253,7 @@ impl Guest {
             Endpoint::Protection => json(StatusCode::OK, &self.control.protection()),
             Endpoint::Events => json(StatusCode::OK, &self.control.events()),
             Endpoint::Protect => self.protect(body),
+            Endpoint::Mode => self.set_mode(body),
             Endpoint::Unprotect => {
                 self.control.unprotect()?;
                 json(StatusCode::ACCEPTED, &self.control.protection())
@@ -276,12 +290,15 @@ impl Guest {
         let bad = |reason: String| {
             let message = format!(
                 "the body must be {{\"to\": \"ADDRESS\"|[\"ADDRESS\", ...], \"arbiter\": \"/PATH\"}}, and \
-                 may have {{\"resync\": \"running\"|\"stopped\", \"tls\": {{\"directory\": \"/PATH\", \
+                 may have {{\"resync\": \"running\"|\"stopped\", \"mode\": \"auto\"|\"lockstep\"|\"checkpoint\", \
+                 \"latency_budget_us\": 1000..=1000000, \"tls\": {{\"directory\": \"/PATH\", \
                  \"name\": \"HOST\"|[\"HOST\", ...]}}}}: {reason}"
             );
             ErrorBody::new(ErrorCode::BadBody, message)
         };
         let body: ProtectBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
+        let wish = body.wish();
+        expect_budget(wish.latency_budget_us).map_err(bad)?;
         let to = TlsBody::peers(body.to.all(), body.tls).map_err(bad)?;
         if !(1..=STANDBYS_MAX).contains(&to.len()) {
             return Err(bad(format!("there must be 1 to {STANDBYS_MAX} addresses")));
@@ -289,7 +306,27 @@ impl Guest {
         if !body.arbiter.is_absolute() {
             return Err(bad("the path is relative".into()));
         }
-        self.control.protect(&to, &body.arbiter, body.resync)?;
+        self.control
+            .protect(&to, &body.arbiter, body.resync, wish)?;
+        json(StatusCode::ACCEPTED, &self.control.protection())
+    }
+
+    fn set_mode(&self, body: &[u8]) -> Result<Response, ErrorBody> {
+        let bad = |reason: String| {
+            let message = format!(
+                "the body must have one of {{\"mode\": \"auto\"|\"lockstep\"|\"checkpoint\", \
+                 \"latency_budget_us\": 1000..=1000000}}: {reason}"
+            );
+            ErrorBody::new(ErrorCode::BadBody, message)
+        };
+        let change: ModeBody = serde_json::from_slice(body).map_err(|e| bad(e.to_string()))?;
+        if change == ModeBody::default() {
+            return Err(bad("it has neither".into()));
+        }
+        if let Some(budget) = change.latency_budget_us {
+            expect_budget(budget).map_err(bad)?;
+        }
+        self.control.set_mode(&change)?;
         json(StatusCode::ACCEPTED, &self.control.protection())
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
+use tandem_ft::mode::{Choice, LATENCY_BUDGET, Wish};
 use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::{MachineConfig, Pace};
 use tandem_vmm::control::{ControlError, MachineState};
@@ -251,6 +252,48 @@ pub struct ProtectBody {
     /// What of a resync it waits for.
     #[serde(default)]
     pub resync: ResyncMode,
+    /// In which mode.
+    #[serde(default)]
+    pub mode: Choice,
+    /// How long its outputs may wait for a checkpoint, in microseconds.
+    #[serde(default = "latency_budget_us")]
+    pub latency_budget_us: u64,
+}
+
+fn latency_budget_us() -> u64 {
+    LATENCY_BUDGET.as_micros() as u64
+}
+
+impl ProtectBody {
+    /// The mode and what belongs to it.
+    pub fn wish(&self) -> Wish {
+        Wish {
+            mode: self.mode,
+            latency_budget_us: self.latency_budget_us,
+        }
+    }
+}
+
+/// In which mode a guest that is protected is to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModeBody {
+    /// The mode, if it is to be another one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Choice>,
+    /// How long outputs may wait for a checkpoint, in microseconds, if that is to be another time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency_budget_us: Option<u64>,
+}
+
+impl ModeBody {
+    /// What was asked for, and this.
+    pub fn applied_to(self, before: Wish) -> Wish {
+        Wish {
+            mode: self.mode.unwrap_or(before.mode),
+            latency_budget_us: self.latency_budget_us.unwrap_or(before.latency_budget_us),
+        }
+    }
 }
 
 /// How a link by TCP is encrypted.

@@ -116,6 +116,8 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         protect: root.texts("protect", value::address, 1),
         arbiter: root.text("arbiter", value::path),
         resync: root.text("resync", value::resync),
+        mode: root.text("mode", value::mode),
+        latency_budget: root.text("latency-budget", value::latency_budget),
         tls: root.text("tls", value::path),
         checkpoint: root.text("checkpoint", value::store),
         every: root.text("every", value::interval),

@@ -13,6 +13,7 @@ mod write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tandem_ft::mode::{Choice, LATENCY_BUDGET, Wish};
 use tandem_ft::runtime::ResyncMode;
 use tandem_store::Place;
 use tandem_store::capture::{INTERVAL_DEFAULT, Plan};
@@ -99,6 +100,10 @@ pub struct Settings {
     pub protect: Option<Located<Vec<Address>>>,
     pub arbiter: Option<Located<PathBuf>>,
     pub resync: Option<Located<ResyncMode>>,
+    /// How it is protected.
+    pub mode: Option<Located<Choice>>,
+    /// How long its outputs may wait for a checkpoint.
+    pub latency_budget: Option<Located<Duration>>,
     pub tls: Option<Located<PathBuf>>,
     pub checkpoint: Option<Located<Place>>,
     pub every: Option<Located<Duration>>,
@@ -182,6 +187,8 @@ pub struct Protection {
     pub arbiter: PathBuf,
     /// What of a resync it waits for.
     pub resync: ResyncMode,
+    /// In which mode.
+    pub wish: Wish,
     /// The directory of the keys by which its links are encrypted, if they are.
     pub tls: Option<PathBuf>,
 }
@@ -243,6 +250,8 @@ impl Settings {
             protect: over.protect.or(self.protect),
             arbiter: over.arbiter.or(self.arbiter),
             resync: over.resync.or(self.resync),
+            mode: over.mode.or(self.mode),
+            latency_budget: over.latency_budget.or(self.latency_budget),
             tls: over.tls.or(self.tls),
             checkpoint: over.checkpoint.or(self.checkpoint),
             every: over.every.or(self.every),
@@ -350,6 +359,12 @@ impl Settings {
                     to: to.value,
                     arbiter: arbiter.value,
                     resync: value(self.resync).unwrap_or_default(),
+                    wish: Wish {
+                        mode: value(self.mode).unwrap_or_default(),
+                        latency_budget_us: value(self.latency_budget)
+                            .unwrap_or(LATENCY_BUDGET)
+                            .as_micros() as u64,
+                    },
                     tls: value(self.tls),
                 }),
             checkpoints: self.checkpoint.map(|store| Checkpoints {

@@ -2,6 +2,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use tandem_ft::mode::Choice;
 use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::{DiskEngine, MacAddr, Pace};
 
@@ -470,6 +471,8 @@ prop_compose! {
             Just(ResyncMode::Running),
             Just(ResyncMode::Stopped),
         ]),
+        mode in proptest::option::of(proptest::sample::select(Choice::ALL.to_vec())),
+        latency_budget in proptest::option::of(1..=1000u64),
         tls in proptest::option::of(some_path()),
         checkpoint in proptest::option::of("/[a-z]{1,9}|s3://[a-z]{3,9}/[a-z]{1,9}"),
         every_ms in proptest::option::of(10u64..86_400_000),
@@ -501,6 +504,8 @@ prop_compose! {
             }),
             arbiter: arbiter.map(Located::flag),
             resync: resync.map(Located::flag),
+            mode: mode.map(Located::flag),
+            latency_budget: latency_budget.map(|ms| Located::flag(Duration::from_millis(ms))),
             tls: tls.map(Located::flag),
             checkpoint: checkpoint.map(|place| Located::flag(place.parse().expect("a place"))),
             every: every_ms.map(|ms| Located::flag(Duration::from_millis(ms))),

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use bytesize::ByteSize;
+use tandem_ft::mode::{Choice, LATENCY_BUDGET_MAX, LATENCY_BUDGET_MIN};
 use tandem_ft::runtime::ResyncMode;
 use tandem_store::capture::{INTERVAL_MAX, INTERVAL_MIN};
 use tandem_store::place::PlaceError;
@@ -283,6 +284,33 @@ pub fn resync(text: &str) -> Result<ResyncMode, ValueError> {
         "stopped" => Ok(ResyncMode::Stopped),
         _ => allowed("must be `running` or `stopped`"),
     }
+}
+
+/// How a guest is protected.
+///
+/// # Errors
+/// On any other text than the allowed ones.
+pub fn mode(text: &str) -> Result<Choice, ValueError> {
+    match Choice::ALL.into_iter().find(|choice| choice.name() == text) {
+        Some(choice) => Ok(choice),
+        None => allowed("must be `auto`, `lockstep` or `checkpoint`"),
+    }
+}
+
+/// How long outputs may wait for a checkpoint.
+///
+/// # Errors
+/// When it is no time, or out of range.
+pub fn latency_budget(text: &str) -> Result<Duration, ValueError> {
+    match duration(text) {
+        Ok(time) if (LATENCY_BUDGET_MIN..=LATENCY_BUDGET_MAX).contains(&time) => Ok(time),
+        _ => allowed("must be a time from 1ms to 1s, such as 10ms"),
+    }
+}
+
+/// The text of a budget, as [`latency_budget`] reads it.
+pub fn latency_budget_text(time: Duration) -> String {
+    format!("{}ms", time.as_millis())
 }
 
 /// A user, and its group if it is not the user's own, by names or numbers.

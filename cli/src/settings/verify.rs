@@ -317,7 +317,22 @@ fn protection(settings: &Settings, problems: &mut Problems) {
         let message = "a guest that is not protected has no resyncs; allowed with `protect`";
         problems.add(resync.at, "resync", message);
     }
+    modes(settings, problems);
     tls(settings, problems);
+}
+
+/// Reports modes of a guest that is not protected.
+fn modes(settings: &Settings, problems: &mut Problems) {
+    if settings.protect.is_some() {
+        return;
+    }
+    let mode = settings.mode.as_ref().map(|mode| (mode.at, "mode"));
+    let budget = settings.latency_budget.as_ref();
+    let budget = budget.map(|time| (time.at, "latency-budget"));
+    for (at, key) in mode.into_iter().chain(budget) {
+        let message = "a guest that is not protected has no mode; allowed with `protect`";
+        problems.add(at, key, message);
+    }
 }
 
 /// Reports keys that cannot be used, or for nothing.

@@ -110,6 +110,10 @@ impl Settings {
         }
         out.path("arbiter", self.arbiter.as_ref().map(|p| p.value.as_path()));
         out.text("resync", self.resync.as_ref().map(|mode| mode.value.name()));
+        out.text("mode", self.mode.as_ref().map(|mode| mode.value.name()));
+        let budget = self.latency_budget.as_ref();
+        let budget = budget.map(|time| value::latency_budget_text(time.value));
+        out.text("latency-budget", budget.as_deref());
         out.path("tls", self.tls.as_ref().map(|p| p.value.as_path()));
         let store = self.checkpoint.as_ref().map(|s| s.value.to_string());
         out.text("checkpoint", store.as_deref());
@@ -181,6 +185,14 @@ impl From<Launch> for Settings {
             user: launch.user.map(Located::flag),
             protect: launch.protection.clone().map(|p| Located::flag(p.to)),
             resync: launch.protection.as_ref().map(|p| Located::flag(p.resync)),
+            mode: launch
+                .protection
+                .as_ref()
+                .map(|p| Located::flag(p.wish.mode)),
+            latency_budget: launch
+                .protection
+                .as_ref()
+                .map(|p| Located::flag(p.wish.budget())),
             tls: launch
                 .protection
                 .as_ref()

@@ -13,7 +13,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
-use crate::api::types::PaceBody;
+use tandem_ft::mode::LATENCY_BUDGET;
+
+use crate::api::types::{ModeBody, PaceBody};
 use crate::args::{Cli, Format, InspectArgs, StoreArgs, StoreVerb, Verb};
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -145,18 +147,31 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             change,
             to,
             arbiter,
+            mode,
+            latency_budget,
             resync,
             timeout,
             tls,
         } => {
+            let guest = root()?.find(&change.name)?;
+            let Some(arbiter) = arbiter else {
+                let body = ModeBody {
+                    mode,
+                    latency_budget_us: latency_budget.map(|time| time.as_micros() as u64),
+                };
+                return protection::set_mode(&guest, &change, body, timeout, style)
+                    .map(|()| Exit::Ok);
+            };
             let ask = protection::Ask {
+                mode: mode.unwrap_or_default(),
+                latency_budget: latency_budget.unwrap_or(LATENCY_BUDGET),
                 to,
                 tls,
                 arbiter,
                 resync,
                 timeout,
             };
-            protection::protect(&root()?.find(&change.name)?, &change, &ask, style)?;
+            protection::protect(&guest, &change, &ask, style)?;
         }
         Verb::Unprotect(change) => {
             protection::unprotect(&root()?.find(&change.name)?, &change, style)?;

@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tandem_ft::keeper::Keeper;
+use tandem_ft::mode::cost::Cost;
+use tandem_ft::mode::{Choice, Mode};
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::{Checkpoints, Percentiles, Role, Status};
@@ -14,7 +16,7 @@ use tandem_vmm::migration::{Address, Peer};
 
 use super::Style;
 use super::change::tell_plan;
-use crate::api::types::{FailOverAnswer, FailOverBody, Places, ProtectBody, TlsBody};
+use crate::api::types::{FailOverAnswer, FailOverBody, ModeBody, Places, ProtectBody, TlsBody};
 use crate::args::ChangeArgs;
 use crate::client::Client;
 use crate::failure::Failure;
@@ -40,6 +42,10 @@ pub(super) struct Ask {
     pub(super) arbiter: PathBuf,
     /// What of a resync it waits for.
     pub(super) resync: ResyncMode,
+    /// In which mode.
+    pub(super) mode: Choice,
+    /// How long its outputs may wait for a checkpoint.
+    pub(super) latency_budget: Duration,
     /// How long it may take.
     pub(super) timeout: Duration,
 }
@@ -82,6 +88,8 @@ pub(super) fn protect(
         tls: TlsBody::of(&peers),
         arbiter: directory.map_err(Failure::host("find the working directory"))?,
         resync: ask.resync,
+        mode: ask.mode,
+        latency_budget_us: ask.latency_budget.as_micros() as u64,
     };
     let client = Client::new(guest)?.with_timeout(ask.timeout);
     let place = bring_keeper(guest);
@@ -90,6 +98,24 @@ pub(super) fn protect(
     let _ = fs::remove_file(place);
     asked?;
     let status = wait_until(guest, ask.timeout, |status| status.protected)?;
+    print_status(&status, style)
+}
+
+/// Protects a guest that is protected in another mode, and waits until that holds.
+pub(super) fn set_mode(
+    guest: &Guest,
+    change: &ChangeArgs,
+    body: ModeBody,
+    timeout: Duration,
+    style: Style,
+) -> Result<(), Failure> {
+    if change.dry_run {
+        return tell_plan(guest, "change the mode of", style);
+    }
+    Client::new(guest)?.post("/api/v1/mode", &body)?;
+    let fixed = body.mode.and_then(Choice::fixed);
+    let holds = |status: &Status| status.protected && fixed.is_none_or(|mode| status.mode == mode);
+    let status = wait_until(guest, timeout, holds)?;
     print_status(&status, style)
 }
 
@@ -229,6 +255,42 @@ pub(super) fn status(guest: &Guest, style: Style) -> Result<(), Failure> {
     printed.map_err(printing())
 }
 
+fn mode_text(status: &Status) -> String {
+    let mut text = status.mode.name().to_owned();
+    if status.mode_asked == Choice::Auto {
+        text += " by auto";
+    }
+    if !status.mode_reason.is_empty() {
+        text += &format!(": {}", status.mode_reason);
+    }
+    match status.mode_switches {
+        0 => text,
+        count => text + &format!(" ({count} switches)"),
+    }
+}
+
+fn costs_text(status: &Status) -> String {
+    let cost = |mode: Mode| match status.mode_costs.of(mode) {
+        Some(Cost {
+            added_latency_us,
+            paused_percent,
+        }) => format!(
+            "{} {added_latency_us:.0} us, {paused_percent:.2} % paused",
+            mode.name()
+        ),
+        None => format!("{} not known", mode.name()),
+    };
+    Mode::ALL.map(cost).join("; ")
+}
+
+/// What of a resync the guest waits for.
+fn resync_text(status: &Status) -> String {
+    match status.resync.as_str() {
+        "stopped" => "the guest for all of it".to_owned(),
+        _ => "the guest for its own part".to_owned(),
+    }
+}
+
 fn times(p: &Percentiles) -> String {
     match p.samples {
         0 => "none yet".to_owned(),
@@ -288,7 +350,9 @@ fn status_table(status: &Status) -> String {
             if status.protected { "yes" } else { "no" }.to_owned(),
         ),
         ("reason", status.reason.clone()),
-        ("mode", status.mode.clone()),
+        ("mode", mode_text(status)),
+        ("mode costs", costs_text(status)),
+        ("resync stops", resync_text(status)),
         ("term", status.term.to_string()),
         ("epoch", status.epoch.to_string()),
         ("peer", status.peer.clone().unwrap_or_default()),

@@ -31,6 +31,9 @@
 //!
 //! Frames keep their order within a flow, and need none across flows.
 //!
+//! While the secondary does not run ([`Comparator::set_comparing`]) nothing is looked at: frames wait for the next
+//! cut in their order. Connections are met midway when it runs again.
+//!
 //! A cut makes the secondary's state that of the primary at no cost per flow: a flow is brought up to
 //! date when it is next used. Flows are limited; the one that was used longest ago and in which both
 //! sides are even goes first, preferably one whose sequence numbers both sides share.
@@ -76,6 +79,8 @@ pub struct Comparator {
     limits: Limits,
     patience: Duration,
     phase: Phase,
+    /// The secondary does not run from the last cut on: frames wait for the next one.
+    waits_for_cut: bool,
     epoch: u64,
     /// When the secondary began to run.
     resumed: Option<Instant>,
@@ -162,6 +167,7 @@ impl Comparator {
             limits,
             patience: limits.patience,
             phase: Phase::Alone,
+            waits_for_cut: false,
             epoch: 0,
             resumed: None,
             flows: FlowTable::new(limits.flows),
@@ -200,6 +206,9 @@ impl Comparator {
             self.figures.alone_frames += 1;
             self.pass(frame);
             return;
+        }
+        if self.waits_for_cut {
+            return self.hold_orphan(now, frame);
         }
         let packet = parse(&frame);
         let Some(id) = self.flow(packet.flow) else {
@@ -323,11 +332,25 @@ impl Comparator {
         self.mismatch = None;
     }
 
+    /// Whether the secondary runs from the last [`cut`](Self::cut) on, which was just made. If it does not, what
+    /// comes until the next one is not looked at, and waits for it.
+    pub fn set_comparing(&mut self, comparing: bool) {
+        self.waits_for_cut = !comparing;
+        if !comparing {
+            self.flows.clear();
+            self.streams = Bytes::default();
+        }
+    }
+
     /// The secondary has loaded the last cut and runs: what it covers leaves, what came after it is
     /// compared. Patience counts from `now` at the earliest.
     pub fn commit(&mut self, now: Instant) {
         if self.phase != Phase::Loading {
             return;
+        }
+        if self.waits_for_cut {
+            self.settlement = Settlement::default();
+            return self.release_covered();
         }
         self.phase = Phase::Comparing;
         self.resumed = Some(now);
@@ -349,6 +372,7 @@ impl Comparator {
         self.flows.clear();
         self.streams = Bytes::default();
         self.phase = Phase::Alone;
+        self.waits_for_cut = false;
         self.mismatch = None;
     }
 

@@ -824,3 +824,56 @@ fn connections_with_shared_numbers_are_forgotten_first() {
     assert_eq!(pair.released().len(), 1);
     pair.equal();
 }
+
+#[test]
+fn nothing_is_looked_at_while_the_secondary_does_not_run_and_everything_waits_for_the_cut() {
+    let mut pair = connected();
+    pair.comparator.cut();
+    pair.comparator.set_comparing(false);
+    let frames: Vec<_> = (0..4)
+        .map(|n| data(P, 1 + 10 * n, &[n as u8; 10]))
+        .collect();
+    pair.primary(frames[0].clone());
+    pair.comparator.commit(pair.now);
+    pair.none_released();
+    // What the secondary would say is nobody's business, and it is waited for by nobody.
+    pair.secondary(data(S, 1, &[9; 10]));
+    pair.primary(frames[1].clone());
+    assert_eq!(pair.comparator.deadline(), None);
+    pair.wait(Duration::from_secs(10));
+    pair.equal();
+    pair.none_released();
+    pair.comparator.cut();
+    pair.comparator.set_comparing(true);
+    pair.primary(frames[2].clone());
+    pair.comparator.commit(pair.now);
+    assert_eq!(pair.released(), frames[..2]);
+    // The connection is met midway, and both have the same numbers.
+    pair.secondary(frames[2].clone());
+    assert_eq!(pair.released(), frames[2..3]);
+    pair.primary(frames[3].clone());
+    pair.secondary(data(P, 31, b"otherwise!"));
+    pair.none_released();
+    assert!(pair.cause().is_some());
+}
+
+#[test]
+fn who_waits_for_a_cut_is_pushed_back_at_the_limit_and_alone_all_of_it_leaves() {
+    let limits = Limits {
+        held_frames: 3,
+        ..Limits::default()
+    };
+    let mut pair = with(limits);
+    pair.comparator.cut();
+    pair.comparator.set_comparing(false);
+    pair.comparator.commit(pair.now);
+    for number in 0..3 {
+        assert!(pair.comparator.has_room());
+        pair.primary(data(P, number, b"x"));
+    }
+    assert!(!pair.comparator.has_room());
+    pair.comparator.alone();
+    assert_eq!(pair.released().len(), 3);
+    pair.primary(data(P, 4, b"y"));
+    assert_eq!(pair.released().len(), 1);
+}

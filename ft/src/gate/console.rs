@@ -2,6 +2,9 @@
 //!
 //! The copy keeps output until it is written out, not only until it may be: the device loop writes it a moment
 //! later, and a primary that dies in between has written nothing.
+//!
+//! In the mode [`Mode::Checkpoint`] nothing is compared, and a copy that stands keeps input until a checkpoint has
+//! seen it.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -9,12 +12,16 @@ use std::time::{Duration, Instant};
 
 use tandem_vmm::console::{self, ConsoleHub};
 
-use super::Permit;
+use super::{Permit, Tally};
 use crate::link::message::PAYLOAD_MAX;
 use crate::link::{Kind, Outbox};
+use crate::mode::Mode;
+use crate::mode::interval::Waiting;
 
 /// Output that may be held or kept, in bytes; the guest waits beyond it.
 pub(super) const HELD_MAX: usize = 64 << 10;
+/// Input that is kept for a copy that stands, in bytes; what is typed beyond it is lost to the copy.
+const INPUT_MAX: usize = 64 << 10;
 /// The console's number among devices, in messages.
 pub const CONSOLE: u8 = u8::MAX;
 
@@ -40,6 +47,13 @@ struct Primary {
     /// A checkpoint is under way: what the copy prints is of before.
     cut: bool,
     mismatch: Option<String>,
+    /// From the last cut on.
+    mode: Mode,
+    /// Output that waits for a checkpoint, in [`Mode::Checkpoint`].
+    waiting: Option<Waiting>,
+    /// Since when the checkpoint under way explains output that waits.
+    covered_since: Option<Instant>,
+    tally: Tally,
 }
 
 #[derive(Debug, Default)]
@@ -47,13 +61,18 @@ struct Secondary {
     /// What may not be out: of the checkpoint first.
     kept: VecDeque<u8>,
     settled: u64,
+    /// The guest stands until it takes over, or the next checkpoint lets it run.
+    stands: bool,
+    /// Input that came since, and how much of it the checkpoint under way has seen.
+    input: Vec<u8>,
+    seen: usize,
 }
 
 #[derive(Debug, Default)]
 enum Side {
     #[default]
     Alone,
-    Primary(Primary),
+    Primary(Box<Primary>),
     Secondary(Secondary),
 }
 
@@ -105,11 +124,19 @@ impl ConsoleGate {
         self.hub.get().map_or(0, |hub| hub.emit(bytes))
     }
 
+    /// Writes out what left, waiting at most `patience`.
+    pub(crate) fn drain(&self, patience: Duration) {
+        if let Some(hub) = self.hub.get() {
+            hub.drain(patience);
+        }
+    }
+
     /// A checkpoint begins, while the guest stands. Returns the output that it explains and that is not out.
-    pub fn cut(&self, patience: Duration) -> Vec<u8> {
+    /// From it on `mode` holds.
+    pub fn cut(&self, patience: Duration, mode: Mode) -> Vec<u8> {
         let mut side = self.lock();
         if matches!(*side, Side::Alone) {
-            *side = Side::Primary(Primary::default());
+            *side = Side::Primary(Box::default());
         }
         let Side::Primary(primary) = &mut *side else {
             return Vec::new();
@@ -117,12 +144,15 @@ impl ConsoleGate {
         let mut covered = std::mem::take(&mut primary.ready);
         covered.append(&mut primary.covered);
         covered.extend(primary.ahead.drain(..));
-        *primary = Primary {
+        **primary = Primary {
             covered,
             leaving: std::mem::take(&mut primary.leaving),
             left: primary.left,
             cut: true,
             patience,
+            mode,
+            covered_since: primary.waiting.map(|waiting| waiting.first),
+            tally: primary.tally,
             ..Primary::default()
         };
         let unwritten = primary.leaving.iter().chain(&primary.covered);
@@ -134,6 +164,9 @@ impl ConsoleGate {
         if let Side::Primary(primary) = &mut *self.lock() {
             primary.cut = false;
             primary.since = primary.since.map(|_| now);
+            if let Some(since) = primary.covered_since.take() {
+                primary.tally.add(now.saturating_duration_since(since));
+            }
             primary.ready = std::mem::take(&mut primary.covered);
             self.release_from(primary);
             self.tell_settled(primary);
@@ -171,12 +204,28 @@ impl ConsoleGate {
         let Side::Primary(primary) = &mut *side else {
             return false;
         };
-        if primary.cut {
+        if primary.cut || primary.mode == Mode::Checkpoint {
             return false;
         }
         primary.compare(now, bytes, false);
         self.release_from(primary);
         primary.mismatch.is_some()
+    }
+
+    /// Output that waits for a checkpoint and for nothing else.
+    pub fn waiting(&self) -> Option<Waiting> {
+        match &*self.lock() {
+            Side::Primary(primary) => primary.waiting,
+            _ => None,
+        }
+    }
+
+    /// How often output left that had waited for a checkpoint, and for how long.
+    pub fn tally(&self) -> Tally {
+        match &*self.lock() {
+            Side::Primary(primary) => primary.tally,
+            _ => Tally::default(),
+        }
     }
 
     /// Looks for output that one side has waited for too long.
@@ -258,8 +307,26 @@ impl ConsoleGate {
 
     /// Input for the guest, from the other side.
     pub fn input(&self, bytes: &[u8]) {
-        if let Some(hub) = self.hub.get() {
+        if let Side::Secondary(secondary) = &mut *self.lock()
+            && secondary.stands
+        {
+            let room = INPUT_MAX.saturating_sub(secondary.input.len());
+            secondary.input.extend(&bytes[..bytes.len().min(room)]);
+            return;
+        }
+        self.inject(bytes);
+    }
+
+    fn inject(&self, bytes: &[u8]) {
+        if let Some(hub) = self.hub.get().filter(|_| !bytes.is_empty()) {
             hub.inject(bytes);
+        }
+    }
+
+    /// What came so far, the checkpoint under way has seen.
+    pub fn mark_cut(&self) {
+        if let Side::Secondary(secondary) = &mut *self.lock() {
+            secondary.seen = secondary.input.len();
         }
     }
 
@@ -273,12 +340,21 @@ impl ConsoleGate {
         }
     }
 
-    /// The guest goes on from a checkpoint that explains `covered`, which may not be out.
-    pub fn loaded(&self, covered: Vec<u8>) {
+    /// The guest goes on from a checkpoint that explains `covered`, which may not be out, or stands with it, by
+    /// `mode`.
+    pub fn loaded(&self, covered: Vec<u8>, mode: Mode) {
         if let Side::Secondary(secondary) = &mut *self.lock() {
+            let mut input = std::mem::take(&mut secondary.input);
+            input.drain(..secondary.seen.min(input.len()));
+            let stands = mode == Mode::Checkpoint;
+            if !stands {
+                self.inject(&std::mem::take(&mut input));
+            }
             *secondary = Secondary {
                 kept: covered.into(),
-                settled: 0,
+                stands,
+                input,
+                ..Secondary::default()
             };
         }
     }
@@ -288,6 +364,7 @@ impl ConsoleGate {
         let mut side = self.lock();
         if let Side::Secondary(secondary) = std::mem::take(&mut *side) {
             self.emit(&Vec::from(secondary.kept));
+            self.inject(&secondary.input);
         }
     }
 }
@@ -298,8 +375,7 @@ impl console::ConsoleGate for ConsoleGate {
         match &mut *side {
             Side::Alone => return false,
             Side::Primary(primary) => {
-                primary.compare(Instant::now(), bytes, true);
-                if primary.mismatch.is_some() {
+                if primary.take(Instant::now(), bytes) {
                     self.permit.call();
                 }
                 self.release_from(primary);
@@ -359,9 +435,27 @@ impl Primary {
         since.map(|since| since + self.patience)
     }
 
+    /// Takes output of the guest. True if somebody is to look: it differs, or begins to wait for a checkpoint.
+    fn take(&mut self, now: Instant, bytes: &[u8]) -> bool {
+        self.compare(now, bytes, true);
+        if self.mode == Mode::Lockstep {
+            return self.mismatch.is_some();
+        }
+        let full = self.ahead.len() >= HELD_MAX;
+        let before = self.waiting;
+        let waiting = self.waiting.get_or_insert(Waiting {
+            first: now,
+            last: now,
+            full,
+        });
+        (waiting.last, waiting.full) = (now, full);
+        before.is_none_or(|before| full && !before.full)
+    }
+
     /// Compares output of one side with what the other is ahead; what both printed becomes ready.
     fn compare(&mut self, now: Instant, bytes: &[u8], own: bool) {
-        if self.mismatch.is_some() || self.cut {
+        let compares = self.mode == Mode::Lockstep && self.mismatch.is_none();
+        if !compares || self.cut {
             if own {
                 self.ahead.extend(bytes);
             }
@@ -424,7 +518,7 @@ mod tests {
         let gate = Arc::new(ConsoleGate::new(Arc::default(), permit));
         gate.connect(hub.clone());
         hub.guard(gate.clone());
-        assert!(gate.cut(Duration::MAX).is_empty());
+        assert!(gate.cut(Duration::MAX, Mode::Lockstep).is_empty());
         gate.commit(Instant::now());
         (gate, hub, file)
     }
@@ -456,7 +550,7 @@ mod tests {
         let (gate, hub, mut file) = gate();
         hub.put(b"one two");
         gate.secondary_output(Instant::now(), b"one");
-        assert_eq!(gate.cut(Duration::MAX), b"one two");
+        assert_eq!(gate.cut(Duration::MAX, Mode::Lockstep), b"one two");
         hub.flush();
         assert_eq!(printed(&mut file), "one");
         gate.commit(Instant::now());
@@ -472,12 +566,53 @@ mod tests {
     fn a_copy_keeps_what_is_not_settled_in_order() {
         let (gate, hub, mut file) = gate();
         gate.become_secondary();
-        gate.loaded(b"one ".to_vec());
+        gate.loaded(b"one ".to_vec(), Mode::Lockstep);
         hub.put(b"two three");
         gate.settle(6);
         gate.go_live();
         hub.flush();
         assert_eq!(printed(&mut file), "o three");
+    }
+
+    #[test]
+    fn output_waits_for_the_next_checkpoint_where_nothing_is_compared() {
+        let (gate, hub, mut file) = gate();
+        gate.cut(Duration::MAX, Mode::Checkpoint);
+        gate.commit(Instant::now());
+        assert!(!gate.permit.take_call() && gate.waiting().is_none());
+        hub.put(b"one");
+        assert!(gate.permit.take_call() && gate.waiting().is_some());
+        assert!(!gate.secondary_output(Instant::now(), b"other"));
+        gate.expire(Instant::now() + Duration::from_secs(10));
+        assert_eq!(gate.mismatch(), None);
+        assert_eq!(gate.cut(Duration::MAX, Mode::Lockstep), b"one");
+        hub.put(b" two");
+        gate.commit(Instant::now());
+        hub.flush();
+        assert_eq!(
+            (printed(&mut file).as_str(), gate.tally().outputs),
+            ("one", 1)
+        );
+        assert!(!gate.secondary_output(Instant::now(), b" two"));
+        hub.flush();
+        assert_eq!(printed(&mut file), "one two");
+    }
+
+    #[test]
+    fn a_copy_that_stands_keeps_input_that_its_checkpoint_has_not_seen() {
+        let (gate, hub, _file) = gate();
+        gate.become_secondary();
+        gate.loaded(Vec::new(), Mode::Checkpoint);
+        gate.input(b"seen");
+        gate.mark_cut();
+        gate.input(b"new");
+        gate.loaded(Vec::new(), Mode::Checkpoint);
+        assert!(!hub.has_injected());
+        gate.input(&vec![b'x'; 2 * INPUT_MAX]);
+        gate.go_live();
+        let input = hub.read_input(2 * INPUT_MAX);
+        assert!(input.starts_with(b"newxx"));
+        assert_eq!(input.len(), INPUT_MAX);
     }
 
     fn out(primary: &mut Primary) -> Vec<u8> {

@@ -2,13 +2,16 @@
 //! their way to both copies.
 
 mod console;
+mod copy;
 mod disk;
 mod net;
 pub(crate) mod net_backend;
 mod permit;
+mod tally;
 
 pub use console::{CONSOLE, ConsoleGate};
 pub use disk::DiskGate;
 pub(crate) use disk::GatedDisk;
 pub use net::{Delays, NetCut, NetFigures, NetGate};
 pub use permit::Permit;
+pub use tally::Tally;

@@ -6,6 +6,9 @@
 //!   secondary   guest TX > kept, the other side                the other side > guest RX
 //! ```
 //!
+//! In the mode [`Mode::Checkpoint`] the primary's outputs all wait for the next checkpoint, and the secondary, which
+//! stands, keeps inputs until a checkpoint has seen them.
+//!
 //! The device, the thread that reads the link and the thread that drives checkpoints share it behind one
 //! lock, which is held for the time of one frame, its copy to the other side included.
 
@@ -20,10 +23,13 @@ use tandem_devices::virtio::net::{FRAME_MAX, HEADER_SIZE, NetBackend, Offloads, 
 use tandem_vmm::build::borrow;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Permit;
+use super::copy::Secondary;
+use super::{Permit, Tally};
 use crate::announce::{self, Announcer};
 use crate::compare::{Comparator, Figures, Limits};
 use crate::link::{Kind, Outbox};
+use crate::mode::Mode;
+use crate::mode::interval::Waiting;
 use crate::percentiles::Samples;
 use crate::sequence::{self, Mapper, StateError};
 
@@ -31,12 +37,8 @@ use crate::sequence::{self, Mapper, StateError};
 const KEPT_MAX: usize = 16 << 10;
 /// Connections whose sequence numbers differ between guest and outside, at most.
 const CONNECTIONS_MAX: usize = 16 << 10;
-/// Inputs that wait for a secondary's guest, at most, in bytes. More than the primary may be ahead.
-const INBOX_MAX: usize = 64 << 20;
 /// Frames that were on their way to a lost primary and wait for the guest, at most.
 const LATE_MAX: usize = 16 << 10;
-/// Frames from the outside that a secondary keeps for the moment in which the primary is lost, at most.
-const OVERHEARD_MAX: usize = 1024;
 /// How far the time stamps of a guest that goes on elsewhere are moved ahead, in ticks of its own (1 ms
 /// in Linux): its clock may be behind the other's by as long as a checkpoint takes to load.
 const SLACK_TICKS: u32 = 1000;
@@ -57,6 +59,8 @@ pub struct Delays {
     pub held: Samples,
     /// Those that the secondary said too.
     pub matched: Samples,
+    /// How many, and how long together.
+    pub tally: Tally,
 }
 
 /// What the gate does.
@@ -78,9 +82,55 @@ struct Primary {
     /// When outputs came that are held, and how many of the first of them a checkpoint explains.
     arrivals: VecDeque<Instant>,
     covered: usize,
+    /// From the last cut on.
+    mode: Mode,
+    /// Outputs that wait for a checkpoint, in [`Mode::Checkpoint`].
+    waiting: Option<Waiting>,
 }
 
 impl Primary {
+    /// That of a guest whose first checkpoint begins.
+    fn new(patience: Duration) -> Self {
+        let mut comparator = Comparator::new(Limits::default());
+        comparator.set_patience(patience);
+        Self {
+            comparator,
+            cut: true,
+            told: 0,
+            arrivals: VecDeque::new(),
+            covered: 0,
+            mode: Mode::Lockstep,
+            waiting: None,
+        }
+    }
+
+    /// A checkpoint begins, from which on `mode` holds.
+    fn begin(&mut self, mode: Mode) {
+        self.cut = true;
+        self.comparator.cut();
+        self.comparator.set_comparing(mode == Mode::Lockstep);
+        self.mode = mode;
+        self.waiting = None;
+    }
+
+    /// Takes a frame of the guest. True if somebody is to look: outputs differ, or begin to wait for a checkpoint.
+    fn take(&mut self, now: Instant, frame: Vec<u8>) -> bool {
+        self.arrivals.push_back(now);
+        self.comparator.primary(now, frame);
+        if self.mode == Mode::Lockstep {
+            return self.comparator.mismatch().is_some();
+        }
+        let full = !self.comparator.has_room();
+        let before = self.waiting;
+        let waiting = self.waiting.get_or_insert(Waiting {
+            first: now,
+            last: now,
+            full,
+        });
+        (waiting.last, waiting.full) = (now, full);
+        before.is_none_or(|before| full && !before.full)
+    }
+
     /// Whether outputs wait for the secondary's.
     fn waits(&self) -> bool {
         !self.cut && self.comparator.waits()
@@ -93,9 +143,13 @@ impl Primary {
         };
         let delay = now.saturating_duration_since(since);
         delays.held.add(delay);
+        delays.tally.add(delay);
         match self.covered.checked_sub(1) {
             Some(left) => self.covered = left,
-            None => delays.matched.add(delay),
+            None => {
+                delays.matched.add(delay);
+                delays.tally.add_matched(delay);
+            }
         }
     }
 
@@ -110,53 +164,6 @@ impl Primary {
     }
 }
 
-/// A secondary's side.
-#[derive(Debug, Default)]
-struct Secondary {
-    /// Frames for the guest.
-    inbox: VecDeque<Vec<u8>>,
-    inbox_bytes: usize,
-    /// Frames in front of the inbox that the checkpoint under way has seen.
-    before_cut: Option<usize>,
-    /// Frames of the guest that may not be out, and the number of the first of them since the checkpoint.
-    kept: VecDeque<Vec<u8>>,
-    settled: u64,
-    /// Frames that the last checkpoint explains, and that may not be out.
-    covered: Vec<Vec<u8>>,
-    /// Frames to the guest's own address that the outside sent here, and when: a network that lost its way to the
-    /// primary sends them everywhere.
-    overheard: VecDeque<(Instant, Vec<u8>)>,
-}
-
-impl Secondary {
-    /// Takes a frame for the guest. True if the device, which goes on until there is none, is to be told.
-    fn take_in(&mut self, frame: &[u8]) -> bool {
-        let first = self.inbox.is_empty();
-        self.inbox_bytes += frame.len();
-        self.inbox.push_back(frame.to_vec());
-        first
-    }
-
-    /// Whether not too many frames for the guest wait.
-    fn has_room(&self) -> bool {
-        self.inbox_bytes <= INBOX_MAX
-    }
-
-    fn memory_bytes(&self) -> usize {
-        let kept = self.kept.iter().chain(&self.covered);
-        let overheard = self.overheard.iter().map(|(_, frame)| frame);
-        let frames: usize = kept.chain(overheard).map(Vec::len).sum();
-        self.inbox_bytes + frames
-    }
-
-    fn overhear(&mut self, frame: &[u8]) {
-        if self.overheard.len() >= OVERHEARD_MAX {
-            self.overheard.pop_front();
-        }
-        self.overheard.push_back((Instant::now(), frame.to_vec()));
-    }
-}
-
 /// What a checkpoint says of a network device besides the device's own state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -165,6 +172,9 @@ pub struct NetCut {
     pub covered: Vec<serde_bytes::ByteBuf>,
     /// How the outside's sequence numbers differ from the guest's.
     pub mapping: sequence::State,
+    /// What the guest's frames showed of it, for a copy that stands and says nothing itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addresses: Option<Announcer>,
 }
 
 pub(super) struct State {
@@ -263,30 +273,30 @@ impl NetGate {
 
     // What the primary does.
 
-    /// A checkpoint begins, while the guest stands: outputs from now on are of the next epoch.
-    pub fn cut(&self, patience: Duration) -> NetCut {
+    /// A checkpoint begins, while the guest stands: outputs from now on are of the next epoch, in which `mode` holds.
+    pub fn cut(&self, patience: Duration, mode: Mode) -> NetCut {
         let mut state = self.lock();
         if matches!(state.side, Side::Alone) {
-            let mut comparator = Comparator::new(Limits::default());
-            comparator.set_patience(patience);
-            state.side = Side::Primary(Box::new(Primary {
-                comparator,
-                cut: true,
-                told: 0,
-                arrivals: VecDeque::new(),
-                covered: 0,
-            }));
+            state.side = Side::Primary(Box::new(Primary::new(patience)));
         }
         let Side::Primary(primary) = &mut state.side else {
             return NetCut::default();
         };
-        primary.cut = true;
-        primary.comparator.cut();
+        primary.begin(mode);
         let covered = primary.comparator.covered();
         let covered = covered.map(|frame| frame.to_vec().into());
         NetCut {
             covered: covered.collect(),
             mapping: state.mapper.state(),
+            addresses: (mode == Mode::Checkpoint).then(|| state.announcer.clone()),
+        }
+    }
+
+    /// Outputs that wait for a checkpoint and for nothing else.
+    pub fn waiting(&self) -> Option<Waiting> {
+        match &self.lock().side {
+            Side::Primary(primary) => primary.waiting,
+            _ => None,
         }
     }
 
@@ -483,33 +493,36 @@ impl NetGate {
     /// What came so far, the checkpoint under way has seen.
     pub fn mark_cut(&self) {
         if let Side::Secondary(secondary) = &mut self.lock().side {
-            secondary.before_cut = Some(secondary.inbox.len());
+            secondary.mark_cut();
         }
     }
 
-    /// The guest goes on from the checkpoint.
+    /// The guest goes on from the checkpoint, or stands with it, by `mode`.
     ///
     /// # Errors
     /// When the primary's mappings cannot be.
-    pub fn loaded(&self, cut: NetCut) -> Result<(), StateError> {
+    pub fn loaded(&self, cut: NetCut, mode: Mode) -> Result<(), StateError> {
         let mapper = Mapper::from_state(&cut.mapping, CONNECTIONS_MAX)?;
         let mut state = self.lock();
         let Side::Secondary(secondary) = &mut state.side else {
             return Ok(());
         };
-        let seen = secondary.before_cut.take().unwrap_or(0);
-        let seen = seen.min(secondary.inbox.len());
-        secondary.inbox.drain(..seen);
-        secondary.inbox_bytes = secondary.inbox.iter().map(Vec::len).sum();
-        secondary.kept.clear();
-        secondary.settled = 0;
-        secondary.covered = cut
-            .covered
-            .into_iter()
-            .map(|frame| frame.into_vec())
-            .collect();
+        let covered = cut.covered.into_iter();
+        let covered = covered.map(|frame| frame.into_vec()).collect();
+        secondary.loaded(covered, mode == Mode::Checkpoint);
         state.mapper = mapper;
+        if let Some(addresses) = &cut.addresses {
+            state.announcer.learn(addresses);
+        }
         Ok(())
+    }
+
+    /// Takes what the outside sent to a copy that stands, whose device does not look.
+    pub fn overhear(&self) {
+        let mut state = self.lock();
+        if matches!(&state.side, Side::Secondary(secondary) if secondary.stands) {
+            state.overhear();
+        }
     }
 
     /// The outputs that the last checkpoint explains are out.
@@ -568,6 +581,11 @@ impl NetGate {
             Side::Secondary(secondary) => secondary.memory_bytes(),
         };
         side + frames(&state.left) + frames(&state.blocked)
+    }
+
+    /// How many outputs left, and how long they had been held.
+    pub fn tally(&self) -> Tally {
+        self.lock().delays.tally
     }
 
     /// How long outputs were held lately.
@@ -681,10 +699,7 @@ impl State {
                 return Transmit::Sent;
             }
             Side::Primary(primary) if primary.comparator.has_room() && self.blocked.is_empty() => {
-                let now = Instant::now();
-                primary.arrivals.push_back(now);
-                primary.comparator.primary(now, frame);
-                if primary.comparator.mismatch().is_some() {
+                if primary.take(Instant::now(), frame) {
                     gate.permit.call();
                 } else if primary.waits() {
                     gate.permit.tell_waiting();
@@ -721,12 +736,7 @@ impl State {
     /// The next frame for the guest, which is the outside's or the other side's.
     pub(super) fn receive(&mut self, gate: &NetGate) -> Option<&[u8]> {
         let waiting = match &mut self.side {
-            Side::Secondary(secondary) => {
-                let frame = secondary.inbox.pop_front()?;
-                secondary.inbox_bytes -= frame.len();
-                secondary.before_cut = secondary.before_cut.map(|n| n.saturating_sub(1));
-                Some(frame)
-            }
+            Side::Secondary(secondary) => Some(secondary.next_input()?),
             Side::Primary(_) if gate.outbox.is_full() => return None,
             _ => self.left.pop_front(),
         };
@@ -754,6 +764,7 @@ mod tests {
 
     use tandem_devices::virtio::net::memory::MemoryBackend;
 
+    use super::super::copy::OVERHEARD_MAX;
     use super::*;
 
     const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
@@ -818,7 +829,7 @@ mod tests {
         assert!(gate.late_input(&frame(GUEST, CLIENT, 2)));
         assert_eq!(marks(&gate), [1, 2]);
         // Its own copy would not hear of them.
-        gate.cut(Duration::ZERO);
+        gate.cut(Duration::ZERO, Mode::Lockstep);
         assert!(!gate.late_input(&frame(GUEST, CLIENT, 3)));
         assert!(marks(&gate).is_empty());
     }
@@ -833,5 +844,62 @@ mod tests {
         assert!(gate.lock().overhear());
         gate.go_live(heard);
         assert_eq!(marks(&gate).len(), OVERHEARD_MAX);
+    }
+
+    /// A primary's gate and its outside, from a checkpoint on whose `mode` holds.
+    fn primary(mode: Mode) -> (NetGate, MemoryBackend) {
+        let (gate, outside) = copy();
+        gate.go_live(Instant::now());
+        gate.cut(Duration::from_millis(50), mode);
+        gate.commit(Instant::now());
+        outside.wire().sent.clear();
+        (gate, outside)
+    }
+
+    #[test]
+    fn outputs_wait_for_the_next_checkpoint_and_somebody_is_called_for_the_first() {
+        let (gate, outside) = primary(Mode::Checkpoint);
+        assert_eq!(gate.waiting(), None);
+        assert!(!gate.permit.take_call());
+        let say = |mark| gate.lock().transmit(&gate, frame(CLIENT, GUEST, mark));
+        say(1);
+        assert!(gate.permit.take_call());
+        say(2);
+        assert!(!gate.permit.take_call());
+        let waiting = gate.waiting().unwrap();
+        assert!(waiting.first <= waiting.last && !waiting.full);
+        // Nobody else says anything, and that is no mismatch.
+        gate.expire(Instant::now() + Duration::from_secs(10));
+        assert_eq!((gate.deadline(), gate.mismatch()), (None, None));
+        let cut = gate.cut(Duration::ZERO, Mode::Checkpoint);
+        assert_eq!((cut.covered.len(), gate.waiting()), (2, None));
+        say(3);
+        assert!(outside.wire().sent.is_empty());
+        gate.commit(Instant::now());
+        assert_eq!(outside.wire().sent.len(), 2);
+        assert_eq!(gate.tally().outputs, 2);
+        gate.cut(Duration::ZERO, Mode::Lockstep);
+        gate.commit(Instant::now());
+        assert_eq!(outside.wire().sent.len(), 3);
+        // From now on the copy's outputs count.
+        say(4);
+        assert_eq!((gate.waiting(), outside.wire().sent.len()), (None, 3));
+        gate.secondary_output(Instant::now(), &frame(CLIENT, GUEST, 4));
+        assert_eq!(outside.wire().sent.len(), 4);
+    }
+
+    #[test]
+    fn a_copy_that_stands_knows_its_guests_address_and_overhears() {
+        let (far, _) = primary(Mode::Checkpoint);
+        let cut = far.cut(Duration::ZERO, Mode::Checkpoint);
+        let (gate, outside) = copy();
+        gate.become_secondary();
+        gate.lock().announcer = Announcer::default();
+        gate.loaded(cut, Mode::Checkpoint).unwrap();
+        let heard = Instant::now();
+        outside.wire().incoming.push_back(frame(GUEST, CLIENT, 1));
+        gate.overhear();
+        gate.go_live(heard);
+        assert_eq!(marks(&gate), [1]);
     }
 }

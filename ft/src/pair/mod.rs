@@ -54,6 +54,9 @@
 //!                       +------+   +--------+
 //! ```
 //!
+//! In the mode [`Checkpoint`](crate::mode::Mode::Checkpoint) the secondary's guest stands while it is *following*, and
+//! *restoring* a checkpoint means to keep it, such that the guest can go live from it. The machines need not know.
+//!
 //! It asks at once when the primary's process is dead, else only when the lease that its answers gave is surely over.
 //! Who has asked answers no more beats. A secondary that is lost while it stages a checkpoint goes live from
 //! the state before: nothing that the checkpoint covers has left. One that has it whole goes live from that.
@@ -124,6 +127,10 @@ pub enum Cause {
     Bound,
     /// Somebody asked for it.
     Demand,
+    /// Outputs wait for it: the secondary does not run.
+    Outputs,
+    /// From it on another [`Mode`](crate::mode::Mode) is to hold.
+    Mode,
 }
 
 /// How the other side was lost.
@@ -249,7 +256,7 @@ pub enum Action {
     TellTerm(Term),
     /// Secondary: answer this beat.
     Answer(u64),
-    /// Secondary: all of the checkpoint is here; restore it, then tell of [`SecondaryEvent::Loaded`].
+    /// Secondary: all of the checkpoint is here; restore or keep it, then tell of [`SecondaryEvent::Loaded`].
     Restore(Epoch),
     /// Secondary: tell the primary that it is loaded.
     SendLoaded(Epoch),

@@ -29,6 +29,10 @@ pub enum PrimaryEvent {
     BoundReached,
     /// Somebody wants a resync.
     ResyncDemanded,
+    /// Outputs have waited long enough for a checkpoint, for which alone they wait.
+    OutputsWait,
+    /// Another mode is to hold from the next checkpoint on.
+    ModeWanted,
     /// The guest is frozen and its state read; nothing of the cut was sent yet.
     CutDone(Epoch),
     /// The secondary has loaded the checkpoint.
@@ -258,6 +262,8 @@ impl Primary {
             PrimaryEvent::Mismatch => self.wish(Cause::Mismatch, &mut actions),
             PrimaryEvent::BoundReached => self.wish(Cause::Bound, &mut actions),
             PrimaryEvent::ResyncDemanded => self.wish(Cause::Demand, &mut actions),
+            PrimaryEvent::OutputsWait => self.wish(Cause::Outputs, &mut actions),
+            PrimaryEvent::ModeWanted => self.wish(Cause::Mode, &mut actions),
             PrimaryEvent::CutDone(epoch) => self.cut_done(now, epoch, &mut actions),
             PrimaryEvent::Loaded(epoch) => self.loaded(epoch, &mut actions),
             PrimaryEvent::Claimed(term, outcome) => {
@@ -364,8 +370,8 @@ impl Primary {
         };
         match &mut session.resync {
             None => self.begin_resync(cause, actions),
-            // The comparator compares nothing until it is loaded.
-            Some(_) if cause == Cause::Mismatch => (),
+            // The comparator compares nothing until it is loaded, and outputs that wait are looked at anew then.
+            Some(_) if matches!(cause, Cause::Mismatch | Cause::Outputs) => (),
             Some(resync) if resync.sent => resync.again = Some(cause),
             Some(_) => (),
         }

@@ -357,6 +357,26 @@ fn a_mismatch_begins_one_resync() {
 }
 
 #[test]
+fn outputs_that_wait_get_one_checkpoint_and_another_mode_one_after_the_cut() {
+    let mut side = Owning::protected();
+    let begun = [Action::StartResync(SECOND, Cause::Outputs)];
+    assert_eq!(side.tell(PrimaryEvent::OutputsWait), begun);
+    assert_eq!(side.tell(PrimaryEvent::OutputsWait), []);
+    // The mode is looked at when it is cut.
+    assert_eq!(side.tell(PrimaryEvent::ModeWanted), []);
+    side.tell(PrimaryEvent::CutDone(SECOND));
+    // Those that came since are looked at when it is loaded.
+    assert_eq!(side.tell(PrimaryEvent::OutputsWait), []);
+    assert_eq!(side.tell(PrimaryEvent::ModeWanted), []);
+    let again = [
+        Action::Commit(SECOND),
+        Action::StartResync(Epoch(3), Cause::Mode),
+        Action::Release,
+    ];
+    assert_eq!(side.tell(PrimaryEvent::Loaded(SECOND)), again);
+}
+
+#[test]
 fn what_is_wanted_after_the_cut_follows() {
     let mut side = Owning::protected();
     side.tell(PrimaryEvent::BoundReached);

@@ -10,6 +10,7 @@ use tandem_vmm::snapshot::GuestState;
 
 use super::pair::PairCut;
 use super::{Pair, ProtectionError, ResyncMode};
+use crate::mode::Wish;
 
 /// What a primary says of its guest first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -29,8 +30,20 @@ pub struct Offer {
     pub here: u64,
     /// What of a resync the guest waits for: if for all of it, it can be asked for pages meanwhile.
     pub mode: ResyncMode,
+    /// The mode that is asked for; none from a primary that knows of lockstep alone, or says so to a secondary that
+    /// does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modes: Option<Wish>,
     /// The guest.
     pub hello: Hello,
+}
+
+/// Whether a standby refused what it was told because it knows of lockstep alone: it names what it does not know.
+pub(super) fn knows_no_modes(error: &ProtectionError) -> bool {
+    let ProtectionError::Transfer(MigrationError::Refused(why)) = error else {
+        return false;
+    };
+    why.contains("unknown field") && why.contains("modes")
 }
 
 /// What a primary says on its other connections.
@@ -177,4 +190,71 @@ fn wrong(kind: Kind) -> ProtectionError {
 /// Whether nothing came for a while, which between checkpoints is as it should be.
 fn is_silence(error: &MigrationError) -> bool {
     matches!(error, MigrationError::Broken(error) if error.kind() == std::io::ErrorKind::WouldBlock)
+}
+
+#[cfg(test)]
+mod tests {
+    use tandem_vmm::snapshot::HardwareState;
+
+    use super::*;
+    use crate::mode::Choice;
+    use crate::runtime::Place;
+
+    /// What a version that knew of lockstep alone took.
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only whether it is taken matters")]
+    struct Older {
+        token: u128,
+        keeper: bool,
+        disks: Vec<(u8, u64)>,
+        term: u64,
+        standbys: Vec<Place>,
+        here: u64,
+        mode: ResyncMode,
+        hello: Hello,
+    }
+
+    fn offer(modes: Option<Wish>) -> Offer {
+        let hardware = HardwareState {
+            tandem: "0".into(),
+            name: "guest".into(),
+            cpus: 1,
+            memory: 1 << 20,
+            devices: Vec::new(),
+        };
+        Offer {
+            token: 1,
+            keeper: false,
+            disks: Vec::new(),
+            term: 1,
+            standbys: Vec::new(),
+            here: 0,
+            mode: ResyncMode::Running,
+            modes,
+            hello: Hello {
+                description: String::new(),
+                hardware,
+            },
+        }
+    }
+
+    #[test]
+    fn who_knows_no_modes_says_so_and_takes_what_has_none() {
+        let wish = Wish::of(Choice::Checkpoint);
+        let bytes = encode(&offer(Some(wish))).unwrap();
+        let refused = decode::<Older>(&bytes, "a greeting").err().unwrap();
+        // What is told goes through the link as text.
+        let told = MigrationError::Refused(refused.to_string());
+        assert!(knows_no_modes(&told.into()), "{refused}");
+        let other = MigrationError::Refused("there is no room for the modes of it".into());
+        assert!(!knows_no_modes(&other.into()));
+        let bytes = encode(&offer(None)).unwrap();
+        assert!(decode::<Older>(&bytes, "a greeting").is_ok());
+        let taken: Offer = decode(&bytes, "a greeting").unwrap();
+        assert_eq!(taken.modes, None);
+        // Nor does a checkpoint say anything of modes then.
+        let cut = encode(&PairCut::default()).unwrap();
+        assert!(!cut.windows(5).any(|part| part == b"modes"));
+    }
 }

@@ -22,7 +22,8 @@ use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::{PageSink, Session};
 
 use super::calls::{call, call_of};
-use super::checkpoint::{Greeting, Offer, encode_rest, greet};
+use super::checkpoint::{Greeting, Offer, encode_rest, greet, knows_no_modes};
+use super::modes::Made;
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::retry::{Attempt, Retry};
@@ -33,6 +34,7 @@ use crate::delta::{Ahead, Encoder, Staging};
 use crate::keeper::{Keeper, Verification};
 use crate::link::Kind;
 use crate::mirror::{self, DISK_MAX, Image};
+use crate::mode::Mode;
 use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
 
 /// How long the copy of one side may stay behind the other with an output.
@@ -48,6 +50,8 @@ const STAGING_KEPT: usize = 4 << 20;
 const ROUNDS_MAX: u32 = 8;
 /// Longest time between checkpoints: what a secondary must undo stays little.
 const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
+/// The same while the secondary stands: what the guest did since is done again after a takeover, unseen as it was.
+const STANDING_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// Blocks of disks that may be written between checkpoints, 1 GiB: each is read and compared then.
 const WRITTEN_BLOCKS_MAX: u64 = 256 << 10;
 /// How long the secondary may take to load a checkpoint.
@@ -111,15 +115,17 @@ impl<'a> Driver<'a> {
             to: standbys,
             claims,
             term,
-            mode,
+            resync: mode,
+            wish,
         } = protect;
         let pair = Arc::clone(&guest.pair);
         let core = Core::alone(pair, guest.handle.clone(), claims, term);
         shared.dismiss.store(false, Ordering::SeqCst);
         *lock(&shared.core) = Some(Arc::clone(&core));
+        guest.pair.modes().ask(Instant::now(), wish);
         let mut status = guest.pair.lock_status();
         status.term = term.0;
-        status.mode = mode.name().into();
+        status.resync = mode.name().into();
         status.reason = "a secondary is looked for".into();
         drop(status);
         Self {
@@ -215,10 +221,9 @@ impl<'a> Driver<'a> {
             );
             return Err(ProtectionError::Disk(why));
         }
-        let mut checkpoints = call(to, token)?;
         let session = Session::begin(&core.handle)?;
         let (standbys, here) = self.standbys.tell(number);
-        let offer = Offer {
+        let mut offer = Offer {
             token,
             keeper: self.guest.keeper.is_some(),
             disks: images
@@ -229,13 +234,21 @@ impl<'a> Driver<'a> {
             standbys,
             here,
             mode: self.mode,
+            modes: Some(core.pair.modes().wish()),
             hello: Hello {
                 description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
             },
         };
-        greet(&mut checkpoints, Purpose::Protection, &offer)?;
-        frame::expect(&mut checkpoints, FrameKind::Accept)?;
+        let invited = match invite(to, &offer) {
+            Err(error) if knows_no_modes(&error) => {
+                offer.modes = None;
+                invite(to, &offer)
+            }
+            invited => invited,
+        };
+        let checkpoints = invited?;
+        core.pair.modes().joined(offer.modes.is_some());
         let mut link = call(to, token)?;
         greet(&mut link, Purpose::Pairing, &Greeting { token })?;
         if let Some(keeper) = &self.guest.keeper {
@@ -310,6 +323,8 @@ impl<'a> Driver<'a> {
                     }
                     last = Instant::now();
                     connected.count_memory(&self.core);
+                    // Orders may come without a pause.
+                    self.look(&mut last);
                 }
                 Ok(Order::Alone) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
@@ -371,9 +386,12 @@ impl<'a> Driver<'a> {
     ) -> Result<u64, ProtectionError> {
         let waits = || {
             let state = self.core.state();
+            // A copy that is to stand may say that it has all before it is heard here that it wants no more.
             let wanted = matches!(
                 state,
-                PrimaryState::Resyncing(..) | PrimaryState::Deciding(..)
+                PrimaryState::Resyncing(..)
+                    | PrimaryState::Deciding(..)
+                    | PrimaryState::Protected(_)
             );
             wanted && !self.dismissed()
         };
@@ -392,6 +410,14 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// Longest time between checkpoints.
+    fn interval_max(&self) -> Duration {
+        match self.core.pair.modes().mode() {
+            Mode::Lockstep => CHECKPOINT_INTERVAL_MAX,
+            Mode::Checkpoint => STANDING_INTERVAL_MAX,
+        }
+    }
+
     /// Nothing is to be done for a while.
     fn look(&self, last: &mut Instant) {
         if self.dismissed() {
@@ -400,7 +426,7 @@ impl<'a> Driver<'a> {
         }
         let event = match self.core.state() {
             PrimaryState::Protected(_)
-                if last.elapsed() >= CHECKPOINT_INTERVAL_MAX
+                if last.elapsed() >= self.interval_max()
                     || self.core.pair.blocks_written() > WRITTEN_BLOCKS_MAX =>
             {
                 *last = Instant::now();
@@ -487,11 +513,13 @@ impl<'a> Driver<'a> {
         copying: Copying,
     ) -> Result<(), ProtectionError> {
         let core = &self.core;
+        let began = Instant::now();
         let why = core.pair.mismatch();
         if let Some(difference) = &why {
             core.pair.happened("differed", difference.clone());
             core.pair.lock_status().last_difference = Some(difference.clone());
         }
+        let before = core.pair.modes().mode();
         let Connected {
             session,
             checkpoints,
@@ -534,9 +562,10 @@ impl<'a> Driver<'a> {
         let FreezeTimes { stop, quiesce, .. } = stopped.frozen.times;
         cut.age = (stopped.frozen.since + stop + quiesce).elapsed();
         core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
-        let stand = match self.mode {
-            ResyncMode::Running => Some(session.thaw()?),
-            ResyncMode::Stopped => None,
+        // A copy that stood has written nothing that it would have to ask for.
+        let stand = match (self.mode, before) {
+            (ResyncMode::Stopped, Mode::Lockstep) => None,
+            _ => Some(session.thaw()?),
         };
         // The secondary takes the first pages while the others are encoded.
         pages += stopped.pages;
@@ -546,6 +575,7 @@ impl<'a> Driver<'a> {
         let mirrored = disks.reconcile(checkpoints, images, *seed)?;
         drop(disks);
         staged.clear(STAGING_KEPT);
+        let sending = began.elapsed();
         let mut rest = rest.len() as u64;
         let stand = match stand {
             Some(stand) => stand,
@@ -560,8 +590,15 @@ impl<'a> Driver<'a> {
         };
         let pause = stand.until - stand.from;
         if cause != Cause::Join {
+            core.pair.modes().made(Made {
+                pause,
+                sending,
+                pages,
+            });
             let why = why.unwrap_or_else(|| match cause {
                 Cause::Mismatch => "the outputs before differed each time".into(),
+                Cause::Outputs => "outputs waited for it".into(),
+                Cause::Mode => "another mode was to hold".into(),
                 cause => format!("{cause:?}").to_lowercase(),
             });
             tracing::debug!(%epoch, %why, ?pause, pages, bytes, mirrored, "checkpoint");
@@ -610,6 +647,14 @@ impl Drop for DisksStand<'_> {
     fn drop(&mut self) {
         self.pair.let_disks_go();
     }
+}
+
+/// Says what there is to who stands by at `to`, and hears that it is taken.
+fn invite(to: &Route, offer: &Offer) -> Result<Link, ProtectionError> {
+    let mut link = call(to, offer.token)?;
+    greet(&mut link, Purpose::Protection, offer)?;
+    frame::expect(&mut link, FrameKind::Accept)?;
+    Ok(link)
 }
 
 /// A connection for a keeper to the standby at `to`.

@@ -68,6 +68,8 @@ fn cause(cause: Cause) -> &'static str {
         Cause::Mismatch => "outputs differ",
         Cause::Bound => "it is time",
         Cause::Demand => "somebody asked for it",
+        Cause::Outputs => "outputs wait for it",
+        Cause::Mode => "another mode is to hold",
     }
 }
 
@@ -85,10 +87,7 @@ fn ending(ending: &Ending) -> String {
 pub(super) fn describe(notice: &Notice) -> (&'static str, String) {
     match notice {
         Notice::Joining(epoch) => ("joining", format!("a secondary gets checkpoint {epoch}")),
-        Notice::Protected(epoch) => (
-            "protected",
-            format!("both copies run from checkpoint {epoch}"),
-        ),
+        Notice::Protected(epoch) => ("protected", format!("both copies have checkpoint {epoch}")),
         Notice::Resyncing(epoch, why) => {
             ("resyncing", format!("checkpoint {epoch}: {}", cause(*why)))
         }

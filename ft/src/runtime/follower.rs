@@ -1,4 +1,7 @@
 //! The secondary's thread that receives checkpoints and lets the guest go on from them.
+//!
+//! In the mode [`Mode::Checkpoint`] the guest stands: a checkpoint is acknowledged as soon as it is all here, and its
+//! memory is put in place then; the state is restored when the guest is to take over, while the arbiter is asked.
 
 use std::time::Instant;
 
@@ -11,8 +14,9 @@ use super::checkpoint::{Part, Receiver};
 use super::image::{Image, Stage};
 use super::pair::PairCut;
 use super::replicas::Replicas;
-use super::secondary::Core;
+use super::secondary::{Core, Standing};
 use super::wanted::want;
+use crate::mode::Mode;
 use crate::pair::{Epoch, SecondaryEvent};
 
 /// Lets the guest, which is there with its first checkpoint, run, and receives checkpoints until no more
@@ -44,6 +48,10 @@ pub(super) fn follow(
         },
         Err(error) => error,
     };
+    if core.is_deciding() {
+        // While the arbiter is asked.
+        core.restore_standing();
+    }
     drop(image);
     core.pair.set_checkpoint_memory(0);
     let why = tandem_vmm::error::causes(&error);
@@ -77,12 +85,17 @@ fn load(
     let Some(stood) = core.wait_mark(epoch) else {
         return Err(ProtectionError::Garbled("no mark of its checkpoint".into()));
     };
-    let handle = core.handle().ok_or(ControlError::Gone)?;
-    // The mark may have come between the last load and the resume that followed it.
-    drop(handle.halt());
-    handle.settle(|| !core.is_over())?;
+    let stood_before = core.pair.copy_stands();
+    if !stood_before {
+        let handle = core.handle().ok_or(ControlError::Gone)?;
+        // The mark may have come between the last load and the resume that followed it.
+        drop(handle.halt());
+        handle.settle(|| !core.is_over())?;
+    }
     replicas.stage(&core.pair, receiver.link())?;
-    if let Image::Staged(stage) = image {
+    if let Image::Staged(stage) = image
+        && !stood_before
+    {
         complete(core, receiver, stage)?;
     }
     if core.event(SecondaryEvent::Staged(epoch)).is_none() {
@@ -92,9 +105,26 @@ fn load(
     let begun = Instant::now();
     let handle = core.handle().ok_or(ControlError::Gone)?;
     let written = replicas.write(&core.pair);
+    let since = stood.checked_sub(cut.age).unwrap_or(stood);
+    if cut.mode() == Mode::Checkpoint {
+        core.stand_with(Standing {
+            state,
+            since,
+            load: Some(image.loader()),
+        });
+        finish(core, written, cut)?;
+        let ahead = core.load_ahead();
+        image.loaded();
+        if ahead.is_err() && !core.is_over() {
+            core.fail();
+        }
+        tracing::trace!(%epoch, waited = ?begun - stood, took = ?begun.elapsed(), "kept");
+        return ahead;
+    }
+    core.stand_no_more();
     let replaced = handle.replace(Replacement {
         state,
-        since: stood.checked_sub(cut.age).unwrap_or(stood),
+        since,
         load: image.loader(),
     });
     image.loaded();
@@ -125,14 +155,20 @@ fn finish(
     loaded: Result<(), ProtectionError>,
     cut: PairCut,
 ) -> Result<(), ProtectionError> {
-    let epoch = Epoch(cut.epoch);
+    let (epoch, mode) = (Epoch(cut.epoch), cut.mode());
+    let stood_before = core.pair.copy_stands();
     if let Err(error) = loaded.and_then(|()| core.pair.loaded(cut)) {
         core.fail();
         return Err(error);
     }
+    if stood_before && mode == Mode::Checkpoint {
+        core.pair.keep_quiet();
+    }
     // If the primary was lost meanwhile the guest goes live by this.
     core.event(SecondaryEvent::Loaded(epoch));
     match core.handle() {
+        // Until it takes over.
+        Some(_) if mode == Mode::Checkpoint => {}
         // That let it run, and another copy of it may be made by now, for which it stands.
         Some(_) if core.is_over() => {}
         // It may run already.

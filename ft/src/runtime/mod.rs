@@ -23,6 +23,7 @@ mod follower;
 mod image;
 mod late;
 mod link_thread;
+mod modes;
 mod pair;
 mod primary;
 mod protector;

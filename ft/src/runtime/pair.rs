@@ -18,14 +18,20 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::checkpoint::{decode, encode};
 use super::events::{Event, Events, describe};
-use super::status::{Checkpoints, Status};
+use super::modes::{CutModes, Modes};
+use super::status::{Checkpoints, Role, Status};
 use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
-use crate::gate::{CONSOLE, ConsoleGate, Delays, DiskGate, GatedDisk, NetCut, NetGate, Permit};
+use crate::gate::{
+    CONSOLE, ConsoleGate, Delays, DiskGate, GatedDisk, NetCut, NetGate, Permit, Tally,
+};
 use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
 use crate::mirror::Image;
-use crate::pair::Notice;
+use crate::mode::Mode;
+use crate::mode::cost::Counters;
+use crate::mode::interval::Waiting;
+use crate::pair::{Cause, Notice};
 
 /// How long outputs wait for a store: until they are explained, however long that takes.
 const STORE_PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -46,6 +52,16 @@ pub(super) struct PairCut {
     /// Console output that it explains and that is not out.
     #[serde(with = "serde_bytes")]
     pub(super) console: Vec<u8>,
+    /// The mode from then on, for a secondary that knows of modes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) modes: Option<CutModes>,
+}
+
+impl PairCut {
+    /// The mode from then on.
+    pub(super) fn mode(&self) -> Mode {
+        self.modes.map_or(Mode::Lockstep, |told| told.mode)
+    }
 }
 
 /// Outputs that a checkpoint in a store explains.
@@ -87,6 +103,9 @@ pub struct Pair {
     paired: AtomicBool,
     outbox: Arc<Outbox>,
     status: Mutex<Status>,
+    modes: Mutex<Modes>,
+    /// Events of the checkpoint under way are as usual: nobody wants to know of them.
+    quiet: AtomicBool,
     epoch: AtomicU64,
     /// Number of the checkpoint whose outputs leave, of which the secondary was not told yet; or 0.
     committing: AtomicU64,
@@ -122,6 +141,8 @@ impl Pair {
             console: Arc::new(ConsoleGate::new(Arc::clone(&outbox), Arc::clone(&permit))),
             outbox,
             status: Mutex::new(Status::unprotected(name)),
+            modes: Mutex::new(Modes::new(Instant::now())),
+            quiet: AtomicBool::new(false),
             epoch: AtomicU64::new(0),
             committing: AtomicU64::new(0),
             checkpoint_memory: AtomicU64::new(0),
@@ -144,6 +165,7 @@ impl Pair {
         status.summarize();
         status.added_latency_us = delays.held.percentiles();
         status.secondary_lag_us = delays.matched.percentiles();
+        status.tell_modes(&self.modes());
         let now = Instant::now();
         status.tell_trying(now);
         status.tell_age(now);
@@ -169,6 +191,11 @@ impl Pair {
         lock(&self.status)
     }
 
+    /// The modes of the guest's protection. Locked last.
+    pub(super) fn modes(&self) -> MutexGuard<'_, Modes> {
+        lock(&self.modes)
+    }
+
     pub(super) fn permit(&self) -> &Permit {
         &self.permit
     }
@@ -183,8 +210,27 @@ impl Pair {
     }
 
     pub(super) fn report(&self, notice: &Notice) {
-        let (event, text) = describe(notice);
-        self.happened(event, text);
+        let quiet = match notice {
+            // There may be a hundred in a second.
+            Notice::Resyncing(_, Cause::Outputs) => {
+                self.quiet.store(true, Ordering::SeqCst);
+                true
+            }
+            Notice::Protected(_) => self.quiet.swap(false, Ordering::SeqCst),
+            _ => {
+                self.quiet.store(false, Ordering::SeqCst);
+                false
+            }
+        };
+        if !quiet {
+            let (event, text) = describe(notice);
+            self.happened(event, text);
+        }
+    }
+
+    /// The end of the checkpoint under way is as usual.
+    pub(super) fn keep_quiet(&self) {
+        self.quiet.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn happened(&self, event: &str, text: String) {
@@ -267,6 +313,11 @@ impl Pair {
         self.console.holds() || self.nets.iter().any(|net| net.holds())
     }
 
+    /// Writes out what the console may say, waiting at most `patience`.
+    pub(super) fn drain_console(&self, patience: Duration) {
+        self.console.drain(patience);
+    }
+
     // Primary.
 
     /// What the outside's frames are read from, by device, where another process can.
@@ -278,12 +329,34 @@ impl Pair {
     }
 
     pub(super) fn cut(&self, epoch: u64, patience: Duration) -> PairCut {
+        let (mode, modes) = self.modes().cut();
         self.paired.store(true, Ordering::SeqCst);
+        let nets = self.nets.iter().map(|net| net.cut(patience, mode));
         PairCut {
             epoch,
             age: Duration::ZERO,
-            nets: self.nets.iter().map(|net| net.cut(patience)).collect(),
-            console: self.console.cut(patience),
+            nets: nets.collect(),
+            console: self.console.cut(patience, mode),
+            modes,
+        }
+    }
+
+    /// Outputs that wait for a checkpoint and for nothing else.
+    pub(super) fn waiting(&self) -> Option<Waiting> {
+        let nets = self.nets.iter().filter_map(|net| net.waiting());
+        nets.chain(self.console.waiting()).reduce(Waiting::and)
+    }
+
+    /// What was counted of outputs that left.
+    pub(super) fn counted(&self) -> Counters {
+        let nets = self.nets.iter().map(|net| net.tally());
+        let all = nets.fold(self.console.tally(), Tally::and);
+        Counters {
+            outputs: all.outputs,
+            held_us: all.held_us,
+            matched: all.matched,
+            matched_us: all.matched_us,
+            ..Counters::default()
         }
     }
 
@@ -479,17 +552,29 @@ impl Pair {
     }
 
     pub(super) fn mark_cut(&self) {
+        self.console.mark_cut();
         self.nets.iter().for_each(|net| net.mark_cut());
     }
 
-    /// The guest goes on from a checkpoint.
+    /// Takes what the outside sends here while the copy stands.
+    pub(super) fn overhear(&self) {
+        self.nets.iter().for_each(|net| net.overhear());
+    }
+
+    /// Whether this is a copy that stands until it takes over, or a checkpoint lets it run.
+    pub fn copy_stands(&self) -> bool {
+        self.lock_status().role == Role::Secondary && self.modes().mode() == Mode::Checkpoint
+    }
+
+    /// The guest goes on from a checkpoint, or stands with it.
     pub(super) fn loaded(&self, cut: PairCut) -> Result<(), ProtectionError> {
+        let mode = self.modes().loaded(Instant::now(), cut.modes);
         let mut nets = cut.nets.into_iter();
         for net in &self.nets {
-            net.loaded(nets.next().unwrap_or_default())
+            net.loaded(nets.next().unwrap_or_default(), mode)
                 .map_err(|e| ProtectionError::Garbled(e.to_string()))?;
         }
-        self.console.loaded(cut.console);
+        self.console.loaded(cut.console, mode);
         self.set_epoch(cut.epoch);
         Ok(())
     }

@@ -14,11 +14,12 @@ use tandem_vmm::migration::Link;
 use super::asking::Claims;
 use super::eagerness::Eagerness;
 use super::link_thread::{Talk, listen};
-use super::status::BOTH_RUN;
+use super::status::{BOTH_RUN, COPY_STANDS};
 use super::{Pair, lock};
 use crate::arbiter::Term;
 use crate::detector::Scheduling;
 use crate::link::{Kind, Message, MessageError};
+use crate::mode::Mode;
 use crate::pair::{
     self, Action, Actions, Cause, Ending, Epoch, Notice, PrimaryEvent, PrimaryState,
 };
@@ -122,12 +123,13 @@ impl Core {
                 Action::StartResync(epoch, cause) => {
                     let began = (cause != Cause::Join).then(Instant::now);
                     self.pair.lock_status().resync_began = began;
+                    self.pair.modes().begun(Instant::now());
                     self.order(Order::Resync(epoch, cause));
                 }
                 Action::SendCheckpoint(_) => send = true,
                 Action::Commit(epoch) => {
                     self.pair.commit(epoch.0);
-                    self.pair.lock_status().count_resync();
+                    self.committed(epoch);
                 }
                 Action::StopGuest => {
                     // Not for longer than that takes: this thread has to beat, and a disk may be slow.
@@ -172,6 +174,20 @@ impl Core {
         send
     }
 
+    /// The secondary has the checkpoint.
+    fn committed(&self, epoch: Epoch) {
+        let took = self.pair.lock_status().count_resync();
+        let (switched, mode) = {
+            let mut modes = self.pair.modes();
+            (modes.committed(Instant::now(), took), modes.mode())
+        };
+        if switched {
+            let (_, why, ..) = self.pair.modes().told();
+            let text = format!("{} from checkpoint {epoch} on: {why}", mode.name());
+            self.pair.happened("mode", text);
+        }
+    }
+
     fn order(&self, order: Order) {
         if let Some(orders) = &*lock(&self.orders) {
             // It may have ended.
@@ -191,13 +207,14 @@ impl Core {
 
     fn report(&self, notice: &Notice) {
         self.pair.report(notice);
+        let mode = self.pair.modes().mode();
         let mut status = self.pair.lock_status();
         match notice {
-            Notice::Protected(_) | Notice::HeardAgain => status.both_run(),
+            Notice::Protected(_) | Notice::HeardAgain => status.protected_in(mode),
             Notice::Alone(_) | Notice::Ended(_) => {
                 status.protected = false;
                 status.peer = None;
-                if status.reason == BOTH_RUN {
+                if [BOTH_RUN, COPY_STANDS].contains(&&*status.reason) {
                     status.reason = "the secondary was lost".into();
                 }
             }
@@ -242,7 +259,10 @@ impl PrimaryTalk {
         }
         if pair.mismatch().is_some() {
             self.differs(now);
-        } else if self.eagerness.is_eager(now) && pair.waits() {
+        } else if self.eagerness.is_eager(now)
+            && pair.modes().mode() == Mode::Lockstep
+            && pair.waits()
+        {
             self.hurry(now);
         }
         if called {
@@ -260,6 +280,29 @@ impl PrimaryTalk {
         {
             tracing::error!(%error, %why, "the secondary could not be let take over");
         }
+    }
+
+    /// Looks whether a checkpoint is due for outputs that wait for nothing else, or for another mode. When it is.
+    fn look_at_modes(&mut self, now: Instant) -> Option<Instant> {
+        let core = &self.core;
+        let pair = &core.pair;
+        if pair.modes().is_look_due(now) {
+            let counted = pair.counted();
+            if pair.modes().look(now, counted) {
+                core.event(PrimaryEvent::ModeWanted);
+            }
+        }
+        let waits = pair.modes().mode() == Mode::Checkpoint;
+        if !waits || !matches!(core.state(), PrimaryState::Protected(_)) {
+            return None;
+        }
+        let waiting = pair.waiting()?;
+        let due = pair.modes().due(waiting);
+        if due > now {
+            return Some(due);
+        }
+        core.event(PrimaryEvent::OutputsWait);
+        None
     }
 
     fn differs(&mut self, now: Instant) {
@@ -317,6 +360,7 @@ impl Talk for PrimaryTalk {
     fn tick(&mut self, now: Instant) -> Option<Instant> {
         self.look_at_gates(now);
         self.look_at_disks();
+        let checkpoint = self.look_at_modes(now);
         let core = &self.core;
         core.pair.tell_settled();
         core.pair.tell_committed();
@@ -329,7 +373,8 @@ impl Talk for PrimaryTalk {
             _ => {}
         }
         let due = lock(&core.machine).deadline();
-        let all = [due, core.pair.deadline()].into_iter().flatten().min();
+        let all = [due, checkpoint, core.pair.deadline()];
+        let all = all.into_iter().flatten().min();
         Some(all.unwrap_or(now + LOOK))
     }
 

@@ -20,6 +20,7 @@ use super::status::Role;
 use super::{Pair, ProtectionError, lock};
 use crate::arbiter::Term;
 use crate::keeper::Keeper;
+use crate::mode::{Mode, Wish};
 use crate::pair::{PrimaryEvent, PrimaryState};
 
 /// How long asking for protection may take: an arbiter's storage is slow at times.
@@ -60,7 +61,9 @@ pub struct Protect {
     /// Number of this owner.
     pub term: Term,
     /// What of a resync it waits for.
-    pub mode: ResyncMode,
+    pub resync: ResyncMode,
+    /// In which mode.
+    pub wish: Wish,
 }
 
 /// A guest that may be protected.
@@ -84,7 +87,8 @@ enum Request {
     Protect {
         to: Standbys,
         arbiter: PathBuf,
-        mode: ResyncMode,
+        resync: ResyncMode,
+        wish: Wish,
         answer: SyncSender<Result<(), String>>,
     },
     /// The guest was a copy and is the guest now.
@@ -155,10 +159,19 @@ impl Protector {
             // The end of this process says the rest.
             return;
         }
+        if let Some(core) = &core
+            && self.desk.pair.modes().mode() == Mode::Checkpoint
+            && self.desk.pair.holds()
+        {
+            // No checkpoint of a guest that has ended lets its last outputs go: it does without its secondary.
+            core.event(PrimaryEvent::GivenUp);
+        }
         let deadline = Instant::now() + LAST_OUTPUTS;
         while self.desk.pair.holds() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }
+        // Who else writes it out has ended.
+        self.desk.pair.drain_console(LAST_OUTPUTS);
         shared.stop.store(true, Ordering::SeqCst);
         if let Some(core) = core {
             core.event(PrimaryEvent::GuestEnded);
@@ -176,7 +189,13 @@ impl Desk {
     ///
     /// # Errors
     /// Why not, in words.
-    pub fn protect(&self, to: Standbys, arbiter: PathBuf, mode: ResyncMode) -> Result<(), String> {
+    pub fn protect(
+        &self,
+        to: Standbys,
+        arbiter: PathBuf,
+        resync: ResyncMode,
+        wish: Wish,
+    ) -> Result<(), String> {
         self.expect_owner()?;
         self.expect_no_store("protected by a copy")?;
         let (answer, answered) = sync_channel(1);
@@ -187,7 +206,8 @@ impl Desk {
         let request = Request::Protect {
             to,
             arbiter,
-            mode,
+            resync,
+            wish,
             answer,
         };
         self.requests.send(request).map_err(|_| gone.clone())?;
@@ -238,6 +258,33 @@ impl Desk {
                 Err("this is the guest's copy: ask where the guest itself runs".into())
             }
         }
+    }
+
+    /// Protects the guest in another mode, from the next checkpoint on, which is made at once if the mode is another.
+    ///
+    /// # Errors
+    /// When it is not protected, nor to be.
+    pub fn set_mode(&self, wish: Wish) -> Result<(), String> {
+        self.expect_owner()?;
+        if lock(&self.shared.core).is_none() {
+            return Err("the guest is not protected".into());
+        }
+        let mut modes = self.pair.modes();
+        if !modes.knows(wish) {
+            return Err(format!(
+                "the guest's secondary is of an older version and knows no mode but `{}`",
+                Mode::Lockstep.name()
+            ));
+        }
+        modes.ask(Instant::now(), wish);
+        drop(modes);
+        self.pair.permit().wake();
+        Ok(())
+    }
+
+    /// What was asked of the guest's protection last.
+    pub fn wish(&self) -> Wish {
+        self.pair.modes().wish()
     }
 
     /// Protects the guest no longer: its secondary is dismissed.
@@ -324,13 +371,14 @@ fn supervise(
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
-        let (to, arbiter, mode, answer) = match requests.recv() {
+        let (to, arbiter, modes, answer) = match requests.recv() {
             Ok(Request::Protect {
                 to,
                 arbiter,
-                mode,
+                resync,
+                wish,
                 answer,
-            }) => (to, arbiter, mode, answer),
+            }) => (to, arbiter, (resync, wish), answer),
             Ok(Request::Succeed(succeeded)) => {
                 protect = Some(*succeeded);
                 continue;
@@ -338,7 +386,7 @@ fn supervise(
             Ok(Request::End) | Err(_) => return,
         };
         guest.find_keeper();
-        let opened = open(&guest, to, &arbiter, mode);
+        let opened = open(&guest, to, &arbiter, modes);
         let told = opened.map(|opened| protect = Some(opened));
         // Whoever asked may have stopped waiting.
         drop(answer.send(told.map_err(|error| causes(&error))));
@@ -363,7 +411,7 @@ fn open(
     guest: &Guest,
     to: Standbys,
     arbiter: &Path,
-    mode: ResyncMode,
+    (resync, wish): (ResyncMode, Wish),
 ) -> Result<Protect, ProtectionError> {
     let name = guest.pair.status().name;
     let claims = Claims::open(arbiter, &name)?;
@@ -373,6 +421,7 @@ fn open(
         to,
         claims,
         term,
-        mode,
+        resync,
+        wish,
     })
 }

@@ -13,6 +13,7 @@ use tandem_devices::GuestMemory;
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, StopMode};
 use tandem_vmm::error::causes;
+use tandem_vmm::machine::{LoadMemory, Replacement};
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::tls::Keys;
 use tandem_vmm::migration::{Link, MigrationError};
@@ -40,6 +41,9 @@ use crate::pair::{self, Action, Actions, Ending, Epoch, Notice, SecondaryEvent, 
 const MARK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a thread looks whether there is something to do.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How often what the outside sends here is taken while the guest stands.
+const OVERHEAR_LOOK: Duration = Duration::from_millis(5);
 
 /// A primary that said what it has.
 pub struct Invitation {
@@ -227,6 +231,15 @@ struct Mark {
     at: Instant,
 }
 
+/// A checkpoint with which a guest stands, and that it is restored from when it takes over.
+pub(super) struct Standing {
+    pub(super) state: GuestState,
+    /// When that was read.
+    pub(super) since: Instant,
+    /// Puts its memory in place, unless that was done.
+    pub(super) load: Option<LoadMemory>,
+}
+
 /// The roles' core and what carries out what it says.
 pub(super) struct Core {
     this: Weak<Self>,
@@ -235,7 +248,9 @@ pub(super) struct Core {
     desk: OnceLock<Desk>,
     claims: Claims,
     standbys: Standbys,
-    mode: ResyncMode,
+    resync: ResyncMode,
+    /// The checkpoint with which the guest stands, unless it was restored.
+    standing: Mutex<Option<Standing>>,
     pub(super) confinement: Entry,
     machine: Mutex<pair::Secondary>,
     /// The newest mark, and whether more may come.
@@ -269,9 +284,12 @@ impl Core {
             status.role = Role::Secondary;
             status.reason = "it gets its first checkpoint".into();
             status.term = term.0;
-            status.mode = offer.mode.name().into();
+            status.resync = offer.mode.name().into();
         }
         let now = Instant::now();
+        if let Some(wish) = offer.modes {
+            pair.modes().ask(now, wish);
+        }
         let core = Arc::new_cyclic(|this| Self {
             this: this.clone(),
             pair: Arc::clone(pair),
@@ -279,7 +297,8 @@ impl Core {
             desk: OnceLock::new(),
             claims: standby.claims,
             standbys,
-            mode: offer.mode,
+            resync: offer.mode,
+            standing: Mutex::new(None),
             confinement: standby.confinement,
             machine: Mutex::new(pair::Secondary::new(now, term, Scheduling::Normal)),
             mark: Mutex::new((None, true)),
@@ -351,10 +370,63 @@ impl Core {
         });
     }
 
+    /// The guest stands with a checkpoint from now on.
+    pub(super) fn stand_with(&self, standing: Standing) {
+        *lock(&self.standing) = Some(standing);
+    }
+
+    /// The guest is restored from a later one.
+    pub(super) fn stand_no_more(&self) {
+        *lock(&self.standing) = None;
+    }
+
+    /// Puts the memory of the checkpoint with which the guest stands in place, so that little is left to be done when
+    /// it takes over.
+    pub(super) fn load_ahead(&self) -> Result<(), ProtectionError> {
+        // Whoever lets it take over waits for this.
+        let mut standing = lock(&self.standing);
+        let load = standing.as_mut().and_then(|standing| standing.load.take());
+        let (Some(load), Some(handle)) = (load, self.handle.get()) else {
+            return Ok(());
+        };
+        let loaded = handle.load_ahead(load);
+        if loaded.is_err() {
+            // Its memory is that of no checkpoint.
+            *standing = None;
+        }
+        Ok(loaded?)
+    }
+
+    /// Restores the guest from the checkpoint with which it stands, if it does and was not restored. It stands
+    /// afterwards too.
+    pub(super) fn restore_standing(&self) {
+        let mut kept = lock(&self.standing);
+        let (Some(standing), Some(handle)) = (kept.take(), self.handle.get()) else {
+            return;
+        };
+        let begun = Instant::now();
+        let restored = handle.replace(Replacement {
+            state: standing.state,
+            since: standing.since,
+            load: standing.load.unwrap_or_else(|| Box::new(|_, _| Ok(()))),
+        });
+        match restored {
+            Ok(()) => tracing::debug!(took = ?begun.elapsed(), "restored"),
+            // That ends the guest.
+            Err(error) => tracing::error!(%error, "the last checkpoint cannot be restored"),
+        }
+    }
+
+    /// The primary is lost, and it is not yet known who has the guest.
+    pub(super) fn is_deciding(&self) -> bool {
+        matches!(self.state(), SecondaryState::Deciding(..))
+    }
+
     /// The guest is the only one: what it kept leaves, and it runs on.
     fn go_live(&self, term: Term) {
         let begun = Instant::now();
         let heard = *lock(&self.heard);
+        self.restore_standing();
         let kept = self.pair.go_live(heard);
         self.tell_keeper(term);
         let released = begun.elapsed();
@@ -392,7 +464,8 @@ impl Core {
                 to: self.standbys.clone(),
                 claims: self.claims.clone(),
                 term,
-                mode: self.mode,
+                resync: self.resync,
+                wish: self.pair.modes().wish(),
             });
         }
     }
@@ -433,9 +506,10 @@ impl Core {
 
     fn report(&self, notice: &Notice) {
         self.pair.report(notice);
+        let mode = self.pair.modes().mode();
         let mut status = self.pair.lock_status();
         match notice {
-            Notice::Protected(_) | Notice::HeardAgain => status.both_run(),
+            Notice::Protected(_) | Notice::HeardAgain => status.protected_in(mode),
             Notice::Deciding(..) => {
                 status.protected = false;
                 status.reason = "the primary is lost: the arbiter is asked".into();
@@ -481,7 +555,8 @@ fn talk(core: Arc<Core>, link: &Link) {
         return core.fail();
     }
     let pair = Arc::clone(&core.pair);
-    let mut talk = SecondaryTalk { core };
+    let overhears = Instant::now();
+    let mut talk = SecondaryTalk { core, overhears };
     listen(link, pair.outbox(), pair.permit().event(), &mut talk);
     talk.core.no_more_marks();
     link.shut_down();
@@ -490,6 +565,8 @@ fn talk(core: Arc<Core>, link: &Link) {
 /// What the secondary does with what the primary says.
 struct SecondaryTalk {
     core: Arc<Core>,
+    /// When to look at what the outside sends here.
+    overhears: Instant,
 }
 
 impl SecondaryTalk {
@@ -497,7 +574,7 @@ impl SecondaryTalk {
         let core = &self.core;
         core.event(SecondaryEvent::Cut(epoch));
         core.pair.mark_cut();
-        if let Some(handle) = core.handle.get() {
+        if let Some(handle) = core.handle.get().filter(|_| !core.pair.copy_stands()) {
             // It may stand already, having powered off. Its disks are waited for by another thread: this one has
             // to answer beats.
             drop(handle.halt());
@@ -533,6 +610,10 @@ impl Talk for SecondaryTalk {
     fn tick(&mut self, now: Instant) -> Option<Instant> {
         let core = &self.core;
         core.pair.call_devices();
+        if now >= self.overhears {
+            core.pair.overhear();
+            self.overhears = now + OVERHEAR_LOOK;
+        }
         if let Some(why) = core.pair.disk_failure() {
             tracing::error!(%why, "the copy ends: its guest must not see that");
             core.pair.lock_status().reason = why;

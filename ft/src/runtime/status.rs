@@ -1,10 +1,13 @@
 //! How the protection of a guest stands, for people and programs.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
+use super::modes::Modes;
 use crate::gate::NetFigures;
+use crate::mode::cost::Costs;
+use crate::mode::{Choice, Mode};
 pub use crate::percentiles::Percentiles;
 use crate::percentiles::Samples;
 
@@ -29,9 +32,21 @@ pub struct Status {
     pub protected: bool,
     /// Why it is protected or not.
     pub reason: String,
+    /// The mode in which it is protected.
+    pub mode: Mode,
+    /// The mode that was asked for.
+    pub mode_asked: Choice,
+    /// Why it is in its mode.
+    pub mode_reason: String,
+    /// How often another mode took effect.
+    pub mode_switches: u64,
+    /// What either mode costs now, as far as that is known.
+    pub mode_costs: Costs,
+    /// How long an output may wait for a checkpoint, in microseconds.
+    pub latency_budget_us: u64,
     /// What of a resync the guest waits for: `running` or `stopped` (see
     /// [`ResyncMode`](super::ResyncMode)).
-    pub mode: String,
+    pub resync: String,
     /// Number of the owner.
     pub term: u64,
     /// Number of the last checkpoint.
@@ -123,12 +138,20 @@ pub struct Checkpoints {
 
 /// Why a guest is protected.
 pub(super) const BOTH_RUN: &str = "both copies run";
+/// The same of one whose copy stands.
+pub(super) const COPY_STANDS: &str = "its copy has the last checkpoint";
 
 impl Status {
     /// A second copy could go on from now on.
-    pub(super) fn both_run(&mut self) {
+    pub(super) fn protected_in(&mut self, mode: Mode) {
         self.protected = true;
-        self.reason = BOTH_RUN.into();
+        let reason = match mode {
+            Mode::Lockstep => BOTH_RUN,
+            Mode::Checkpoint => COPY_STANDS,
+        };
+        if self.reason != reason {
+            self.reason = reason.into();
+        }
     }
 
     /// Of a guest whose protection nobody asked for.
@@ -138,7 +161,13 @@ impl Status {
             role: Role::Primary,
             protected: false,
             reason: "protection was not asked for".into(),
-            mode: "running".into(),
+            mode: Mode::default(),
+            mode_asked: Choice::default(),
+            mode_reason: String::new(),
+            mode_switches: 0,
+            mode_costs: Costs::default(),
+            latency_budget_us: 0,
+            resync: "running".into(),
             term: 0,
             epoch: 0,
             peer: None,
@@ -164,6 +193,18 @@ impl Status {
             resync_times: Samples::default(),
             resync_began: None,
         }
+    }
+
+    /// Says in which mode the guest is, and why.
+    pub(super) fn tell_modes(&mut self, modes: &Modes) {
+        let wish = modes.wish();
+        self.mode_asked = wish.mode;
+        self.latency_budget_us = wish.budget().as_micros() as u64;
+        let (mode, reason, switches, costs) = modes.told();
+        self.mode = mode;
+        self.mode_reason = reason;
+        self.mode_switches = switches;
+        self.mode_costs = costs.rounded();
     }
 
     /// Says where a standby is looked for, as of `now`.
@@ -192,11 +233,11 @@ impl Status {
         self.bytes_per_dirty_page = self.page_bytes.div_ceil(self.resync_pages.max(1));
     }
 
-    /// The resync under way is done.
-    pub(super) fn count_resync(&mut self) {
-        if let Some(began) = self.resync_began.take() {
-            self.resync_times.add(began.elapsed());
-        }
+    /// The resync under way is done: how long it took.
+    pub(super) fn count_resync(&mut self) -> Option<Duration> {
+        let took = self.resync_began.take()?.elapsed();
+        self.resync_times.add(took);
+        Some(took)
     }
 
     /// Counts the figures of a network device in.

@@ -371,7 +371,11 @@ fn protection_lines(status: &Status, rates: Option<&Rates>, room: usize) -> Vec<
 
 fn peer_text(status: &Status) -> String {
     let peer = status.peer.as_deref().unwrap_or("none");
-    let mut text = format!("peer {peer}, term {}, epoch {}", status.term, status.epoch);
+    let mode = status.mode.name();
+    let mut text = format!(
+        "peer {peer}, {mode}, term {}, epoch {}",
+        status.term, status.epoch
+    );
     if let Some(left) = status.lease_ms {
         // Writing to a string cannot fail.
         let _ = write!(text, ", lease {left} ms");
