@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::mode::Mode;
+
 /// A reply to a request: something the outside sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Output {
@@ -50,7 +52,9 @@ fn mixed(value: u64) -> u64 {
 #[derive(Debug)]
 pub(super) struct Comparator {
     alone: bool,
-    /// Whether the secondary runs on from the newest cut.
+    /// Whether the secondary is to run on from the newest cut; what is said then waits for the next one if not.
+    runs: bool,
+    /// Whether it does.
     comparing: bool,
     held: VecDeque<Output>,
     covered: VecDeque<Output>,
@@ -64,6 +68,7 @@ impl Comparator {
     pub(super) fn alone() -> Self {
         Self {
             alone: true,
+            runs: true,
             comparing: false,
             held: VecDeque::new(),
             covered: VecDeque::new(),
@@ -99,7 +104,8 @@ impl Comparator {
         self.mismatch |= self.comparing && self.held.contains(&output);
     }
 
-    pub(super) fn cut(&mut self) {
+    pub(super) fn cut(&mut self, mode: Mode) {
+        self.runs = mode == Mode::Lockstep;
         self.alone = false;
         self.comparing = false;
         self.mismatch = false;
@@ -108,7 +114,7 @@ impl Comparator {
     }
 
     pub(super) fn commit(&mut self) {
-        self.comparing = true;
+        self.comparing = self.runs;
         self.releasable.extend(self.covered.drain(..));
     }
 
@@ -118,6 +124,11 @@ impl Comparator {
         self.mismatch = false;
         self.releasable.extend(self.covered.drain(..));
         self.releasable.extend(self.held.drain(..));
+    }
+
+    /// Whether outputs wait for the next cut.
+    pub(super) fn waits_for_cut(&self) -> bool {
+        !self.alone && !self.runs && !self.held.is_empty()
     }
 
     /// Whether something may leave.

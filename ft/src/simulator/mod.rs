@@ -1,7 +1,7 @@
 //! A seeded simulator of whole pairs: two hosts, an arbiter, a client, and everything that goes wrong.
 //!
 //! It runs the very machines of [`crate::pair`], with a guest that is a chain of digests, whose copies
-//! diverge at times. Processes are killed and stopped, hosts crash, links are cut (also one way), late, or reset,
+//! diverge at times, in either mode and with switches between the two. Processes are killed and stopped, hosts crash, links are cut (also one way), late, or reset,
 //! clocks drift, the arbiter is out of reach or slow; several at once. A run is decided by its seed alone,
 //! so a seed that fails fails again.
 //!

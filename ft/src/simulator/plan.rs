@@ -3,6 +3,7 @@
 use super::chance::Chance;
 use super::world::{Micros, ms};
 use crate::detector::Scheduling;
+use crate::mode::Mode;
 
 /// First and last moment at which something goes wrong.
 const FAULTS_FROM: Micros = ms(300);
@@ -58,6 +59,10 @@ pub(super) struct Plan {
     pub(super) scheduling: Scheduling,
     /// Threads stand still for up to this at a time; never if 0.
     pub(super) stall_max: Micros,
+    /// Another mode is chosen this often; none ever if 0.
+    pub(super) switch_every: Micros,
+    /// The mode in which it begins.
+    pub(super) mode: Mode,
     /// How long freezing, sending and restoring takes at most.
     pub(super) resync_time: Micros,
 }
@@ -77,6 +82,8 @@ impl Plan {
             divergence: chance.one_of(&[0, 0, 5, 30, 200]),
             demand_every: ms(chance.one_of(&[40, 300, 100_000])),
             resync_time: ms(chance.one_of(&[2, 20, 120])),
+            mode: chance.one_of(&Mode::ALL),
+            switch_every: ms(chance.one_of(&[0, 15, 150])),
         }
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::guest::{Comparator, Guest, Output};
 use crate::arbiter::{Claimant, Term};
 use crate::detector::Scheduling;
+use crate::mode::Mode;
 use crate::pair::{
     Action, Actions, Epoch, Outcome, Primary, PrimaryEvent, PrimaryState, Secondary,
     SecondaryEvent, SecondaryState,
@@ -20,7 +21,7 @@ pub(super) enum Message {
     Output(Output),
     Settled(usize),
     Mark(Epoch),
-    Checkpoint(Epoch, Guest),
+    Checkpoint(Epoch, Guest, Mode),
     Loaded(Epoch),
     TermIs(Term),
     Dismissed,
@@ -34,6 +35,10 @@ pub(super) enum Task {
     Cut(Epoch),
     Restored(Epoch),
     Patience(Output),
+    /// Outputs have waited for a checkpoint.
+    Waited,
+    /// An input that came before a takeover reaches the guest.
+    Replay(usize),
 }
 
 /// What happens to a process.
@@ -47,6 +52,7 @@ pub(super) enum Stimulus {
     Done(Task),
     Claimed(u64, Term, Outcome),
     Demand,
+    Switch(Mode),
     GiveUp,
 }
 
@@ -74,9 +80,13 @@ pub(super) struct Following {
     /// The guest stands at the mark of this checkpoint.
     mark: Option<Epoch>,
     /// Came before its mark, or waits to be restored.
-    staged: Option<(Epoch, Guest)>,
-    /// Inputs from behind the mark.
+    staged: Option<(Epoch, Guest, Mode)>,
+    /// The guest does not run: it is kept as it was at the last checkpoint.
+    stands: bool,
+    /// Inputs from behind the mark, or that the last checkpoint has not seen.
     inputs: VecDeque<usize>,
+    /// Of those, the first that the mark's checkpoint has seen.
+    seen: usize,
     /// Outputs that are not settled.
     kept: VecDeque<Output>,
 }
@@ -89,6 +99,11 @@ pub(super) struct Process {
     scheduling: Scheduling,
     /// The secondary has a mark, and is sent inputs.
     forwards: bool,
+    /// From the newest cut on, and from the next.
+    mode: Mode,
+    next: Mode,
+    /// Outputs wait for a checkpoint, and somebody looks after them.
+    waits: bool,
     effects: Vec<Effect>,
 }
 
@@ -124,6 +139,9 @@ impl Process {
             guest: Guest::default(),
             scheduling,
             forwards: false,
+            mode: Mode::Lockstep,
+            next: Mode::Lockstep,
+            waits: false,
             effects: Vec::new(),
         }
     }
@@ -198,6 +216,15 @@ impl Process {
             Stimulus::Done(Task::Cut(epoch)) => PrimaryEvent::CutDone(epoch),
             Stimulus::Done(Task::Patience(output)) => return self.patience(now, output),
             Stimulus::Done(Task::Restored(_)) => return,
+            Stimulus::Done(Task::Waited) => {
+                self.waits = false;
+                PrimaryEvent::OutputsWait
+            }
+            Stimulus::Switch(mode) => {
+                self.next = mode;
+                PrimaryEvent::ModeWanted
+            }
+            Stimulus::Done(Task::Replay(position)) => return self.request(now, position, choice),
             Stimulus::Request(position) => return self.request(now, position, choice),
             Stimulus::Message(_, Message::Answer(beat)) => PrimaryEvent::Answered(beat),
             Stimulus::Message(_, Message::Output(output)) => return self.compare(now, output),
@@ -219,6 +246,15 @@ impl Process {
     fn tell_primary(&mut self, now: Instant, event: PrimaryEvent) {
         let actions = self.parts().0.handle(now, event);
         self.carry_out(now, actions);
+        self.look_after_waiting();
+    }
+
+    /// Outputs that wait for a checkpoint get one in a while.
+    fn look_after_waiting(&mut self) {
+        if !self.waits && self.parts().1.waits_for_cut() {
+            self.waits = true;
+            self.effects.push(Effect::Begin(Task::Waited));
+        }
     }
 
     fn request(&mut self, now: Instant, position: usize, choice: u64) {
@@ -232,9 +268,10 @@ impl Process {
             return;
         };
         self.parts().1.primary(output);
-        if self.forwards {
+        if self.forwards && self.mode == Mode::Lockstep {
             self.effects.push(Effect::Begin(Task::Patience(output)));
         }
+        self.look_after_waiting();
         self.after_comparing(now);
     }
 
@@ -283,7 +320,9 @@ impl Process {
             Stimulus::Done(Task::Restored(epoch)) => return self.restored(now, epoch, choice),
             Stimulus::Message(_, Message::Beat(beat)) => SecondaryEvent::Beat(beat),
             Stimulus::Message(_, Message::Mark(epoch)) => {
-                self.following().mark = Some(epoch);
+                let following = self.following();
+                following.mark = Some(epoch);
+                following.seen = following.inputs.len();
                 SecondaryEvent::Cut(epoch)
             }
             Stimulus::Message(_, Message::TermIs(term)) => SecondaryEvent::TermIs(term),
@@ -294,15 +333,17 @@ impl Process {
             Stimulus::Message(_, Message::Settled(position)) => {
                 return self.following().kept.retain(|o| o.position > position);
             }
-            Stimulus::Message(_, Message::Checkpoint(epoch, guest)) => {
-                self.following().staged = Some((epoch, guest));
+            Stimulus::Message(_, Message::Checkpoint(epoch, guest, mode)) => {
+                self.following().staged = Some((epoch, guest, mode));
                 return self.stage(now);
             }
             Stimulus::GiveUp => SecondaryEvent::Failed,
             // What is meant for owners.
-            Stimulus::Joined | Stimulus::Request(_) | Stimulus::Demand | Stimulus::Done(_) => {
-                return;
-            }
+            Stimulus::Joined
+            | Stimulus::Request(_)
+            | Stimulus::Demand
+            | Stimulus::Switch(_)
+            | Stimulus::Done(_) => return,
             Stimulus::Message(_, message) => panic!("a secondary got {message:?}"),
         };
         self.tell_secondary(now, event);
@@ -329,7 +370,7 @@ impl Process {
         let Role::Secondary(_, following) = &mut self.role else {
             return;
         };
-        let whole = following.staged.as_ref().map(|(epoch, _)| *epoch);
+        let whole = following.staged.as_ref().map(|(epoch, ..)| *epoch);
         // The inputs behind the mark wait until it is restored.
         if let Some(epoch) = following.mark.take_if(|mark| Some(*mark) == whole) {
             self.tell_secondary(now, SecondaryEvent::Staged(epoch));
@@ -338,7 +379,7 @@ impl Process {
 
     fn input(&mut self, position: usize, choice: u64) {
         let following = self.following();
-        if following.mark.is_some() || following.staged.is_some() {
+        if following.mark.is_some() || following.staged.is_some() || following.stands {
             following.inputs.push_back(position);
         } else {
             self.follow(position, choice);
@@ -355,12 +396,18 @@ impl Process {
 
     fn restored(&mut self, now: Instant, epoch: Epoch, choice: u64) {
         let following = self.following();
-        let (staged, guest) = following.staged.take().expect("it was staged");
+        let (staged, guest, mode) = following.staged.take().expect("it was staged");
         assert_eq!(staged, epoch, "another checkpoint was restored");
         following.kept.clear();
+        following.inputs.drain(..following.seen);
+        following.seen = 0;
+        following.stands = mode == Mode::Checkpoint;
         self.guest = guest;
+        self.next = mode;
         self.tell_secondary(now, SecondaryEvent::Loaded(epoch));
-        self.take_waiting_inputs(choice);
+        if mode == Mode::Lockstep {
+            self.take_waiting_inputs(choice);
+        }
     }
 
     fn take_waiting_inputs(&mut self, choice: u64) {
@@ -413,12 +460,14 @@ impl Process {
     }
 
     fn send_checkpoint(&mut self, epoch: Epoch) {
-        self.parts().1.cut();
+        self.mode = self.next;
+        let mode = self.mode;
+        self.parts().1.cut(mode);
         self.forwards = true;
         let guest = self.guest.clone();
         self.effects.push(Effect::Send(Message::Mark(epoch)));
         self.effects
-            .push(Effect::Send(Message::Checkpoint(epoch, guest)));
+            .push(Effect::Send(Message::Checkpoint(epoch, guest, mode)));
     }
 
     /// Becomes the owner: what was kept may not have left.
@@ -434,5 +483,9 @@ impl Process {
         self.effects.push(Effect::WentLive);
         self.effects
             .extend(following.kept.into_iter().map(Effect::Emit));
+        // The guest has not taken them, and what it made of them elsewhere nobody has seen.
+        let inputs = following.inputs.into_iter();
+        self.effects
+            .extend(inputs.map(|position| Effect::Begin(Task::Replay(position))));
     }
 }

@@ -10,6 +10,7 @@ use super::outside::Outside;
 use super::plan::{Fault, Plan};
 use super::process::{Effect, Message, Process, Stimulus, Task};
 use crate::arbiter::{Claimant, Owner, Tenure, Term};
+use crate::mode::Mode;
 use crate::pair::Outcome;
 
 /// Time since the run began, in microseconds.
@@ -36,6 +37,8 @@ const BREAK_TIME: std::ops::Range<Micros> = ms(700)..ms(1_500);
 const RESEND_TIME_MAX: Micros = ms(200);
 /// How long what the secondary does not produce is waited for.
 const PATIENCE: Micros = ms(120);
+/// How long outputs wait for a checkpoint.
+const WAITED: std::ops::Range<Micros> = 300..ms(10);
 /// How often the client looks what to send, and a free host whether there is a primary to join.
 const CLIENT_EVERY: Micros = ms(5);
 const JOIN_EVERY: Micros = ms(110);
@@ -55,6 +58,7 @@ pub(super) enum Event {
     Response(super::guest::Output),
     Join(usize),
     Demand,
+    Switch,
     Begin(usize),
     End(usize),
     Break(usize, usize, bool),
@@ -176,6 +180,10 @@ impl World {
         self.at(ms(10), Event::Join(1));
         self.at(ms(400), Event::Join(0));
         self.at(self.plan.demand_every, Event::Demand);
+        self.stimulate(0, Stimulus::Switch(self.plan.mode));
+        if self.plan.switch_every > 0 {
+            self.at(self.plan.switch_every, Event::Switch);
+        }
         for index in 0..self.plan.faults.len() {
             let planned = self.plan.faults[index];
             self.at(planned.begins, Event::Begin(index));
@@ -226,6 +234,7 @@ impl World {
             Event::Response(output) => self.outside.answer(self.now, output),
             Event::Join(host) => self.join(host),
             Event::Demand => self.demand(),
+            Event::Switch => self.switch(),
             Event::Begin(index) => self.fault(index, true),
             Event::End(index) => self.fault(index, false),
             Event::Break(link, end, forced) => self.break_link(link, end, forced),
@@ -348,6 +357,8 @@ impl World {
             Effect::Begin(task) => {
                 let time = match task {
                     Task::Patience(_) => PATIENCE,
+                    Task::Waited => self.chance.within(WAITED),
+                    Task::Replay(_) => self.chance.within(LATENCY),
                     _ => self.chance.within(100..self.plan.resync_time),
                 };
                 self.after(time, Event::Done(index, task));
@@ -585,6 +596,13 @@ impl World {
     fn demand(&mut self) {
         self.after(self.plan.demand_every, Event::Demand);
         (0..self.slots.len()).for_each(|index| self.stimulate(index, Stimulus::Demand));
+    }
+
+    /// Whoever owns a guest chooses another mode, or the same.
+    fn switch(&mut self) {
+        self.after(self.plan.switch_every, Event::Switch);
+        let mode = self.chance.one_of(&Mode::ALL);
+        (0..self.slots.len()).for_each(|index| self.stimulate(index, Stimulus::Switch(mode)));
     }
 
     fn emit(&mut self, index: usize, output: super::guest::Output) {
