@@ -319,8 +319,10 @@ impl Pair {
     }
 
     /// Lets the copy stand still: it cannot say what the guest says, and a resync is due soon after the
-    /// guest said something.
+    /// guest said something. From then on the two are compared.
     pub fn hold_copy(&mut self) {
+        self.primary
+            .succeed(&["protect", "guest", "--mode", "lockstep"]);
         wait_for("a copy that runs", || {
             let paused = self.secondary.tandem(&["pause", "guest"]);
             paused.status.success().then_some(())

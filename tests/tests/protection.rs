@@ -8,6 +8,7 @@ mod protection {
     pub(crate) mod clients;
     mod disks;
     pub(crate) mod history;
+    mod modes;
     mod storm;
 }
 
@@ -151,12 +152,17 @@ impl Stage {
 
 #[test]
 fn no_client_waits_for_its_retransmission_timer_when_a_primary_dies() {
+    no_client_waits(Pair::start);
+}
+
+/// Kills primaries, and counts how often their clients waited for a timer.
+fn no_client_waits(start: fn(GuestBuilder) -> Pair) {
     if cannot_run() {
         return;
     }
     let (mut quick, mut waits) = (0, 0);
     for _ in 0..TAKEOVERS {
-        let mut stage = Stage::new(KV);
+        let mut stage = Stage::with(KV, start);
         let before = stage.network.retransmission_timeouts();
         let killed = Instant::now();
         stage.pair.kill(Side::Primary);
@@ -237,7 +243,7 @@ fn resynced(stage: &mut Stage, mode: &str) -> bool {
         assert!(answer.status.success(), "{answer:?}");
         let status: Value = serde_json::from_slice(&answer.stdout).unwrap();
         assert!(status["resyncs"].as_u64() >= Some(asked), "{status}");
-        assert_eq!(status["mode"], mode);
+        assert_eq!(status["resync"], mode);
         stage.load.expect_progress();
     }
     true
@@ -305,7 +311,7 @@ fn a_copy_costs_its_guests_memory_once_if_that_stands_during_resyncs_and_twice_i
             bytes(&primary),
             bytes(&secondary),
         );
-        assert_eq!(secondary["mode"], mode);
+        assert_eq!(secondary["resync"], mode);
         assert!((1..COST_MAX).contains(&bytes(&primary)), "{primary}");
         assert!(taken > STORED, "{taken} bytes of all that is stored");
         match mode {

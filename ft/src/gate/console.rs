@@ -124,13 +124,6 @@ impl ConsoleGate {
         self.hub.get().map_or(0, |hub| hub.emit(bytes))
     }
 
-    /// Writes out what left, waiting at most `patience`.
-    pub(crate) fn drain(&self, patience: Duration) {
-        if let Some(hub) = self.hub.get() {
-            hub.drain(patience);
-        }
-    }
-
     /// A checkpoint begins, while the guest stands. Returns the output that it explains and that is not out.
     /// From it on `mode` holds.
     pub fn cut(&self, patience: Duration, mode: Mode) -> Vec<u8> {

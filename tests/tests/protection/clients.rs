@@ -200,12 +200,7 @@ impl<'a> Kv<'a> {
 
     /// Sends a request; the reply without its kind, or nothing for one that says that there is nothing.
     pub(crate) fn ask(&mut self, words: &[&str]) -> Result<Option<String>, String> {
-        let mut request = format!("*{}\r\n", words.len());
-        for word in words {
-            request.push_str(&format!("${}\r\n{word}\r\n", word.len()));
-        }
-        let sent = self.0.get_mut().write_all(request.as_bytes());
-        sent.map_err(|e| format!("{words:?} cannot be sent: {e}"))?;
+        self.send(words)?;
         let first = self.line(words)?;
         match first.split_at_checked(1) {
             Some(("$", "-1")) => Ok(None),
@@ -213,6 +208,28 @@ impl<'a> Kv<'a> {
             Some((":" | "+", rest)) => Ok(Some(rest.to_owned())),
             _ => Err(format!("{words:?} was answered by {first:?}")),
         }
+    }
+
+    /// The time by the guest, in microseconds.
+    pub(crate) fn time(&mut self) -> Result<u64, String> {
+        const WORDS: [&str; 1] = ["TIME"];
+        self.send(&WORDS)?;
+        let mut reply = || self.line(&WORDS);
+        let [kind, _, seconds, _, us] = [reply()?, reply()?, reply()?, reply()?, reply()?];
+        let number = |text: &str| text.parse::<u64>().ok();
+        match (kind.as_str(), number(&seconds), number(&us)) {
+            ("*2", Some(seconds), Some(us)) => Ok(seconds * 1_000_000 + us),
+            _ => Err(format!("TIME was answered by {kind:?} {seconds:?} {us:?}")),
+        }
+    }
+
+    fn send(&mut self, words: &[&str]) -> Result<(), String> {
+        let mut request = format!("*{}\r\n", words.len());
+        for word in words {
+            request.push_str(&format!("${}\r\n{word}\r\n", word.len()));
+        }
+        let sent = self.0.get_mut().write_all(request.as_bytes());
+        sent.map_err(|e| format!("{words:?} cannot be sent: {e}"))
     }
 
     fn line(&mut self, words: &[&str]) -> Result<String, String> {

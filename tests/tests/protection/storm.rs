@@ -1,7 +1,8 @@
 //! Storms: a guest on three hosts, of which fault after fault takes one, or its network, or the arbiter. Its clients
 //! have every reply once and right, and the guest is protected again by itself each time.
 //!
-//! `TANDEM_FAULTS` asks for more faults than a run of all tests has time for, `TANDEM_SEED` for other ones.
+//! `TANDEM_FAULTS` asks for more faults than a run of all tests has time for, `TANDEM_SEED` for other ones,
+//! `TANDEM_STORM_MODE` for another mode of protection.
 
 use std::collections::BTreeMap;
 use std::net::TcpStream;
@@ -23,6 +24,8 @@ use crate::protection::history::Recording;
 
 /// Faults of a storm, if nobody asks for others.
 const FAULTS: usize = 60;
+/// Faults of one over a guest whose copy stands.
+const STANDING_FAULTS: usize = 20;
 /// Hosts: an owner, a copy, and one that stands by.
 const HOSTS: usize = 3;
 /// Faults after which the history so far is looked at.
@@ -182,13 +185,14 @@ struct Storm {
 }
 
 impl Storm {
-    fn begin(service: Service, seed: usize) -> Self {
+    fn begin(service: Service, seed: usize, mode: &str) -> Self {
         let network = Network::new();
         let mut hosts = Hosts::new(&network, HOSTS).linked();
         for host in 1..HOSTS {
             hosts.stand_by(host, &[]);
         }
-        hosts.run(0, GuestBuilder::image(service.image, CMDLINE));
+        let guest = GuestBuilder::image(service.image, CMDLINE);
+        hosts.run(0, guest.arg("--mode").arg(mode));
         hosts.on(0).wait_for(&format!("{}: ready", service.image));
         hosts.wait_protected_after(0);
         let witness = (service.port == KV.port).then(|| Witness::start(network.connect(KV.port)));
@@ -357,16 +361,18 @@ impl Storm {
     }
 }
 
-fn storm(service: Service) {
+/// A storm over a guest that is protected in `mode`, unless `TANDEM_STORM_MODE` says otherwise.
+fn storm(service: Service, mode: &str, faults: usize) {
     if cannot_run() {
         return;
     }
     let (faults, seed) = (
-        number_from("TANDEM_FAULTS", FAULTS),
+        number_from("TANDEM_FAULTS", faults),
         number_from("TANDEM_SEED", 1),
     );
+    let mode = std::env::var("TANDEM_STORM_MODE").unwrap_or_else(|_| mode.to_owned());
     let began = Instant::now();
-    let mut storm = Storm::begin(service, seed);
+    let mut storm = Storm::begin(service, seed, &mode);
     for first in (0..faults).step_by(RECORDED) {
         let record = || Recording::start_next(&storm.network, first);
         let recording = (service.port == KV.port).then(record);
@@ -386,15 +392,20 @@ fn storm(service: Service) {
 
 #[test]
 fn a_store_outlives_fault_after_fault() {
-    storm(KV);
+    storm(KV, "auto", FAULTS);
 }
 
 #[test]
 fn pages_outlive_fault_after_fault() {
-    storm(HTTP);
+    storm(HTTP, "auto", FAULTS);
 }
 
 #[test]
 fn streams_outlive_fault_after_fault() {
-    storm(ECHO);
+    storm(ECHO, "auto", FAULTS);
+}
+
+#[test]
+fn a_store_whose_copies_stand_outlives_fault_after_fault() {
+    storm(KV, "checkpoint", STANDING_FAULTS);
 }
