@@ -447,7 +447,7 @@ impl DeviceModel {
         let mut settled = true;
         for slot in 0..self.virtio.len() {
             self.with(slot, |transport, poller| {
-                settled &= transport.settle(poller)
+                settled &= transport.settle(poller);
             });
         }
         settled

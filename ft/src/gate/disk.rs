@@ -330,7 +330,7 @@ impl BlockBackend for GatedDisk {
             self.gate.done(token);
             match result {
                 Err(error) if self.gate.withholds(&error) => {
-                    self.withheld.push_back((token, error))
+                    self.withheld.push_back((token, error));
                 }
                 result => return Some((token, result)),
             }

@@ -29,6 +29,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 const THREAD_STACK: usize = 512 << 10;
 /// How long the last outputs may take to be compared when the guest has ended.
 const LAST_OUTPUTS: Duration = Duration::from_millis(500);
+/// How long the arbiter may take to say that the last outputs may leave without having been compared.
+const LAST_ANSWER: Duration = Duration::from_secs(5);
 
 /// What of a resync the guest waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,14 +161,16 @@ impl Protector {
             // The end of this process says the rest.
             return;
         }
+        let mut patience = LAST_OUTPUTS;
         if let Some(core) = &core
             && self.desk.pair.modes().mode() == Mode::Checkpoint
             && self.desk.pair.holds()
         {
             // No checkpoint of a guest that has ended lets its last outputs go: it does without its secondary.
             core.event(PrimaryEvent::GivenUp);
+            patience = LAST_ANSWER;
         }
-        let deadline = Instant::now() + LAST_OUTPUTS;
+        let deadline = Instant::now() + patience;
         while self.desk.pair.holds() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(1));
         }

@@ -134,7 +134,7 @@ impl<'a> Captor<'a> {
                 return Err(error);
             }
         };
-        let sections = self.sections(cut.state, cut.outputs)?;
+        let sections = self.sections(&cut.state, cut.outputs)?;
         let description = self.guest.description.clone();
         self.give(Job::Commit {
             description,
@@ -238,7 +238,7 @@ impl<'a> Captor<'a> {
 
     fn sections(
         &self,
-        state: GuestState,
+        state: &GuestState,
         outputs: Option<Outputs>,
     ) -> Result<Vec<Section>, StoreError> {
         let plan = rmp_serde::to_vec_named(&self.plan).map_err(|error| StoreError::Ended {
