@@ -1,8 +1,8 @@
 //! A seeded simulator of whole pairs: two hosts, an arbiter, a client, and everything that goes wrong.
 //!
 //! It runs the very machines of [`crate::pair`], with a guest that is a chain of digests, whose copies
-//! diverge at times, in either mode and with switches between the two. Processes are killed and stopped, hosts crash, links are cut (also one way), late, or reset,
-//! clocks drift, the arbiter is out of reach or slow; several at once. A run is decided by its seed alone,
+//! diverge at times, in either mode and with switches between the two. Processes are killed and stopped, hosts crash,
+//! links are cut (also one way), late, or reset, clocks drift, the arbiter is out of reach or slow; several at once. A run is decided by its seed alone,
 //! so a seed that fails fails again.
 //!
 //! At each step:
@@ -11,6 +11,8 @@
 //! - when a process goes live, no other lets outputs out, or runs its guest;
 //! - a process goes on, alone or live, only in a state that explains every output that ever left;
 //! - no output contradicts one that left before, so no answer that the client has is lost.
+//!
+//! Completions of paced disks have a world of their own, of a guest and its copies without links (`paced`).
 //!
 //! And at the end, when everything but the dead is whole again:
 //!
@@ -22,6 +24,8 @@ mod chance;
 mod guest;
 mod link;
 mod outside;
+#[cfg(test)]
+mod paced;
 mod plan;
 mod process;
 #[cfg(test)]

@@ -34,6 +34,24 @@ fn run_share(first: u64, count: u64, share: u64) -> Vec<Result<Summary, Failure>
 }
 
 #[test]
+fn paced_completions_come_once_and_in_time_under_any_seed() {
+    let mut all = paced::Summary::default();
+    for seed in first_seed()..first_seed() + seeds() {
+        let one = paced::run(seed);
+        all.delivered += one.delivered;
+        all.early += one.early;
+        all.takeovers += one.takeovers;
+        all.resyncs += one.resyncs;
+    }
+    println!("{all:?}");
+    assert!(all.early > all.delivered / 10, "{all:?}");
+    assert!(
+        u64::from(all.takeovers.min(all.resyncs)) > seeds(),
+        "{all:?}"
+    );
+}
+
+#[test]
 fn no_promise_is_broken_under_any_seed() {
     let (first, count) = (first_seed(), seeds());
     let runs: Vec<_> = thread::scope(|scope| {
