@@ -29,7 +29,6 @@ use tandem_vmm::config::{
 };
 use tandem_vmm::confinement::Confinement;
 use tandem_vmm::control::{Frozen, Handle, StopMode};
-use tandem_vmm::device_model::DevicesState;
 use tandem_vmm::error::Error;
 use tandem_vmm::kvm::state::StateError;
 use tandem_vmm::machine::{Machine, SavedMemory};
@@ -255,7 +254,8 @@ fn devices_and_interrupt_controllers_are_restored_on_any_processor() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    for name in NAMES {
+    // What waits in a paced disk may mature meanwhile.
+    for name in ["plain", "devices"] {
         let unpacked = Unpacked::new(name);
         let here = config(name, unpacked.path());
         let own = with_machine(
@@ -268,24 +268,11 @@ fn devices_and_interrupt_controllers_are_restored_on_any_processor() {
             ..golden.clone()
         };
         let again = restore_and_save(name, &unpacked, &mixed).unwrap();
-        assert_eq!(timeless(again.devices), timeless(golden.devices), "{name}");
+        assert_eq!(again.devices, golden.devices, "{name}");
         assert_eq!(again.kvm.irqchip, golden.kvm.irqchip, "{name}");
         assert!(again.kvm.clock.ns >= golden.kvm.clock.ns);
         assert_eq!(again.hardware.devices, golden.hardware.devices);
     }
-}
-
-/// Devices without what time changes though the guest stands: how long completions have still to wait.
-fn timeless(mut devices: DevicesState) -> DevicesState {
-    let queues = devices
-        .pace
-        .iter_mut()
-        .flat_map(|(_, pace)| &mut pace.queues);
-    for queue in queues {
-        queue.busy_ns = 0;
-        queue.waiting.iter_mut().for_each(|w| w.remaining_ns = 0);
-    }
-    devices
 }
 
 /// Whether this host has the processor that the guest was shown; every other refusal is a failure.

@@ -156,12 +156,16 @@ fn the_device_loop_may_do_what_the_vcpus_that_it_starts_may() {
 }
 
 #[test]
-fn only_who_saves_and_takes_back_may_open_files() {
+fn only_who_saves_stores_and_takes_back_may_open_files() {
     for kind in ThreadKind::ALL {
         let opens = kind.rules().any(|rule| rule.call == Sysno::openat);
         let may = matches!(
             kind,
-            ThreadKind::DeviceLoop | ThreadKind::Api | ThreadKind::Protection
+            ThreadKind::DeviceLoop
+                | ThreadKind::Api
+                | ThreadKind::Protection
+                | ThreadKind::Checkpoints
+                | ThreadKind::StoreLoader
         );
         assert_eq!(opens, may, "{kind:?}");
     }
