@@ -435,14 +435,7 @@ impl Primary {
             return self.mismatch.is_some();
         }
         let full = self.ahead.len() >= HELD_MAX;
-        let before = self.waiting;
-        let waiting = self.waiting.get_or_insert(Waiting {
-            first: now,
-            last: now,
-            full,
-        });
-        (waiting.last, waiting.full) = (now, full);
-        before.is_none_or(|before| full && !before.full)
+        Waiting::add(&mut self.waiting, now, full)
     }
 
     /// Compares output of one side with what the other is ahead; what both printed becomes ready.

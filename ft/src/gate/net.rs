@@ -121,14 +121,7 @@ impl Primary {
             return self.comparator.mismatch().is_some();
         }
         let full = !self.comparator.has_room();
-        let before = self.waiting;
-        let waiting = self.waiting.get_or_insert(Waiting {
-            first: now,
-            last: now,
-            full,
-        });
-        (waiting.last, waiting.full) = (now, full);
-        before.is_none_or(|before| full && !before.full)
+        Waiting::add(&mut self.waiting, now, full)
     }
 
     /// Whether outputs wait for the secondary's.

@@ -37,6 +37,18 @@ pub struct Waiting {
 }
 
 impl Waiting {
+    /// One more output waits since `now`, of those that `waiting` tells of; with `full` there is no room for another.
+    /// True if somebody is to look: it is the first, or the first without room.
+    pub fn add(waiting: &mut Option<Self>, now: Instant, full: bool) -> bool {
+        let before = *waiting;
+        *waiting = Some(Self {
+            first: before.map_or(now, |before| before.first),
+            last: now,
+            full,
+        });
+        before.is_none_or(|before| full && !before.full)
+    }
+
     /// Those of two places.
     pub fn and(self, other: Self) -> Self {
         Self {
