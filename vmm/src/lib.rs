@@ -15,6 +15,7 @@ pub mod cpu;
 pub mod device_model;
 pub mod dirty;
 pub mod error;
+pub mod footprint;
 pub mod gates;
 pub mod kvm;
 pub mod machine;

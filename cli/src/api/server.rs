@@ -13,6 +13,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{ControlError, StopMode};
+use tandem_vmm::footprint;
 use tandem_vmm::snapshot::directory;
 use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
@@ -35,6 +36,8 @@ pub const SIGNAL_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 const LAST_ANSWERS_TIMEOUT: Duration = Duration::from_millis(500);
 /// Wait after a connection could not be accepted, mostly for want of descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// How long after its start a guest is taken to be started: code that only starts need is given back then.
+const STARTED_AFTER: Duration = Duration::from_millis(500);
 /// Longest request head, in bytes.
 const HEAD_LEN_MAX: usize = 16 << 10;
 /// Threads that wait for the machine's answers, at most.
@@ -109,6 +112,10 @@ fn serve(
     confinement.enter().map_err(io::Error::other)?;
     let result = runtime.block_on(async {
         let server = Server::new(guest, sources, notes)?;
+        tokio::spawn(async {
+            tokio::time::sleep(STARTED_AFTER).await;
+            footprint::release_program();
+        });
         server.run(ended).await;
         Ok(())
     });

@@ -17,6 +17,8 @@ use crate::{netns, process};
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Starts per measurement, since one is over in milliseconds.
 const STARTS: u32 = 10;
+/// How long a guest is left alone before it counts as idle.
+const IDLE: Duration = Duration::from_secs(1);
 /// Seconds of each run of wrk.
 const WRK_SECONDS: u32 = 3;
 /// Seconds of each job of fio.
@@ -78,6 +80,7 @@ pub(super) fn memory(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
     let idle = Machine::new(bench.image("hello"), "stay");
     let mut guest = Guest::start(&mut bench.command(engine, &idle))?;
     guest.wait_for("hello: ready", PATIENCE)?;
+    std::thread::sleep(IDLE);
     let mut samples = memory_of(&guest, &idle, "idle")?;
     drop(guest);
     let server = key_value_store(bench);
