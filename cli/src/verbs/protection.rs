@@ -176,10 +176,13 @@ pub(super) fn unprotect(guest: &Guest, change: &ChangeArgs, style: Style) -> Res
         return tell_plan(guest, "unprotect", style);
     }
     Client::new(guest)?.post("/api/v1/unprotect", &json!({}))?;
-    let over =
-        |status: &Status| !status.protected && status.peer.is_none() && status.looking_at.is_none();
+    let over = |status: &Status| has_no_copy(status) && status.looking_at.is_none();
     let status = wait_until(guest, Duration::from_secs(10), over)?;
     print_status(&status, style)
+}
+
+fn has_no_copy(status: &Status) -> bool {
+    !status.protected && status.peer.is_none()
 }
 
 /// Makes a guest's copy the same once more, and waits until it is.
@@ -190,7 +193,14 @@ pub(super) fn resync(guest: &Guest, change: &ChangeArgs, style: Style) -> Result
     let before = ask_status(guest)?.epoch;
     Client::new(guest)?.post("/api/v1/resync", &json!({}))?;
     let done = |status: &Status| status.protected && status.epoch > before;
-    let status = wait_until(guest, RESYNC_TIMEOUT, done)?;
+    let over = |status: &Status| done(status) || has_no_copy(status);
+    let status = wait_until(guest, RESYNC_TIMEOUT, over)?;
+    if !done(&status) {
+        return Err(Failure::Unprotected {
+            name: guest.name(),
+            reason: status.reason,
+        });
+    }
     print_status(&status, style)
 }
 

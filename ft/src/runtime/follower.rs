@@ -89,7 +89,7 @@ fn load(
     if !stood_before {
         let handle = core.handle().ok_or(ControlError::Gone)?;
         // The mark may have come between the last load and the resume that followed it.
-        drop(handle.halt());
+        core.halt()?;
         handle.settle(|| !core.is_over())?;
     }
     replicas.stage(&core.pair, receiver.link())?;

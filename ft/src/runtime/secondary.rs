@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tandem_devices::GuestMemory;
 use tandem_vmm::confinement::Entry;
-use tandem_vmm::control::{Handle, StopMode};
+use tandem_vmm::control::{ControlError, Handle, StopMode};
 use tandem_vmm::error::causes;
 use tandem_vmm::machine::{LoadMemory, Replacement};
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
@@ -323,6 +323,22 @@ impl Core {
         self.handle.get()
     }
 
+    /// Lets the guest stand for a checkpoint, unless it is the only one meanwhile, or none of this host's: then nobody
+    /// would let it run on. Waits for nothing else, so that beats are answered.
+    ///
+    /// # Errors
+    /// When it is, or is not there. That it stands already, having powered off, is none.
+    pub(super) fn halt(&self) -> Result<(), ControlError> {
+        let handle = self.handle().ok_or(ControlError::Gone)?;
+        // Who lets it go live holds this until it has told the guest to run.
+        let machine = lock(&self.machine);
+        if is_over(machine.state()) {
+            return Err(ControlError::Gone);
+        }
+        drop(handle.halt());
+        Ok(())
+    }
+
     /// Tells the core of `event` and carries out what it says, in its order. The checkpoint that is to be
     /// restored, if it says so.
     pub(super) fn event(&self, event: SecondaryEvent) -> Option<Epoch> {
@@ -336,11 +352,7 @@ impl Core {
     }
 
     pub(super) fn is_over(&self) -> bool {
-        let over = self.state();
-        matches!(
-            over,
-            SecondaryState::Live(_) | SecondaryState::Fenced | SecondaryState::Ended
-        )
+        is_over(self.state())
     }
 
     fn carry_out(&self, actions: Actions) -> Option<Epoch> {
@@ -548,6 +560,14 @@ impl Core {
     }
 }
 
+/// The guest is no copy any more.
+fn is_over(state: SecondaryState) -> bool {
+    matches!(
+        state,
+        SecondaryState::Live(_) | SecondaryState::Fenced | SecondaryState::Ended
+    )
+}
+
 /// Reads what the primary says until it is gone for good.
 fn talk(core: Arc<Core>, link: &Link) {
     if let Err(error) = core.confinement.enter() {
@@ -574,10 +594,9 @@ impl SecondaryTalk {
         let core = &self.core;
         core.event(SecondaryEvent::Cut(epoch));
         core.pair.mark_cut();
-        if let Some(handle) = core.handle.get().filter(|_| !core.pair.copy_stands()) {
-            // It may stand already, having powered off. Its disks are waited for by another thread: this one has
-            // to answer beats.
-            drop(handle.halt());
+        if !core.pair.copy_stands() {
+            // It may have yet to come, or be live. Its disks are waited for by another thread.
+            drop(core.halt());
         }
         core.mark(epoch);
     }
