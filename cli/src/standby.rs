@@ -51,7 +51,7 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
             keys(args)?,
         );
         let deadline = Some(Instant::now() + CALLS_TIMEOUT);
-        let invitation = Invitation::hear(taker.next(deadline)?)?;
+        let invitation = Invitation::hear(taker.next(deadline, None)?)?;
         return one(args, context, invitation, Box::new(taker));
     }
     check_console(args)?;
@@ -63,7 +63,7 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
         return reception::serve(args, listener);
     }
     let invitation = loop {
-        match listener.next(None).and_then(Invitation::hear) {
+        match listener.next(None, None).and_then(Invitation::hear) {
             Ok(invitation) => break invitation,
             Err(error) => {
                 let why = causes(&error);

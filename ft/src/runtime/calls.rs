@@ -52,23 +52,33 @@ pub(super) fn call(to: &Route, token: u128) -> Result<Link, MigrationError> {
 
 /// Where a standby's connections come from.
 pub trait Calls {
-    /// The next one, with its token; waits for it until `deadline`, or for ever.
+    /// The next one, with its token; waits for it until `deadline`, or for ever, and no longer than who has called by
+    /// `first`, if somebody has, stays.
     ///
     /// # Errors
     /// When none comes in time, it is no call, or nobody can call any more.
-    fn next(&self, deadline: Option<Instant>) -> Result<(u128, Link), ProtectionError>;
+    fn next(
+        &self,
+        deadline: Option<Instant>,
+        first: Option<&Link>,
+    ) -> Result<(u128, Link), ProtectionError>;
 }
 
-/// Waits until `fd` has something to be read.
-fn wait(fd: &impl AsFd, deadline: Option<Instant>) -> io::Result<()> {
+/// Waits until `fd` has something to be read, and no longer than the other end of `first` is there.
+fn wait(fd: &impl AsFd, deadline: Option<Instant>, first: Option<&Link>) -> io::Result<()> {
     loop {
         let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
         let left = left.map(|left| Timespec {
             tv_sec: left.as_secs() as i64,
             tv_nsec: left.subsec_nanos().into(),
         });
-        match poll(&mut [PollFd::new(fd, PollFlags::IN)], left.as_ref()) {
+        let mut fds = vec![PollFd::new(fd, PollFlags::IN)];
+        fds.extend(first.map(|link| PollFd::from_borrowed_fd(link.waits_for(), PollFlags::RDHUP)));
+        match poll(&mut fds, left.as_ref()) {
             Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
+            Ok(_) if fds[0].revents().is_empty() => {
+                return Err(io::ErrorKind::ConnectionAborted.into());
+            }
             Ok(_) => return Ok(()),
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
@@ -79,8 +89,12 @@ fn wait(fd: &impl AsFd, deadline: Option<Instant>) -> io::Result<()> {
 const WAIT: &str = "wait for the primary's next connection";
 
 impl Calls for Listener {
-    fn next(&self, deadline: Option<Instant>) -> Result<(u128, Link), ProtectionError> {
-        wait(self, deadline).map_err(ProtectionError::host(WAIT))?;
+    fn next(
+        &self,
+        deadline: Option<Instant>,
+        first: Option<&Link>,
+    ) -> Result<(u128, Link), ProtectionError> {
+        wait(self, deadline, first).map_err(ProtectionError::host(WAIT))?;
         let mut caller = self.accept().map_err(ProtectionError::host(WAIT))?;
         let mut call = [0; CALL_SIZE];
         caller.read_exact(&mut call).map_err(broken)?;
@@ -166,8 +180,12 @@ impl Taker {
 }
 
 impl Calls for Taker {
-    fn next(&self, deadline: Option<Instant>) -> Result<(u128, Link), ProtectionError> {
-        wait(&self.socket, deadline).map_err(ProtectionError::host(WAIT))?;
+    fn next(
+        &self,
+        deadline: Option<Instant>,
+        first: Option<&Link>,
+    ) -> Result<(u128, Link), ProtectionError> {
+        wait(&self.socket, deadline, first).map_err(ProtectionError::host(WAIT))?;
         let taken = self.take().map_err(ProtectionError::host(WAIT))?;
         let gone = || ProtectionError::Garbled("no connection: its parent ended".into());
         let (token, caller) = taken.ok_or_else(gone)?;
@@ -206,20 +224,33 @@ mod tests {
         let mut links = Vec::new();
         for token in [7, 8] {
             let mut far = call(&route, token).unwrap();
-            let (told, link) = Calls::next(&listener, soon()).unwrap();
+            let (told, link) = Calls::next(&listener, soon(), None).unwrap();
             assert_eq!(told, token);
             giver.give(token, &link).unwrap();
             far.write_all(&[token as u8]).unwrap();
             links.push(far);
         }
         for token in [7, 8] {
-            let (told, mut link) = taker.next(soon()).unwrap();
+            let (told, mut link) = taker.next(soon(), None).unwrap();
             let mut said = [0];
             link.read_exact(&mut said).unwrap();
             assert_eq!((told, said), (token, [token as u8]));
         }
-        assert!(taker.next(Some(Instant::now())).is_err());
+        assert!(taker.next(Some(Instant::now()), None).is_err());
         drop(giver);
-        assert!(taker.next(soon()).is_err());
+        assert!(taker.next(soon(), None).is_err());
+    }
+
+    #[test]
+    fn nobody_waits_for_more_connections_of_who_is_gone() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = Address::Unix(directory.path().join("standby"));
+        let route = Route::new(address.clone(), None);
+        let listener = address.listen().unwrap();
+        let far = call(&route, 7).unwrap();
+        let (_, first) = Calls::next(&listener, None, None).unwrap();
+        let waits = std::thread::spawn(move || Calls::next(&listener, None, Some(&first)));
+        drop(far);
+        assert!(waits.join().unwrap().is_err());
     }
 }

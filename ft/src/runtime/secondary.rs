@@ -100,9 +100,10 @@ impl Invitation {
         };
         frame::send(&mut self.link, FrameKind::Accept, &[])?;
         let token = self.offer.token;
-        let link = next_connection(calls, token, Purpose::Pairing)?;
+        let next = |purpose| next_connection(calls, (token, &self.link), purpose);
+        let link = next(Purpose::Pairing)?;
         let keeper = match self.offer.keeper {
-            true => Some(next_connection(calls, token, Purpose::Keeping)?),
+            true => Some(next(Purpose::Keeping)?),
             false => None,
         };
         pair.become_secondary();
@@ -137,13 +138,13 @@ impl Invitation {
     }
 }
 
-/// The next of the connections by which a primary's guest and its copy are joined.
+/// The next of the connections by which a primary's guest and its copy are joined, of which `first` was the first.
 fn next_connection(
     calls: &dyn Calls,
-    token: u128,
+    (token, first): (u128, &Link),
     purpose: Purpose,
 ) -> Result<Link, ProtectionError> {
-    let (called, mut link) = calls.next(Some(Instant::now() + CALLS_TIMEOUT))?;
+    let (called, mut link) = calls.next(Some(Instant::now() + CALLS_TIMEOUT), Some(first))?;
     expect_token(called, token)?;
     let greeting: Greeting = hear(&mut link, purpose)?;
     expect_token(greeting.token, token)?;

@@ -85,6 +85,7 @@ pub(super) fn memory(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
     drop(guest);
     let server = key_value_store(bench);
     let guest = serve(bench, engine, &server, "kv: ready")?;
+    std::thread::sleep(IDLE);
     clients::redis(50, 16, 100_000)?;
     samples.extend(memory_of(&guest, &server, "kv under load")?);
     Ok(samples)
