@@ -52,7 +52,7 @@ use xxhash_rust::xxh3::xxh3_128_with_seed;
 pub(crate) const BLOCK: u64 = 4096;
 /// Blocks of a part that was written, at most.
 pub(crate) const WRITTEN_BLOCKS: u16 = 16;
-/// Blocks of a part of a disk that is copied whole.
+/// Blocks of a part of a disk that is copied whole, and of any part at most.
 pub(crate) const COPIED_BLOCKS: u16 = 64;
 /// Parts of a disk that are copied at a time.
 pub(crate) const WINDOW: usize = 64;
@@ -92,6 +92,23 @@ impl Extent {
             blocks: u16::from_le_bytes([b0, b1]),
             first: u32::from_le_bytes(first),
         }
+    }
+
+    /// What is said of one that is no part of a disk here.
+    fn unknown(self, images: &[Image]) -> String {
+        let Self {
+            disk,
+            blocks,
+            first,
+        } = self;
+        let allowed = match images.iter().find(|image| image.disk == disk) {
+            Some(image) => format!(
+                "1 to {COPIED_BLOCKS} of its {} blocks",
+                image.bytes.div_ceil(BLOCK)
+            ),
+            None => "a disk that both sides have".into(),
+        };
+        format!("{blocks} blocks of disk {disk} from block {first} on; allowed are {allowed}")
     }
 
     fn blocks(self) -> Range<u64> {
@@ -188,12 +205,13 @@ impl Image {
         Ok(parts)
     }
 
-    /// Where `extent` is in it, in bytes; none if it is not.
+    /// Where `extent` is in it, in bytes; none if it is not, or is no part of at most [`COPIED_BLOCKS`].
     fn range(&self, extent: Extent) -> Option<Range<u64>> {
         let blocks = extent.blocks();
         let end = (blocks.end * BLOCK).min(self.bytes);
         let inside = extent.disk == self.disk && blocks.end <= self.bytes.div_ceil(BLOCK);
-        (inside && !blocks.is_empty()).then_some(blocks.start * BLOCK..end)
+        let is_part = (1..=COPIED_BLOCKS).contains(&extent.blocks);
+        (inside && is_part).then_some(blocks.start * BLOCK..end)
     }
 
     fn read(&self, extent: Extent, content: &mut Vec<u8>) -> io::Result<()> {

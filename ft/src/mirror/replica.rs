@@ -150,22 +150,26 @@ fn compare(
     if !came {
         expect(link, Kind::Digests, &mut payload)?;
     }
+    let mut told = 0;
     while !payload.is_empty() {
         let (parts, []) = payload.as_chunks::<DIGEST_SIZE>() else {
             return Err(garbled("half a digest"));
         };
+        told += parts.len();
+        if told > PARTS_MAX {
+            let what = format!("digests of {told} parts of disks; allowed are {PARTS_MAX} at once");
+            return Err(garbled(&what));
+        }
         for part in parts {
             let Some((extent, theirs)) = part.split_first_chunk() else {
                 return Err(garbled("half a digest"));
             };
             let extent = Extent::from_bytes(*extent);
-            let image = image_of(images, extent).ok_or_else(|| garbled("no part of a disk"))?;
+            let image = image_of(images, extent);
+            let image = image.ok_or_else(|| garbled(&extent.unknown(images)))?;
             image.read(extent, &mut content).map_err(failed)?;
             if digest(&content, seed) != theirs {
                 wanted.push(extent);
-            }
-            if wanted.len() > PARTS_MAX {
-                return Err(garbled("too many parts of disks"));
             }
             forget(&mut own, extent);
         }

@@ -91,8 +91,13 @@ fn hear_wanted(link: &mut impl Read, images: &[Image]) -> Result<Vec<Extent>, Pr
         };
         for part in parts {
             let extent = Extent::from_bytes(*part);
-            if image_of(images, extent).is_none() || wanted.len() == PARTS_MAX {
-                return Err(garbled(format!("a wish for {extent:?}")));
+            if image_of(images, extent).is_none() {
+                let what = extent.unknown(images);
+                return Err(garbled(format!("a wish for {what}")));
+            }
+            if wanted.len() == PARTS_MAX {
+                let what = format!("a wish for more than {PARTS_MAX} parts of disks");
+                return Err(garbled(what));
             }
             wanted.push(extent);
         }
