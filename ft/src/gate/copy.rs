@@ -5,17 +5,24 @@ use std::time::Instant;
 
 /// Inputs that wait for a secondary's guest, at most, in bytes. More than the primary may be ahead.
 const INBOX_MAX: usize = 64 << 20;
+/// What a frame costs besides its bytes: empty ones are not free.
+const FRAME_COST: usize = 64;
 /// Inputs that are kept for a guest that stands until it takes over, at most, in bytes; further ones are lost, as in
 /// any network.
 const STANDING_INBOX_MAX: usize = 16 << 20;
 /// Frames from the outside that a secondary keeps for the moment in which the primary is lost, at most.
 pub(super) const OVERHEARD_MAX: usize = 1024;
 
+fn cost(frame: &[u8]) -> usize {
+    frame.len() + FRAME_COST
+}
+
 /// A secondary's side.
 #[derive(Debug, Default)]
 pub(super) struct Secondary {
     /// Frames for the guest.
     pub(super) inbox: VecDeque<Vec<u8>>,
+    /// Bytes of memory that they take.
     inbox_bytes: usize,
     /// Frames in front of the inbox that the checkpoint under way has seen.
     before_cut: Option<usize>,
@@ -38,7 +45,7 @@ impl Secondary {
             return false;
         }
         let first = self.inbox.is_empty();
-        self.inbox_bytes += frame.len();
+        self.inbox_bytes += cost(frame);
         self.inbox.push_back(frame.to_vec());
         first
     }
@@ -46,7 +53,7 @@ impl Secondary {
     /// The next frame for the guest.
     pub(super) fn next_input(&mut self) -> Option<Vec<u8>> {
         let frame = self.inbox.pop_front()?;
-        self.inbox_bytes -= frame.len();
+        self.inbox_bytes -= cost(&frame);
         self.before_cut = self.before_cut.map(|n| n.saturating_sub(1));
         Some(frame)
     }
@@ -66,7 +73,7 @@ impl Secondary {
         let seen = self.before_cut.take().unwrap_or(0);
         let seen = seen.min(self.inbox.len());
         self.inbox.drain(..seen);
-        self.inbox_bytes = self.inbox.iter().map(Vec::len).sum();
+        self.inbox_bytes = self.inbox.iter().map(|frame| cost(frame)).sum();
         self.kept.clear();
         self.settled = 0;
         self.covered = covered;
@@ -91,6 +98,20 @@ impl Secondary {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frames_without_a_byte_are_too_many_as_well() {
+        let mut copy = Secondary::default();
+        let most = INBOX_MAX / FRAME_COST;
+        (0..most).for_each(|_| {
+            copy.take_in(&[]);
+        });
+        assert!(copy.has_room());
+        copy.take_in(&[]);
+        assert!(!copy.has_room());
+        while copy.next_input().is_some() {}
+        assert_eq!(copy.memory_bytes(), 0);
+    }
 
     #[test]
     fn a_guest_that_stands_loses_what_is_too_much_and_keeps_what_its_checkpoint_has_not_seen() {

@@ -452,9 +452,10 @@ impl NetGate {
         let mut state = self.lock();
         let state = &mut *state;
         let room = match &mut state.side {
+            Side::Secondary(secondary) if !secondary.has_room() => return false,
             Side::Secondary(secondary) => {
                 secondary.take_in(frame);
-                secondary.has_room()
+                true
             }
             Side::Alone if state.left.len() < LATE_MAX => {
                 state.left.push_back(frame.to_vec());
