@@ -123,6 +123,12 @@ pub enum MessageError {
     /// It is a message, but says what does not fit.
     #[error("{0}")]
     Refused(String),
+    /// It takes nothing of what it is told.
+    #[error("the other side let more than {most} bytes wait that it was told")]
+    Untaken {
+        /// Bytes that may wait.
+        most: usize,
+    },
     /// Nothing comes any more.
     #[error("the other side closed the connection")]
     Closed,

@@ -10,12 +10,17 @@ use super::message::{self, Kind};
 /// Bytes that may wait; with more, who sends inputs or outputs has to wait.
 pub const WAITING_MAX: usize = 8 << 20;
 
+/// Bytes that may wait at all. What is said without waiting is little, unless the other side takes nothing and goes on
+/// asking: that ends the connection.
+pub const OVERRUN: usize = 4 * WAITING_MAX;
+
 #[derive(Debug, Default)]
 struct State {
     link: Option<Link>,
     bytes: Vec<u8>,
     start: usize,
     broken: bool,
+    overrun: bool,
 }
 
 /// The way to the other side, while there is one.
@@ -59,9 +64,19 @@ impl Outbox {
     /// Adds a message; [`Outbox::flush`] sends it.
     pub fn put(&self, kind: Kind, device: u8, payload: &[u8]) {
         let mut state = self.lock();
-        if state.link.is_some() && !state.broken {
-            message::put(&mut state.bytes, kind, device, payload);
+        if state.link.is_none() || state.broken {
+            return;
         }
+        message::put(&mut state.bytes, kind, device, payload);
+        if state.waiting() > OVERRUN {
+            state.overrun = true;
+            state.give_up();
+        }
+    }
+
+    /// Whether the other side let more wait than may: nothing is said to it any more.
+    pub fn is_overrun(&self) -> bool {
+        self.lock().overrun
     }
 
     /// Adds a message with a number, and sends what waits.
@@ -79,6 +94,13 @@ impl Outbox {
 impl State {
     fn waiting(&self) -> usize {
         self.bytes.len() - self.start
+    }
+
+    /// Nothing goes out any more.
+    fn give_up(&mut self) {
+        self.broken = true;
+        self.bytes = Vec::new();
+        self.start = 0;
     }
 
     /// Whether the link has to send what it has taken.
@@ -101,8 +123,7 @@ impl State {
                 Err(error) => {
                     // Whoever reads finds out, and decides.
                     tracing::debug!(%error, "the other side is gone");
-                    self.broken = true;
-                    self.start = self.bytes.len();
+                    return self.give_up();
                 }
             }
         }
@@ -114,5 +135,35 @@ impl State {
             self.bytes.drain(..self.start);
             self.start = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const PART: usize = 60_000;
+
+    #[test]
+    fn who_takes_nothing_is_not_kept_for_without_bound() {
+        let outbox = Outbox::default();
+        let (near, far) = UnixStream::pair().unwrap();
+        outbox.connect(Link::Unix(near));
+        let mut said = 0;
+        while !outbox.is_overrun() {
+            outbox.put(Kind::Output, 0, &[7; PART]);
+            outbox.flush();
+            said += PART;
+            assert!(said <= 2 * OVERRUN && outbox.memory_bytes() <= 3 * OVERRUN);
+        }
+        assert_eq!(outbox.memory_bytes(), 0);
+        outbox.tell(Kind::Answer, 0, 0);
+        assert!(!outbox.has_waiting());
+        drop(far);
+        let (near, _far) = UnixStream::pair().unwrap();
+        outbox.connect(Link::Unix(near));
+        assert!(!outbox.is_overrun());
     }
 }

@@ -8,10 +8,15 @@ use tandem_vmm::build::borrow;
 use tandem_vmm::migration::Link;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::link::outbox::OVERRUN;
 use crate::link::{Message, MessageError, Outbox, Reader};
 
 /// Longest sleep: what waits to be sent, and clocks, are looked at this often.
 const SLEEP_MAX: Duration = Duration::from_millis(5);
+
+/// How often more is read before clocks are looked at, though the other side has ever more to say: so much comes in a
+/// few milliseconds.
+const READS_MAX: usize = 64;
 
 /// What the thread does with what it reads.
 pub(super) trait Talk {
@@ -31,6 +36,11 @@ pub(super) fn listen(link: &Link, outbox: &Outbox, event: &EventFd, talk: &mut i
     let mut open = true;
     while let Some(due) = talk.tick(Instant::now()) {
         outbox.flush();
+        if open && outbox.is_overrun() {
+            open = false;
+            talk.lost(Instant::now(), &MessageError::Untaken { most: OVERRUN });
+            continue;
+        }
         let ready = wait(open.then_some(link), outbox, event, due);
         if !(ready && open) {
             continue;
@@ -43,10 +53,10 @@ pub(super) fn listen(link: &Link, outbox: &Outbox, event: &EventFd, talk: &mut i
     outbox.flush();
 }
 
-/// Reads what there is, all of it.
+/// Reads what there is: all of it, unless ever more comes.
 fn read(link: &Link, reader: &mut Reader, talk: &mut impl Talk) -> Result<(), MessageError> {
-    let mut all = false;
-    while !all {
+    for _ in 0..READS_MAX {
+        let mut all = false;
         let more = reader.fill(|room| {
             let wanted = room.len();
             let length = link.recv(room)?;
@@ -59,6 +69,9 @@ fn read(link: &Link, reader: &mut Reader, talk: &mut impl Talk) -> Result<(), Me
         let now = Instant::now();
         while let Some(message) = reader.take()? {
             talk.hear(now, message).map_err(MessageError::Refused)?;
+        }
+        if all {
+            return Ok(());
         }
     }
     Ok(())
@@ -89,4 +102,48 @@ fn wait(link: Option<&Link>, outbox: &Outbox, event: &EventFd, due: Instant) -> 
     }
     let link = fds.get(1).map(|fd| fd.revents() - PollFlags::OUT);
     link.is_some_and(|events| !events.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::link::Kind;
+
+    /// Ends once the other side is lost.
+    #[derive(Default)]
+    struct Listener {
+        why: Option<String>,
+    }
+
+    impl Talk for Listener {
+        fn hear(&mut self, _now: Instant, _message: Message<'_>) -> Result<(), String> {
+            Ok(())
+        }
+
+        fn tick(&mut self, now: Instant) -> Option<Instant> {
+            self.why.is_none().then_some(now + SLEEP_MAX)
+        }
+
+        fn lost(&mut self, _now: Instant, error: &MessageError) {
+            self.why = Some(error.to_string());
+        }
+    }
+
+    #[test]
+    fn who_takes_nothing_is_lost() {
+        let outbox = Outbox::default();
+        let (near, _far) = UnixStream::pair().unwrap();
+        let link = Link::Unix(near);
+        outbox.connect(link.try_clone().unwrap());
+        while !outbox.is_overrun() {
+            outbox.put(Kind::Output, 0, &[7; 60_000]);
+        }
+        let mut talk = Listener::default();
+        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        listen(&link, &outbox, &event, &mut talk);
+        let why = talk.why.unwrap();
+        assert!(why.contains(&OVERRUN.to_string()), "{why}");
+    }
 }

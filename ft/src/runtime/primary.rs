@@ -385,7 +385,7 @@ impl Talk for PrimaryTalk {
             MessageError::Refused(_) | MessageError::Damaged | MessageError::Length { .. } => {
                 PrimaryEvent::GivenUp
             }
-            MessageError::Broken(_) => PrimaryEvent::LinkBroken,
+            MessageError::Broken(_) | MessageError::Untaken { .. } => PrimaryEvent::LinkBroken,
         });
     }
 }
