@@ -19,7 +19,7 @@ pub(crate) const MEMORY: u64 = 64 << 10;
 /// Bytes of a header that its checksum covers.
 const SUMMED: usize = 8;
 /// Kinds that there are, and one more.
-const KINDS: u32 = 12;
+const KINDS: u32 = 16;
 
 pub(crate) fn run(data: &[u8]) {
     for purpose in [Purpose::Migration, Purpose::Protection, Purpose::Pairing] {
@@ -70,7 +70,7 @@ fn understand(payload: &[u8]) {
 }
 
 /// The same frames with kinds, lengths and checksums that are right.
-fn sealed(data: &[u8]) -> Vec<u8> {
+pub(crate) fn sealed(data: &[u8]) -> Vec<u8> {
     let mut sealed = Vec::new();
     let mut rest = data;
     while let Some((header, after)) = rest.split_first_chunk::<HEADER_SIZE>() {

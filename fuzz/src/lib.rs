@@ -19,11 +19,15 @@ mod deltas;
 mod frames;
 mod hostile_driver;
 mod input;
+mod joining;
+mod keeper;
 mod kernel;
 mod link;
+mod mirror;
 mod net;
 mod net_stream;
 mod outputs;
+mod pairing;
 mod queue;
 mod rng;
 pub mod seeds;
@@ -48,7 +52,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 21] = [
     target("queue", queue::run),
     target("block", block::run),
     target("net", net::run),
@@ -65,6 +69,10 @@ pub const TARGETS: [Target; 17] = [
     target("deltas", deltas::run),
     target("link", link::run),
     target("outputs", outputs::run),
+    target("joining", joining::run),
+    target("pairing", pairing::run),
+    target("mirror", mirror::run),
+    target("keeper", keeper::run),
     target("store", store::run),
 ];
 

@@ -70,7 +70,7 @@ fn say(heard: &Heard) -> Vec<u8> {
 }
 
 /// The same messages with kinds, lengths and checksums that are right.
-fn sealed(data: &[u8]) -> Vec<u8> {
+pub(crate) fn sealed(data: &[u8]) -> Vec<u8> {
     let mut sealed = Vec::new();
     let mut rest = data;
     while let Some((head, after)) = rest.split_first_chunk::<HEAD_SIZE>() {

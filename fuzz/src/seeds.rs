@@ -3,6 +3,7 @@
 
 mod devices;
 mod files;
+mod pairs;
 mod peers;
 mod stores;
 
@@ -29,6 +30,10 @@ pub fn of(target: &Target) -> Vec<Seed> {
         "deltas" => peers::deltas(),
         "link" => peers::link(),
         "outputs" => peers::outputs(),
+        "joining" => pairs::joining(),
+        "pairing" => pairs::pairing(),
+        "mirror" => pairs::mirror(),
+        "keeper" => pairs::keeper(),
         "store" => stores::store(),
         _ => files::kernel(),
     }

@@ -295,6 +295,16 @@ impl Handle {
         (Self { requests, wake }, incoming)
     }
 
+    /// To no machine: each request is refused as by one that is gone. For what is told of guests where there is none.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn to_nobody() -> std::io::Result<Self> {
+        let wake = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let (handle, _) = Self::new(Arc::new(wake));
+        Ok(handle)
+    }
+
     /// Sends `command` and waits for the answer, at most [`ANSWER_TIMEOUT`].
     ///
     /// # Errors

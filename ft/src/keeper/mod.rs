@@ -23,6 +23,9 @@
 
 mod process;
 
+#[cfg(any(test, feature = "hostile"))]
+pub use process::is_told_of_takeover;
+
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

@@ -216,6 +216,12 @@ fn hear(link: &Link, reader: &mut Reader) -> Heard {
     }
 }
 
+/// Whether who is at the other end of `link` said first that the guest is its own, among what came.
+#[cfg(any(test, feature = "hostile"))]
+pub fn is_told_of_takeover(link: &Link) -> bool {
+    matches!(hear(link, &mut Reader::default()), Heard::TookOver)
+}
+
 impl Held {
     /// Sends the secondary what waits in the taps and what comes, until `deadline`, or for so long as frames
     /// may come once it owns the guest.

@@ -93,6 +93,10 @@ pub const STOP_AHEAD: Duration = Duration::from_millis(20);
 /// After which an arbiter that did not answer is asked again.
 pub const ASK_AGAIN: Duration = Duration::from_millis(50);
 
+/// Largest number of a term or a checkpoint that another side is believed: what comes next is a number too, and none
+/// gets so far.
+pub const NUMBER_MAX: u64 = u64::MAX >> 1;
+
 /// Number of a checkpoint of the guest; grows by one with each resync, over all terms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch(pub u64);

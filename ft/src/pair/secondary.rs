@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::asking::{self, Answer, Asking};
-use super::{Action, Actions, Ending, Epoch, Loss, Notice, Outcome, Primary, earliest};
+use super::{Action, Actions, Ending, Epoch, Loss, NUMBER_MAX, Notice, Outcome, Primary, earliest};
 use crate::arbiter::Term;
 use crate::detector::{Detector, Scheduling, Verdict};
 use crate::lease::SecondaryLease;
@@ -240,7 +240,7 @@ impl Secondary {
             return;
         }
         let newest = self.loading.map(|loading| loading.epoch).max(self.loaded);
-        if self.loading.is_some() || newest >= Some(epoch) {
+        if self.loading.is_some() || newest >= Some(epoch) || epoch.0 > NUMBER_MAX {
             return self.lose(now, Loss::Broken, actions);
         }
         let staged = false;

@@ -1,16 +1,19 @@
 //! Checkpoints on their connection: what is said first, and how each is sent and received.
 
 use std::io::Write;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tandem_vmm::migration::frame::{self, Kind, Purpose};
 use tandem_vmm::migration::{Hello, Link, MigrationError};
 use tandem_vmm::snapshot::GuestState;
 
+use super::awaited::Awaited;
+use super::calls::CALLS_TIMEOUT;
 use super::pair::PairCut;
 use super::{Pair, ProtectionError, ResyncMode};
 use crate::mode::Wish;
+use crate::pair::NUMBER_MAX;
 
 /// What a primary says of its guest first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -75,14 +78,19 @@ pub(super) fn greet(
     Ok(frame::send(link, Kind::Hello, &encode(value)?)?)
 }
 
-/// Hears what [`greet`] says.
+/// Hears what [`greet`] says, within [`CALLS_TIMEOUT`], however little at a time.
 pub(super) fn hear<T: for<'a> Deserialize<'a>>(
     link: &mut Link,
     purpose: Purpose,
 ) -> Result<T, ProtectionError> {
-    frame::receive_preface(link, purpose)?;
+    let mut link = Awaited {
+        link,
+        deadline: Instant::now() + CALLS_TIMEOUT,
+        waits: &|| true,
+    };
+    frame::receive_preface(&mut link, purpose)?;
     let mut payload = Vec::new();
-    match frame::receive(link, &mut payload)? {
+    match frame::receive(&mut link, &mut payload)? {
         Kind::Hello => decode(&payload, "a greeting"),
         kind => Err(ProtectionError::Garbled(format!("{kind:?} first"))),
     }
@@ -114,7 +122,18 @@ pub fn encode_outputs(pair: &Pair, epoch: u64) -> Result<Vec<u8>, ProtectionErro
 }
 
 fn decode_outputs(bytes: &[u8]) -> Result<PairCut, ProtectionError> {
-    decode(bytes, "outputs")
+    let cut: PairCut = decode(bytes, "outputs")?;
+    expect_number("checkpoint", cut.epoch)?;
+    Ok(cut)
+}
+
+/// There are no numbers so large, and none behind the largest.
+pub(super) fn expect_number(what: &str, number: u64) -> Result<(), ProtectionError> {
+    if number <= NUMBER_MAX {
+        return Ok(());
+    }
+    let what = format!("{what} {number}; allowed are numbers up to {NUMBER_MAX}");
+    Err(ProtectionError::Garbled(what))
 }
 
 /// A part of a checkpoint.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::Link;
 
-use super::ProtectionError;
 use super::secondary::Core;
+use super::{Pair, ProtectionError};
 use crate::link::{Kind, MessageError, Reader};
 
 /// Starts it; it ends with the connection.
@@ -20,7 +20,7 @@ pub(super) fn listen(core: Arc<Core>, mut link: Link) -> Result<(), ProtectionEr
                 tracing::error!(%error, "the thread of late frames cannot be confined");
                 return;
             }
-            let error = hear(&core, &mut link);
+            let error = hear(&core.pair, &mut link);
             tracing::debug!(why = %causes(&error), "no more late frames come");
             link.shut_down();
         })
@@ -28,7 +28,8 @@ pub(super) fn listen(core: Arc<Core>, mut link: Link) -> Result<(), ProtectionEr
         .map_err(ProtectionError::host("start the thread of late frames"))
 }
 
-fn hear(core: &Core, link: &mut Link) -> MessageError {
+/// Gives `pair` what comes, until nothing more does, or what is no late frame.
+pub(super) fn hear(pair: &Pair, link: &mut Link) -> MessageError {
     let mut reader = Reader::default();
     loop {
         let filled = reader.fill(|room| link.read(room));
@@ -40,7 +41,7 @@ fn hear(core: &Core, link: &mut Link) -> MessageError {
                 Ok(None) => break,
                 Ok(Some(message)) if message.kind == Kind::Input => {
                     // A frame too many is lost, as in any network.
-                    core.pair.late_input(message.device, message.payload);
+                    pair.late_input(message.device, message.payload);
                 }
                 Ok(Some(message)) => {
                     return MessageError::Refused(format!("a keeper said {:?}", message.kind));

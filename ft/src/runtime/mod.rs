@@ -13,6 +13,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod asking;
+mod awaited;
 mod calls;
 mod checkpoint;
 mod driver;
@@ -20,6 +21,8 @@ mod eagerness;
 mod error;
 pub mod events;
 mod follower;
+#[cfg(any(test, feature = "hostile"))]
+pub mod hostile;
 mod image;
 mod late;
 mod link_thread;

@@ -21,7 +21,7 @@ use tandem_vmm::snapshot::GuestState;
 
 use super::asking::Claims;
 use super::calls::{CALLS_TIMEOUT, Calls};
-use super::checkpoint::{Greeting, Offer, Part, Receiver, hear};
+use super::checkpoint::{Greeting, Offer, Part, Receiver, expect_number, hear};
 use super::follower::follow;
 use super::image::Image;
 use super::late;
@@ -59,7 +59,11 @@ impl Invitation {
     /// When it is no primary, or of another version; it is told so.
     pub fn hear((token, mut link): (u128, Link)) -> Result<Self, ProtectionError> {
         let heard = hear(&mut link, Purpose::Protection);
-        match heard.and_then(|offer: Offer| expect_token(token, offer.token).map(|()| offer)) {
+        let fits = |offer: &Offer| {
+            expect_token(token, offer.token)?;
+            expect_number("term", offer.term)
+        };
+        match heard.and_then(|offer: Offer| fits(&offer).map(|()| offer)) {
             Ok(offer) => Ok(Self { link, offer }),
             Err(error) => {
                 frame::refuse(&mut link, &error.to_string());
@@ -273,13 +277,34 @@ impl Core {
         (checkpoints, link): (Link, Link),
         keeper: Option<Link>,
     ) -> Result<Arc<Self>, ProtectionError> {
+        let kept = keeper.as_ref().map(share).transpose()?;
+        let core = Self::new(offer, standby, pair, (checkpoints, share(&link)?), kept)?;
+        if let Some(link) = keeper {
+            late::listen(Arc::clone(&core), link)?;
+        }
+        let talking = Arc::clone(&core);
+        std::thread::Builder::new()
+            .name("pair".into())
+            .spawn(move || talk(talking, &link))
+            .map_err(ProtectionError::host("start the thread of a link"))?;
+        Ok(core)
+    }
+
+    /// That of a copy which has nothing of its guest yet, and whose threads have yet to be started. What it says goes
+    /// to `link`.
+    pub(super) fn new(
+        offer: &Offer,
+        standby: Standby,
+        pair: &Arc<Pair>,
+        (checkpoints, link): (Link, Link),
+        keeper: Option<Link>,
+    ) -> Result<Arc<Self>, ProtectionError> {
         let term = Term(offer.term);
         let standbys = match standby.standbys {
             Some(standbys) => standbys,
             None => Standbys::told(&offer.standbys, offer.here, standby.keys.as_ref())?,
         };
-        pair.outbox().connect(share(&link)?);
-        let kept = keeper.as_ref().map(share).transpose()?;
+        pair.outbox().connect(link);
         {
             let mut status = pair.lock_status();
             status.role = Role::Secondary;
@@ -291,7 +316,7 @@ impl Core {
         if let Some(wish) = offer.modes {
             pair.modes().ask(now, wish);
         }
-        let core = Arc::new_cyclic(|this| Self {
+        Ok(Arc::new_cyclic(|this| Self {
             this: this.clone(),
             pair: Arc::clone(pair),
             handle: OnceLock::new(),
@@ -305,18 +330,9 @@ impl Core {
             mark: Mutex::new((None, true)),
             marked: Condvar::new(),
             heard: Mutex::new(now),
-            keeper: Mutex::new(kept),
+            keeper: Mutex::new(keeper),
             checkpoints,
-        });
-        if let Some(link) = keeper {
-            late::listen(Arc::clone(&core), link)?;
-        }
-        let talking = Arc::clone(&core);
-        std::thread::Builder::new()
-            .name("pair".into())
-            .spawn(move || talk(talking, &link))
-            .map_err(ProtectionError::host("start the thread of a link"))?;
-        Ok(core)
+        }))
     }
 
     /// The guest, once it is there.
@@ -348,7 +364,7 @@ impl Core {
         self.carry_out(actions)
     }
 
-    fn state(&self) -> SecondaryState {
+    pub(super) fn state(&self) -> SecondaryState {
         lock(&self.machine).state()
     }
 
@@ -570,7 +586,7 @@ fn is_over(state: SecondaryState) -> bool {
 }
 
 /// Reads what the primary says until it is gone for good.
-fn talk(core: Arc<Core>, link: &Link) {
+pub(super) fn talk(core: Arc<Core>, link: &Link) {
     if let Err(error) = core.confinement.enter() {
         tracing::error!(%error, "the thread of a link cannot be confined");
         return core.fail();

@@ -10,11 +10,9 @@
 //!
 //! A request costs a trip over the link, and there is one for [`RUNS_MAX`] runs of pages.
 
-use std::io::{self, Read, Write};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tandem_devices::GuestMemory;
 use tandem_vmm::dirty::PageSet;
 use tandem_vmm::migration::Link;
@@ -22,13 +20,11 @@ use tandem_vmm::migration::frame::{self, Kind};
 use tandem_vmm::snapshot::save::PageSink;
 
 use super::ProtectionError;
+use super::awaited::Awaited;
 use super::checkpoint::{Part, Receiver};
 use super::image::Stage;
 use crate::delta::wanted::{self, RUNS_MAX};
 use crate::delta::{Ahead, Encoder};
-
-/// How often who waits for a request looks whether it is still to wait.
-const LOOK: Duration = Duration::from_millis(10);
 
 /// Asks for `missing` pages and stages them; then says that nothing more is wanted. Ends early when it is
 /// `over`.
@@ -99,68 +95,13 @@ pub(super) fn give(
     }
 }
 
-/// A connection to another side for as long as that is waited for, and not longer.
-struct Awaited<'a> {
-    link: &'a mut Link,
-    deadline: Instant,
-    waits: &'a dyn Fn() -> bool,
-}
-
-impl Awaited<'_> {
-    /// How long to wait until it is looked again.
-    fn left(&self) -> io::Result<Duration> {
-        if !(self.waits)() {
-            return Err(io::ErrorKind::ConnectionAborted.into());
-        }
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        match left.is_zero() {
-            true => Err(io::ErrorKind::TimedOut.into()),
-            false => Ok(left.min(LOOK)),
-        }
-    }
-}
-
-impl Read for Awaited<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let left = self.left()?;
-            // Some of it may have come with what was received before.
-            match self.link.recv(buffer) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                received => return received,
-            }
-            let sleep = Timespec {
-                tv_sec: 0,
-                tv_nsec: i64::from(left.subsec_nanos()),
-            };
-            let fd = self.link.waits_for();
-            match poll(
-                &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
-                Some(&sleep),
-            ) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-}
-
-impl Write for Awaited<'_> {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        self.left()?;
-        self.link.write(buffer)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.link.flush()
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
     use std::os::unix::net::UnixStream;
     use std::slice;
     use std::thread;
+    use std::time::Duration;
 
     use tandem_vmm::dirty::PAGE_SIZE;
     use tandem_vmm::memory;
