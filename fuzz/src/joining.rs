@@ -101,7 +101,11 @@ impl Made {
 }
 
 impl Calls for Made {
-    fn next(&self, _deadline: Option<Instant>) -> Result<(u128, Link), ProtectionError> {
+    fn next(
+        &self,
+        _deadline: Option<Instant>,
+        _first: Option<&Link>,
+    ) -> Result<(u128, Link), ProtectionError> {
         let next = self.calls.lock().expect("nobody panics with it").pop();
         next.ok_or_else(|| ProtectionError::Garbled("nobody".into()))
     }
@@ -111,7 +115,7 @@ impl Calls for Made {
 fn join(flags: u8, said: &[Vec<u8>; 3]) -> bool {
     let [first, others @ ..] = said;
     let calls = Made::first(first);
-    let Ok(invited) = calls.next(None).and_then(Invitation::hear) else {
+    let Ok(invited) = calls.next(None, None).and_then(Invitation::hear) else {
         return false;
     };
     let place = tempfile::tempdir().expect("a directory");
