@@ -68,7 +68,10 @@ pub(crate) fn run(launch: Launch, anew: bool, context: &RunContext) -> Result<Ex
 
 /// The gates of a guest.
 pub(crate) fn pair(machine: &MachineConfig) -> Result<Arc<Pair>, Failure> {
+    let disks = machine.disks.iter().enumerate();
+    let shared = disks.filter_map(|(number, disk)| disk.shared.then_some(number));
     let pair = Pair::new(&machine.name, machine.nets.len(), machine.disks.len());
+    let pair = pair.and_then(|pair| pair.sharing(shared));
     Ok(Arc::new(
         pair.map_err(Failure::host("make gates for the guest"))?,
     ))

@@ -132,6 +132,7 @@ fn config(name: &str, directory: &Path) -> MachineConfig {
         readonly: false,
         id: None,
         direct: false,
+        shared: false,
         engine: DiskEngine::Auto,
         pace: Pace::default(),
     };

@@ -244,6 +244,7 @@ impl Bench {
             readonly: false,
             id: None,
             direct: false,
+            shared: false,
             engine,
             pace: Pace::default(),
         }

@@ -9,6 +9,7 @@ mod protection {
     mod disks;
     pub(crate) mod history;
     mod modes;
+    mod shared;
     mod storm;
 }
 

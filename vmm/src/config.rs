@@ -97,6 +97,10 @@ pub struct DiskConfig {
     pub id: Option<String>,
     /// Whether to bypass the host's page cache (O_DIRECT).
     pub direct: bool,
+    /// Whether the guest's copy uses the same image, which its host reaches too, rather than a replica. The page cache
+    /// of either host is bypassed.
+    #[serde(default)]
+    pub shared: bool,
     /// How requests reach the host kernel.
     pub engine: DiskEngine,
     /// How fast completions reach the guest.

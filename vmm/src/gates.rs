@@ -38,6 +38,12 @@ pub trait Gates: Send + Sync {
         image: File,
     ) -> Box<dyn BlockBackend>;
 
+    /// Whether this guest is to be the only one that uses the image of disk `index`, which is a shared one: that of a
+    /// copy is its primary's.
+    fn locks_disk(&self, _index: usize) -> bool {
+        true
+    }
+
     /// The guest's console, before the guest runs.
     fn console(&self, console: &ConsoleHub);
 

@@ -10,7 +10,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tandem_devices::virtio::VirtioDevice;
 use tandem_devices::virtio::block::threads::ThreadsBackend;
 use tandem_devices::virtio::block::uring::UringBackend;
-use tandem_devices::virtio::block::{Block, BlockBackend, DiskError, DiskFile};
+use tandem_devices::virtio::block::{Block, BlockBackend, DiskError, DiskFile, lock_image};
 use tandem_devices::virtio::console::Console;
 use tandem_devices::virtio::net::stream::StreamBackend;
 use tandem_devices::virtio::net::tap::{Tap, TapBackend};
@@ -130,7 +130,13 @@ impl Resources {
         for (index, Disk { backend, image }) in self.disks.into_iter().enumerate() {
             let name = format!("disk{index}");
             let backend = match image {
-                Some(image) => host.gates.disk(index, backend, image),
+                Some(image) => {
+                    let DiskConfig { path, shared, .. } = &config.disks[index];
+                    if *shared && host.gates.locks_disk(index) {
+                        lock_image(&image, path)?;
+                    }
+                    host.gates.disk(index, backend, image)
+                }
                 None => backend,
             };
             let id = config.disks[index].id.as_ref().unwrap_or(&name);
@@ -186,15 +192,30 @@ fn expand_seed(seed: u64) -> [u8; SEED_SIZE] {
 /// A disk that was opened.
 struct Disk {
     backend: Box<dyn BlockBackend>,
-    /// Its image once more, by the page cache, if the guest may write to it.
+    /// Its image once more, if the guest may write to it: by the page cache, unless it is shared.
     image: Option<File>,
 }
 
 fn open_disk(config: &DiskConfig, confinement: &Confinement) -> Result<Disk, Error> {
+    if config.shared {
+        return open_shared(config, confinement);
+    }
     let disk = DiskFile::open(&config.path, config.readonly, config.direct)?;
     let image = (!config.readonly).then(|| open_image(&config.path));
     Ok(Disk {
         image: image.transpose()?,
+        backend: serve_disk(disk, config, confinement)?,
+    })
+}
+
+/// An image that other hosts use too: what they write is not in this host's page cache. It is locked once it is known
+/// whether it is this guest's.
+fn open_shared(config: &DiskConfig, confinement: &Confinement) -> Result<Disk, Error> {
+    let disk = DiskFile::open_unlocked(&config.path, config.readonly, true)?;
+    let image = disk.file.try_clone();
+    let image = image.map_err(Error::host("open the image of a disk once more"))?;
+    Ok(Disk {
+        image: Some(image),
         backend: serve_disk(disk, config, confinement)?,
     })
 }

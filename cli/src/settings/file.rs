@@ -134,6 +134,7 @@ fn disk(section: &mut Section<'_, '_>) -> Option<DiskSetting> {
     let id = section.text("id", value::disk_id);
     let readonly = section.boolean("readonly");
     let direct = section.boolean("direct");
+    let shared = section.boolean("shared");
     let engine = section.text("engine", value::engine);
     let pace = section.pace();
     section.require("path");
@@ -146,6 +147,7 @@ fn disk(section: &mut Section<'_, '_>) -> Option<DiskSetting> {
             readonly: readonly.is_some_and(|v| v.value),
             id: id.map(|id| id.value),
             direct: direct.is_some_and(|v| v.value),
+            shared: shared.is_some_and(|v| v.value),
             engine: engine.map_or(DiskEngine::Auto, |v| v.value),
             pace,
         },

@@ -415,15 +415,17 @@ fn some_disk() -> impl Strategy<Value = DiskSetting> {
         any::<bool>(),
         id,
         any::<bool>(),
+        any::<bool>(),
         engine,
         some_pace(),
     )
-        .prop_map(|(path, readonly, id, direct, engine, pace)| {
+        .prop_map(|(path, readonly, id, direct, shared, engine, pace)| {
             DiskSetting::from(DiskConfig {
                 path,
                 readonly,
                 id,
                 direct,
+                shared,
                 engine,
                 pace,
             })

@@ -659,12 +659,12 @@ impl Part<'_> {
 }
 
 const DISK_FORM: &str =
-    "path=FILE[,readonly][,id=ID][,direct][,engine=auto|uring|threads][,pace=P]";
+    "path=FILE[,readonly][,id=ID][,direct][,shared][,engine=auto|uring|threads][,pace=P]";
 
 /// A disk as the flag gives it.
 ///
 /// # Errors
-/// When it does not have the form `path=FILE[,readonly][,id=ID][,direct][,engine=E][,pace=P]`.
+/// When it does not have the form `path=FILE[,readonly][,id=ID][,direct][,shared][,engine=E][,pace=P]`.
 pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
     let mut file = None;
     let mut disk = DiskConfig {
@@ -672,19 +672,21 @@ pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
         readonly: false,
         id: None,
         direct: false,
+        shared: false,
         engine: DiskEngine::Auto,
         pace: Pace::default(),
     };
     for part in parts(
         text,
         DISK_FORM,
-        &["path", "readonly", "id", "direct", "engine", "pace"],
+        &["path", "readonly", "id", "direct", "shared", "engine", "pace"],
     )? {
         match part.key {
             "path" => file = Some(part.read(path)?),
             "readonly" => disk.readonly = part.flag()?,
             "id" => disk.id = Some(part.read(disk_id)?),
             "direct" => disk.direct = part.flag()?,
+            "shared" => disk.shared = part.flag()?,
             "pace" => disk.pace = part.read(pace)?,
             _ => disk.engine = part.read(engine)?,
         }
@@ -696,7 +698,11 @@ pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
 /// The text of a disk, as [`disk`] reads it.
 pub fn disk_text(disk: &DiskConfig) -> String {
     let mut text = format!("path={}", disk.path.display());
-    for (key, on) in [("readonly", disk.readonly), ("direct", disk.direct)] {
+    for (key, on) in [
+        ("readonly", disk.readonly),
+        ("direct", disk.direct),
+        ("shared", disk.shared),
+    ] {
         if on {
             text += &format!(",{key}");
         }

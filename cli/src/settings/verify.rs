@@ -200,11 +200,26 @@ fn disks(settings: &Settings, problems: &mut Problems) {
         Some((id, d.id_at, id.clone()))
     });
     problems.unique("disk.id", ids);
-    shared_disks(settings, problems);
+    disks_of_copies(settings, problems);
+    images_given_twice(settings, problems);
+}
+
+/// Reports disks that a guest's copy is to use too, and cannot.
+fn disks_of_copies(settings: &Settings, problems: &mut Problems) {
+    for disk in settings.disks.iter().filter(|disk| disk.config.shared) {
+        if disk.config.readonly {
+            let message = "a disk that the guest only reads needs no `shared`: allowed is one of the two";
+            problems.add(disk.path_at, "disk.shared", message);
+        }
+        if settings.checkpoint.is_some() {
+            let message = "a guest with such a disk cannot have checkpoints in a store, which have blocks of their own";
+            problems.add(disk.path_at, "disk.shared", message);
+        }
+    }
 }
 
 /// Reports images that are given twice and written at least once.
-fn shared_disks(settings: &Settings, problems: &mut Problems) {
+fn images_given_twice(settings: &Settings, problems: &mut Problems) {
     let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     // Whether any disk before with this image writes to it.
     let mut written = HashMap::new();

@@ -129,7 +129,11 @@ impl Settings {
             out.header("[[disk]]");
             out.path("path", Some(&disk.path));
             out.text("id", disk.id.as_deref());
-            for (key, on) in [("readonly", disk.readonly), ("direct", disk.direct)] {
+            for (key, on) in [
+                ("readonly", disk.readonly),
+                ("direct", disk.direct),
+                ("shared", disk.shared),
+            ] {
                 if on {
                     out.line(key, on);
                 }

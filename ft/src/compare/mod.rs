@@ -50,6 +50,7 @@ mod mismatch;
 mod settlement;
 mod stream;
 mod window;
+pub(crate) mod writes;
 
 #[cfg(test)]
 mod properties;

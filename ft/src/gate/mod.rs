@@ -6,7 +6,10 @@ mod copy;
 mod disk;
 mod net;
 pub(crate) mod net_backend;
+pub(crate) mod overlay;
 mod permit;
+mod shared;
+mod shared_disk;
 mod tally;
 
 pub use console::{CONSOLE, ConsoleGate};
@@ -14,4 +17,7 @@ pub use disk::DiskGate;
 pub(crate) use disk::GatedDisk;
 pub use net::{Delays, NetCut, NetFigures, NetGate};
 pub use permit::Permit;
+pub use shared::SharedGate;
+pub(crate) use shared::SharedImage;
+pub(crate) use shared_disk::SharedDisk;
 pub use tally::Tally;

@@ -15,6 +15,8 @@ use crate::pair::Gate;
 pub struct Permit {
     /// Until when outputs may leave.
     outputs: Until,
+    /// What outputs tell of is not on disks yet, whatever the lease says.
+    owed: AtomicBool,
     /// Until when the guest's vCPUs may run; they look at it themselves.
     guest: Arc<Until>,
     /// Outputs wait for it, or something else is to be looked at.
@@ -29,6 +31,7 @@ impl Permit {
     pub fn new(event: EventFd) -> Self {
         Self {
             outputs: Until::default(),
+            owed: AtomicBool::new(false),
             guest: Arc::default(),
             attention: AtomicBool::new(false),
             eager: AtomicBool::new(false),
@@ -49,7 +52,17 @@ impl Permit {
 
     /// Whether an output may leave now.
     pub fn lets_out(&self, now: Instant) -> bool {
+        !self.owed.load(Ordering::SeqCst) && self.is_leased(now)
+    }
+
+    /// Whether the guest is surely this one's now, so that disks may be written to.
+    pub fn is_leased(&self, now: Instant) -> bool {
         self.outputs.holds(now)
+    }
+
+    /// Outputs wait until disks have what they tell of, or do so no longer.
+    pub fn owe(&self, owed: bool) {
+        self.owed.store(owed, Ordering::SeqCst);
     }
 
     /// How long outputs may still leave as things are; none if for ever.

@@ -48,10 +48,14 @@ pub enum Kind {
     Answer = 11,
     /// The number of the guest's owner is now this.
     Term = 12,
+    /// What the copy wrote to shared disk `device`: offset (8), length (8), and a digest (16) of each block's part.
+    Write = 13,
+    /// The copy's writes to shared disk `device` with lower numbers than this are done.
+    WritesDone = 14,
 }
 
 impl Kind {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 14] = [
         Self::Input,
         Self::ConsoleInput,
         Self::Settled,
@@ -64,6 +68,8 @@ impl Kind {
         Self::Loaded,
         Self::Answer,
         Self::Term,
+        Self::Write,
+        Self::WritesDone,
     ];
 
     fn of(number: u8) -> Option<Self> {
@@ -73,9 +79,9 @@ impl Kind {
     fn length_max(self) -> usize {
         match self {
             Self::Input | Self::ConsoleInput => PAYLOAD_MAX,
-            Self::Output | Self::ConsoleOutput => PAYLOAD_MAX,
+            Self::Output | Self::ConsoleOutput | Self::Write => PAYLOAD_MAX,
             Self::Settled | Self::Cut | Self::Committed => 8,
-            Self::Beat | Self::Loaded | Self::Answer | Self::Term => 8,
+            Self::Beat | Self::Loaded | Self::Answer | Self::Term | Self::WritesDone => 8,
             Self::End => 0,
         }
     }
@@ -281,7 +287,7 @@ mod tests {
 
     #[test]
     fn lengths_and_kinds_that_cannot_be_are_refused_at_once() {
-        for (kind, length) in [(0, 0), (13, 0), (7, 1), (1, PAYLOAD_MAX as u32 + 1)] {
+        for (kind, length) in [(0, 0), (15, 0), (7, 1), (1, PAYLOAD_MAX as u32 + 1)] {
             let mut head = [0; HEAD_SIZE];
             head[0] = kind;
             head[4..8].copy_from_slice(&length.to_le_bytes());

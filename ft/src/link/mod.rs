@@ -10,6 +10,8 @@
 //!   Beat, Term                       ---------->
 //!                                    <----------  Answer
 //!                                    <----------  Output, ConsoleOutput
+//!                                    <----------  Write: to a shared disk, by digests; it is kept
+//!   WritesDone                       ---------->  writes that it need not keep any more
 //!                                    <----------  Loaded: it runs on from the checkpoint
 //!   End                              ---------->  the guest ended, or is not protected any more
 //! ```

@@ -11,6 +11,7 @@ use tandem_vmm::snapshot::GuestState;
 use super::awaited::Awaited;
 use super::calls::CALLS_TIMEOUT;
 use super::pair::PairCut;
+use super::shared::SharedOffer;
 use super::{Pair, ProtectionError, ResyncMode};
 use crate::mode::Wish;
 use crate::pair::NUMBER_MAX;
@@ -25,6 +26,9 @@ pub struct Offer {
     pub keeper: bool,
     /// Disks that the guest may write to, of which a replica is needed: number and bytes of each.
     pub disks: Vec<(u8, u64)>,
+    /// Disks that the guest may write to whose images are reached from here too, if there are any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared: Vec<SharedOffer>,
     /// Number of the guest's owner.
     pub term: u64,
     /// Where its standbys listen, for whoever owns it next; see [`super::Standbys`].
@@ -140,6 +144,8 @@ pub(super) fn expect_number(what: &str, number: u64) -> Result<(), ProtectionErr
 pub(super) enum Part<'a> {
     Pages(&'a [u8]),
     Deltas(&'a [u8]),
+    /// Writes that it covers and that are not in shared images.
+    Unwritten(&'a [u8]),
     /// The first of the digests of parts of disks.
     Digests(Vec<u8>),
     Whole(Box<GuestState>, PairCut),
@@ -188,6 +194,7 @@ impl Receiver {
                 Kind::Pages => return Ok(Part::Pages(&self.payload)),
                 Kind::Digests => return Ok(Part::Digests(std::mem::take(&mut self.payload))),
                 Kind::Deltas => return Ok(Part::Deltas(&self.payload)),
+                Kind::Unwritten => return Ok(Part::Unwritten(&self.payload)),
                 Kind::State => {
                     self.state = Some(Box::new(GuestState::from_bytes(&self.payload)?));
                 }
@@ -246,6 +253,7 @@ mod tests {
             token: 1,
             keeper: false,
             disks: Vec::new(),
+            shared: Vec::new(),
             term: 1,
             standbys: Vec::new(),
             here: 0,

@@ -230,6 +230,7 @@ impl<'a> Driver<'a> {
                 .iter()
                 .map(|image| (image.disk, image.bytes()))
                 .collect(),
+            shared: core.pair.shared_offers()?,
             term: core.term().0,
             standbys,
             here,
@@ -249,6 +250,7 @@ impl<'a> Driver<'a> {
         };
         let checkpoints = invited?;
         core.pair.modes().joined(offer.modes.is_some());
+        core.pair.set_seed(token as u64);
         let mut link = call(to, token)?;
         greet(&mut link, Purpose::Pairing, &Greeting { token })?;
         if let Some(keeper) = &self.guest.keeper {
@@ -326,6 +328,7 @@ impl<'a> Driver<'a> {
                     // Orders may come without a pause.
                     self.look(&mut last);
                 }
+                Ok(Order::Write) => self.core.pair.write_covered(|| self.may_own()),
                 Ok(Order::Alone) | Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     self.look(&mut last);
@@ -347,6 +350,16 @@ impl<'a> Driver<'a> {
         *lock(&self.core.orders) = None;
         self.core.pair.permit().wake();
         drop(connected.thread.join());
+    }
+
+    /// Whether the guest may be this one's, with a secondary.
+    fn may_own(&self) -> bool {
+        let over = [
+            PrimaryState::Alone,
+            PrimaryState::Fenced,
+            PrimaryState::Ended,
+        ];
+        !over.contains(&self.core.state()) && !self.core.has_left()
     }
 
     /// Copies what the guest wrote since the last checkpoint, if that is much: the next one is short then.
@@ -570,6 +583,7 @@ impl<'a> Driver<'a> {
         // The secondary takes the first pages while the others are encoded.
         pages += stopped.pages;
         bytes += encoder.send(staged.batch().pages(), checkpoints)?;
+        bytes += core.pair.send_covered(checkpoints)?;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
         checkpoints.write_all(&rest).map_err(frame::broken)?;
         let mirrored = disks.reconcile(checkpoints, images, *seed)?;

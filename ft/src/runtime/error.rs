@@ -4,6 +4,7 @@ use tandem_vmm::control::ControlError;
 use tandem_vmm::migration::MigrationError;
 use tandem_vmm::snapshot::SnapshotError;
 
+use super::shared::SharedError;
 use crate::arbiter::ArbiterError;
 use crate::link::MessageError;
 use crate::mirror::ReplicaError;
@@ -38,6 +39,9 @@ pub enum ProtectionError {
     /// The host cannot keep a replica of a disk.
     #[error(transparent)]
     Replica(#[from] ReplicaError),
+    /// The host does not reach the image of a shared disk.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
     /// The host has no threads or descriptors left.
     #[error("cannot {action}")]
     Host {

@@ -33,6 +33,7 @@ pub(super) fn follow(
             let step = match receiver.next(&|| core.is_over()) {
                 Ok(Part::Pages(batch)) => image.apply(batch),
                 Ok(Part::Deltas(deltas)) => image.change(deltas),
+                Ok(Part::Unwritten(part)) => core.pair.stage_unwritten(part),
                 Ok(Part::Digests(_)) => Err(ProtectionError::Garbled(
                     "disks without a checkpoint".into(),
                 )),

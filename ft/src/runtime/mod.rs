@@ -33,6 +33,7 @@ mod protector;
 mod replicas;
 mod retry;
 mod secondary;
+mod shared;
 mod standbys;
 pub mod status;
 mod wanted;
@@ -44,6 +45,7 @@ pub use error::ProtectionError;
 pub use pair::{Outputs, Pair};
 pub use protector::{Desk, Guest, Protect, Protector, ResyncMode};
 pub use secondary::{Invitation, Joined, Standby};
+pub use shared::{SharedError, SharedOffer};
 pub use standbys::{Place, STANDBYS_MAX, Standbys};
 
 /// Locks what no panic leaves half done.

@@ -23,7 +23,8 @@ use super::status::{Checkpoints, Role, Status};
 use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
 use crate::gate::{
-    CONSOLE, ConsoleGate, Delays, DiskGate, GatedDisk, NetCut, NetGate, Permit, Tally,
+    CONSOLE, ConsoleGate, Delays, DiskGate, GatedDisk, NetCut, NetGate, Permit, SharedDisk,
+    SharedGate, Tally,
 };
 use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
@@ -99,6 +100,8 @@ pub struct Pair {
     nets: Vec<Arc<NetGate>>,
     console: Arc<ConsoleGate>,
     disks: Vec<Arc<DiskGate>>,
+    /// Those of shared ones.
+    pub(super) shared: Vec<Arc<SharedGate>>,
     /// There is another copy, or is to be.
     paired: AtomicBool,
     outbox: Arc<Outbox>,
@@ -137,6 +140,7 @@ impl Pair {
         Ok(Self {
             nets,
             disks: disks.collect::<io::Result<_>>()?,
+            shared: Vec::new(),
             paired: AtomicBool::new(false),
             console: Arc::new(ConsoleGate::new(Arc::clone(&outbox), Arc::clone(&permit))),
             outbox,
@@ -150,6 +154,20 @@ impl Pair {
             events: Mutex::default(),
             caller: OnceLock::new(),
         })
+    }
+
+    /// The same, for a guest whose disks with these numbers have images that both hosts reach.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn sharing(mut self, disks: impl Iterator<Item = usize>) -> io::Result<Self> {
+        let gates = disks.map(|disk| {
+            let number = u8::try_from(disk).map_err(|_| io::ErrorKind::InvalidInput)?;
+            let (outbox, permit) = (Arc::clone(&self.outbox), Arc::clone(&self.permit));
+            SharedGate::new(number, outbox, permit).map(Arc::new)
+        });
+        self.shared = gates.collect::<io::Result<_>>()?;
+        Ok(self)
     }
 
     /// Its figures.
@@ -178,7 +196,8 @@ impl Pair {
     /// Bytes of memory that protection costs this side: for checkpoints, and for what is held, kept or on its way.
     fn memory_bytes(&self) -> u64 {
         let nets: usize = self.nets.iter().map(|net| net.memory_bytes()).sum();
-        let queues = nets + self.console.memory_bytes() + self.outbox.memory_bytes();
+        let shared: usize = self.shared.iter().map(|disk| disk.memory_bytes()).sum();
+        let queues = nets + shared + self.console.memory_bytes() + self.outbox.memory_bytes();
         self.checkpoint_memory.load(Ordering::Relaxed) + queues as u64
     }
 
@@ -310,7 +329,7 @@ impl Pair {
 
     /// Whether outputs are held.
     pub fn holds(&self) -> bool {
-        self.console.holds() || self.nets.iter().any(|net| net.holds())
+        self.console.holds() || self.nets.iter().any(|net| net.holds()) || self.disks_owe()
     }
 
     /// Writes out what the console may say, waiting at most `patience`.
@@ -331,6 +350,7 @@ impl Pair {
     pub(super) fn cut(&self, epoch: u64, patience: Duration) -> PairCut {
         let (mode, modes) = self.modes().cut();
         self.paired.store(true, Ordering::SeqCst);
+        self.shared.iter().for_each(|disk| disk.cut(patience, mode));
         let nets = self.nets.iter().map(|net| net.cut(patience, mode));
         PairCut {
             epoch,
@@ -344,13 +364,16 @@ impl Pair {
     /// Outputs that wait for a checkpoint and for nothing else.
     pub(super) fn waiting(&self) -> Option<Waiting> {
         let nets = self.nets.iter().filter_map(|net| net.waiting());
-        nets.chain(self.console.waiting()).reduce(Waiting::and)
+        let disks = self.shared.iter().filter_map(|disk| disk.waiting());
+        let all = nets.chain(disks).chain(self.console.waiting());
+        all.reduce(Waiting::and)
     }
 
     /// What was counted of outputs that left.
     pub(super) fn counted(&self) -> Counters {
         let nets = self.nets.iter().map(|net| net.tally());
-        let all = nets.fold(self.console.tally(), Tally::and);
+        let disks = self.shared.iter().map(|disk| disk.tally());
+        let all = nets.chain(disks).fold(self.console.tally(), Tally::and);
         Counters {
             outputs: all.outputs,
             held_us: all.held_us,
@@ -365,6 +388,7 @@ impl Pair {
     pub(super) fn commit(&self, epoch: u64) {
         self.set_epoch(epoch);
         let now = Instant::now();
+        self.commit_disks(now);
         self.console.commit(now);
         self.nets.iter().for_each(|net| net.commit(now));
         self.committing.store(epoch, Ordering::SeqCst);
@@ -399,12 +423,14 @@ impl Pair {
 
     /// Tells the secondary which of its frames it need not keep.
     pub(super) fn tell_settled(&self) {
+        self.shared.iter().for_each(|disk| disk.tell_done());
         self.nets.iter().for_each(|net| net.tell_settled());
     }
 
     /// Looks for outputs that one side has waited for too long.
     pub(super) fn expire(&self, now: Instant) {
         self.console.expire(now);
+        self.shared.iter().for_each(|disk| disk.expire(now));
         for net in &self.nets {
             net.expire(now);
         }
@@ -413,34 +439,41 @@ impl Pair {
     /// What does not match, in words.
     pub(super) fn mismatch(&self) -> Option<String> {
         let nets = self.nets.iter().filter_map(|net| net.mismatch());
-        nets.chain(self.console.mismatch()).next()
+        let disks = self.shared.iter().filter_map(|disk| disk.mismatch());
+        nets.chain(self.console.mismatch()).chain(disks).next()
     }
 
-    /// Whether it is frames that do not match.
+    /// Whether it is frames, or writes, that do not match.
     pub(super) fn frames_differ(&self) -> bool {
-        self.nets.iter().any(|net| net.mismatch().is_some())
+        let disks = || self.shared.iter().any(|disk| disk.mismatch().is_some());
+        self.nets.iter().any(|net| net.mismatch().is_some()) || disks()
     }
 
-    /// Whether frames wait for the secondary's.
+    /// Whether frames or writes wait for the secondary's.
     pub(super) fn waits(&self) -> bool {
-        self.nets.iter().any(|net| net.waits())
+        self.nets.iter().any(|net| net.waits()) || self.shared.iter().any(|disk| disk.waits())
     }
 
-    /// Frames that ever matched.
+    /// Frames and writes that ever matched.
     pub(super) fn matched(&self) -> u64 {
         let figures = self.nets.iter().map(|net| net.figures());
-        figures.map(|figures| figures.compared.matched_frames).sum()
+        let frames: u64 = figures.map(|figures| figures.compared.matched_frames).sum();
+        let writes = self.shared.iter().map(|disk| disk.tally().matched);
+        frames + writes.sum::<u64>()
     }
 
     pub(super) fn deadline(&self) -> Option<Instant> {
         let nets = self.nets.iter().filter_map(|net| net.deadline());
-        nets.chain(self.console.deadline()).min()
+        let disks = self.shared.iter().filter_map(|disk| disk.deadline());
+        nets.chain(disks).chain(self.console.deadline()).min()
     }
 
     /// Nobody compares any more: all that is held leaves.
     pub(super) fn open(&self) {
         self.paired.store(false, Ordering::SeqCst);
         self.outbox.disconnect();
+        // First what outputs tell of.
+        self.open_disks();
         self.console.open();
         self.disks.iter().for_each(|disk| disk.open());
         self.nets.iter().for_each(|net| net.open());
@@ -471,7 +504,9 @@ impl Pair {
 
     /// Why the host failed a request to a disk.
     pub(super) fn disk_failure(&self) -> Option<String> {
-        self.disks.iter().find_map(|disk| disk.failure())
+        let shared = self.shared.iter().find_map(|disk| disk.failure());
+        let disks = || self.disks.iter().find_map(|disk| disk.failure());
+        shared.or_else(disks)
     }
 
     /// From now on it is known what the guest writes to its disks.
@@ -510,6 +545,7 @@ impl Pair {
     pub fn become_secondary(&self) {
         self.paired.store(true, Ordering::SeqCst);
         self.disks.iter().for_each(|disk| disk.track());
+        self.shared.iter().for_each(|disk| disk.become_secondary());
         self.console.become_secondary();
         self.nets.iter().for_each(|net| net.become_secondary());
     }
@@ -574,6 +610,7 @@ impl Pair {
             net.loaded(nets.next().unwrap_or_default(), mode)
                 .map_err(|e| ProtectionError::Garbled(e.to_string()))?;
         }
+        self.load_disks()?;
         self.console.loaded(cut.console, mode);
         self.set_epoch(cut.epoch);
         Ok(())
@@ -626,10 +663,17 @@ impl Gates for Pair {
         outside: Box<dyn BlockBackend>,
         image: File,
     ) -> Box<dyn BlockBackend> {
+        if let Some(gate) = self.shared_disk(index) {
+            return Box::new(SharedDisk::new(Arc::clone(gate), outside, image));
+        }
         match self.disks.get(index) {
             Some(gate) => Box::new(GatedDisk::new(Arc::clone(gate), outside, image)),
             None => outside,
         }
+    }
+
+    fn locks_disk(&self, index: usize) -> bool {
+        self.shared_disk(index).is_none_or(|disk| !disk.is_copy())
     }
 
     fn console(&self, console: &ConsoleHub) {

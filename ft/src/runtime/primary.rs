@@ -30,6 +30,8 @@ const LOOK: Duration = Duration::from_millis(100);
 /// What the thread that makes checkpoints is to do.
 pub(super) enum Order {
     Resync(Epoch, Cause),
+    /// Writes that the loaded checkpoint covers are to be done.
+    Write,
     /// There is no secondary any more.
     Alone,
 }
@@ -129,6 +131,9 @@ impl Core {
                 Action::SendCheckpoint(_) => send = true,
                 Action::Commit(epoch) => {
                     self.pair.commit(epoch.0);
+                    if self.pair.disks_owe() {
+                        self.order(Order::Write);
+                    }
                     self.committed(epoch);
                 }
                 Action::StopGuest => {
@@ -341,6 +346,7 @@ impl Talk for PrimaryTalk {
                 .pair
                 .secondary_output(now, message.device, message.payload),
             Kind::ConsoleOutput => core.pair.secondary_console(now, message.payload),
+            Kind::Write => core.pair.secondary_write(message.device, message.payload)?,
             Kind::Loaded => {
                 core.event(PrimaryEvent::Loaded(Epoch(number()?)));
                 false

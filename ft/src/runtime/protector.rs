@@ -163,7 +163,7 @@ impl Protector {
         }
         let mut patience = LAST_OUTPUTS;
         if let Some(core) = &core
-            && self.desk.pair.modes().mode() == Mode::Checkpoint
+            && (self.desk.pair.modes().mode() == Mode::Checkpoint || self.desk.pair.disks_owe())
             && self.desk.pair.holds()
         {
             // No checkpoint of a guest that has ended lets its last outputs go: it does without its secondary.

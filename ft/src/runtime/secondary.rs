@@ -29,6 +29,7 @@ use super::link_thread::{Talk, listen};
 use super::pair::PairCut;
 use super::protector::{Desk, Protect};
 use super::replicas::Replicas;
+use super::shared::SharedOffer;
 use super::standbys::Standbys;
 use super::status::Role;
 use super::{Pair, ProtectionError, ResyncMode, lock};
@@ -102,6 +103,13 @@ impl Invitation {
                 return Err(error);
             }
         };
+        for shared in &self.offer.shared {
+            if let Err(error) = check_shared(pair, shared, &standby.disks) {
+                self.refuse(&causes(&error));
+                return Err(error);
+            }
+        }
+        pair.set_seed(self.offer.token as u64);
         frame::send(&mut self.link, FrameKind::Accept, &[])?;
         let token = self.offer.token;
         let next = |purpose| next_connection(calls, (token, &self.link), purpose);
@@ -120,6 +128,7 @@ impl Invitation {
             match receiver.next(&|| core.is_over())? {
                 Part::Pages(batch) => image.apply(batch)?,
                 Part::Deltas(deltas) => image.change(deltas)?,
+                Part::Unwritten(part) => pair.stage_unwritten(part)?,
                 Part::Digests(first) => replicas.fill(receiver.link(), Some(first))?,
                 Part::Whole(state, cut) => {
                     state.hardware.expect(&self.offer.hello.hardware)?;
@@ -139,6 +148,21 @@ impl Invitation {
                 }
             }
         }
+    }
+}
+
+/// Finds out whether the guest's shared disk is that here too, and is reached.
+fn check_shared(
+    pair: &Pair,
+    shared: &SharedOffer,
+    paths: &[PathBuf],
+) -> Result<(), ProtectionError> {
+    let disk = usize::from(shared.disk);
+    match (paths.get(disk), pair.shared_disk(disk)) {
+        (Some(path), Some(_)) => Ok(shared.check(path)?),
+        _ => Err(ProtectionError::Disk(format!(
+            "disk {disk} of the guest is shared, and is not here: its settings need `shared`"
+        ))),
     }
 }
 
@@ -456,6 +480,11 @@ impl Core {
         let begun = Instant::now();
         let heard = *lock(&self.heard);
         self.restore_standing();
+        if let Err(error) = self.pair.take_disks_over() {
+            tracing::error!(%error, "the guest's shared disks cannot be taken over: it ends");
+            self.pair.lock_status().reason = format!("its shared disks: {error}");
+            return self.stop();
+        }
         let kept = self.pair.go_live(heard);
         self.tell_keeper(term);
         let released = begun.elapsed();
@@ -632,6 +661,7 @@ impl Talk for SecondaryTalk {
                 }
             }
             Kind::ConsoleInput => pair.console_input(message.payload),
+            Kind::WritesDone => pair.settle_writes(message.device, number()?),
             Kind::Settled => pair.settle(message.device, number()?),
             Kind::Cut => self.cut(Epoch(number()?)),
             Kind::Committed => pair.committed(number()?),

@@ -23,7 +23,7 @@ use super::clients::{Chance, Kv};
 use crate::{ATTEMPTS, DELAY, RESYNC_WATCHED, RESYNCS};
 
 /// Bytes of a disk.
-const SMALL: u64 = 32 << 20;
+pub(super) const SMALL: u64 = 32 << 20;
 /// Bytes of a disk that takes a while to copy.
 const LARGE: u64 = 256 << 20;
 /// Distance of what is written to an image so that each part of it has to be sent.
@@ -32,18 +32,18 @@ const PART: u64 = 64 << 10;
 const BLOCKS: &str = "blocks=2048";
 const VOLUME: u64 = 9 << 20;
 /// A load that does not end.
-const LOAD: &str = "ops=0 depth=16 flush=16 write=70 report=500 verify";
+pub(super) const LOAD: &str = "ops=0 depth=16 flush=16 write=70 report=500 verify";
 /// Reports that are to come from who goes on.
 const REPORTS: usize = 5;
 /// Room for a replica, in bytes.
 const ROOM: u64 = 16 << 20;
 /// Words of a kernel with everything built in that runs a store whose answers are on its disk.
-const STORE: &str = "console=ttyS0 quiet acpi=off reboot=k panic=-1 tsc=reliable no-kvmapf \
+pub(super) const STORE: &str = "console=ttyS0 quiet acpi=off reboot=k panic=-1 tsc=reliable no-kvmapf \
     root=/dev/vda rw linux.run=\"mkdir -p /data && redis-server --bind 0.0.0.0 --protected-mode no \
     --dir /data --appendonly yes --appendfsync always\"";
-const STORE_PORT: u16 = 6379;
+pub(super) const STORE_PORT: u16 = 6379;
 /// Answers that come before the store loses its host, and more that come until it loses the other one.
-const ANSWERS: u64 = 400;
+pub(super) const ANSWERS: u64 = 400;
 
 /// Two images of a disk, one for each side.
 struct Images {
@@ -131,7 +131,7 @@ impl Images {
 
 /// Waits until a pair is as wanted. False if one side takes the other for dead before, as it may on a busy
 /// machine.
-fn reaches(pair: &mut Pair, mut wanted: impl FnMut(&mut Pair) -> bool) -> bool {
+pub(super) fn reaches(pair: &mut Pair, mut wanted: impl FnMut(&mut Pair) -> bool) -> bool {
     let deadline = Instant::now() + PATIENCE;
     while !wanted(pair) {
         let lost = Side::BOTH.into_iter().any(|side| {
@@ -148,27 +148,27 @@ fn reaches(pair: &mut Pair, mut wanted: impl FnMut(&mut Pair) -> bool) -> bool {
 }
 
 /// Whether the guest that was first has printed `text`.
-fn has_printed(pair: &mut Pair, text: &str) -> bool {
+pub(super) fn has_printed(pair: &mut Pair, text: &str) -> bool {
     let guest = pair.side(Side::Primary);
     guest.console_lines();
     guest.console_seen().iter().any(|line| line.contains(text))
 }
 
-fn make(path: &Path, bytes: u64) {
+pub(super) fn make(path: &Path, bytes: u64) {
     File::create(path).unwrap().set_len(bytes).unwrap();
 }
 
-fn disk(path: &Path, options: &str) -> String {
+pub(super) fn disk(path: &Path, options: &str) -> String {
     format!("path={}{options}", path.display())
 }
 
-fn guest(words: &str, image: &Path, options: &str) -> GuestBuilder {
+pub(super) fn guest(words: &str, image: &Path, options: &str) -> GuestBuilder {
     let guest = GuestBuilder::image("disk", &format!("{BLOCKS} {words}"));
     guest.arg("--disk").arg(disk(image, options))
 }
 
 /// Waits for reports of a guest under load, which has seen no error.
-fn expect_reports(guest: &mut Guest) {
+pub(super) fn expect_reports(guest: &mut Guest) {
     for _ in 0..REPORTS {
         let line = guest.wait_for("ops, errors=");
         assert!(line.contains("errors=0 "), "{line}");
@@ -176,7 +176,7 @@ fn expect_reports(guest: &mut Guest) {
 }
 
 /// Ends a guest as the end of its host would. It never saw an error.
-fn kill(guest: Guest) -> Ended {
+pub(super) fn kill(guest: Guest) -> Ended {
     guest.signal(Signal::KILL);
     let ended = guest.wait();
     let flaw = |line: &&String| {
@@ -319,7 +319,7 @@ fn resynced_when_done(pair: &mut Pair) -> bool {
 
 /// Waits until the primary logged why it is not protected, with all of `words`: its status says so until it
 /// tries again. What its status is.
-fn expect_logged(pair: &mut Pair, words: &[&str]) -> Value {
+pub(super) fn expect_logged(pair: &mut Pair, words: &[&str]) -> Value {
     let log = pair.side(Side::Primary).file("vmm.log");
     pair.wait_status(Side::Primary, |_| {
         let log = fs::read_to_string(&log).unwrap();
@@ -522,14 +522,14 @@ fn ask_each(stream: &TcpStream, numbers: Range<u64>, mut ask: impl FnMut(&mut Kv
     }
 }
 
-fn set_each(stream: &TcpStream, numbers: Range<u64>) {
+pub(super) fn set_each(stream: &TcpStream, numbers: Range<u64>) {
     ask_each(stream, numbers, |kv, key, number| {
         let answer = kv.ask(&["SET", key, &value_of(number)]);
         assert_eq!(answer.unwrap().as_deref(), Some("OK"), "{key}");
     });
 }
 
-fn find_each(stream: &TcpStream, numbers: Range<u64>) {
+pub(super) fn find_each(stream: &TcpStream, numbers: Range<u64>) {
     ask_each(stream, numbers, |kv, key, number| {
         let answer = kv.ask(&["GET", key]).unwrap();
         assert_eq!(answer, Some(value_of(number)), "{key}");
@@ -537,7 +537,7 @@ fn find_each(stream: &TcpStream, numbers: Range<u64>) {
 }
 
 /// Gives the file system at `image` a journal. Without one, what a crash leaves is whole for nobody.
-fn add_journal(image: &Path) {
+pub(super) fn add_journal(image: &Path) {
     let mut add = Command::new("tune2fs");
     add.args(["-j", "-J", "size=4"]).arg(image);
     let added = add.output().unwrap();
@@ -545,7 +545,7 @@ fn add_journal(image: &Path) {
 }
 
 /// Sees that a copy of the file system at `image` needs no more than its journal.
-fn expect_sound(image: &Path) {
+pub(super) fn expect_sound(image: &Path) {
     let copy = image.with_extension("checked");
     fs::copy(image, &copy).unwrap();
     let checked = Command::new("e2fsck").arg("-fp").arg(&copy).output();

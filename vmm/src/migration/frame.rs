@@ -101,10 +101,12 @@ pub enum Kind {
     Blocks = 13,
     /// All parts that were wanted are there.
     Synced = 14,
+    /// Writes that a checkpoint covers and that are not in images that both hosts reach.
+    Unwritten = 15,
 }
 
 impl Kind {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 15] = [
         Self::Hello,
         Self::Accept,
         Self::Pages,
@@ -119,6 +121,7 @@ impl Kind {
         Self::WantedBlocks,
         Self::Blocks,
         Self::Synced,
+        Self::Unwritten,
     ];
 
     fn length_max(self) -> usize {
@@ -127,7 +130,9 @@ impl Kind {
             Self::Refuse => REASON_MAX,
             Self::Hello => HELLO_MAX,
             Self::Wanted => WANTED_MAX,
-            Self::Digests | Self::WantedBlocks | Self::Blocks => DISK_PAYLOAD_MAX,
+            Self::Digests | Self::WantedBlocks | Self::Blocks | Self::Unwritten => {
+                DISK_PAYLOAD_MAX
+            },
             Self::Pages | Self::State | Self::Outputs | Self::Deltas => PAYLOAD_MAX,
         }
     }

@@ -36,7 +36,7 @@ use std::time::Duration;
 
 pub use backend::{BlockBackend, BlockIo, Operation};
 pub use device::Block;
-pub use open::{DiskError, DiskFile};
+pub use open::{DiskError, DiskFile, lock_image};
 
 /// Number of the only queue (5.2.2).
 pub const REQUEST_QUEUE: usize = 0;

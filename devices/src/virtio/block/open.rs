@@ -107,6 +107,17 @@ impl DiskFile {
     /// # Errors
     /// When the image is missing, not permitted, of the wrong kind, empty, or in use.
     pub fn open(path: &Path, readonly: bool, direct: bool) -> Result<Self, DiskError> {
+        let disk = Self::open_unlocked(path, readonly, direct)?;
+        lock(&disk.file, path, readonly)?;
+        Ok(disk)
+    }
+
+    /// As [`DiskFile::open`], of an image that somebody else may use. Whoever writes to it has to lock it before
+    /// ([`lock_image`]).
+    ///
+    /// # Errors
+    /// Those of [`DiskFile::open`], but that it is in use.
+    pub fn open_unlocked(path: &Path, readonly: bool, direct: bool) -> Result<Self, DiskError> {
         let open_failed = |source| DiskError::Open {
             path: path.to_owned(),
             readonly,
@@ -121,7 +132,6 @@ impl DiskFile {
             .custom_flags(flags)
             .open(path)
             .map_err(open_failed)?;
-        lock(&file, path, readonly)?;
         let bytes = seek(&file, SeekFrom::End(0)).map_err(|e| open_failed(e.into()))?;
         let block_size = if direct {
             direct_block_size(&file)
@@ -211,6 +221,14 @@ fn check_kind(path: &Path, metadata: &std::fs::Metadata) -> Result<(), DiskError
         path: path.to_owned(),
         found,
     })
+}
+
+/// Locks the image `file` at `path` for this guest alone.
+///
+/// # Errors
+/// When somebody else uses it.
+pub fn lock_image(file: &File, path: &Path) -> Result<(), DiskError> {
+    lock(file, path, false)
 }
 
 /// Locks `file`. Whoever has it locked may be a process that was killed, and whose writes are being finished: so

@@ -46,7 +46,19 @@ pub(super) const PAIR: &[Rule] = &[
         "a replica of a disk is durable before its guest goes on",
     )
     .rare("only for a copy that wrote otherwise to its disk than its primary"),
+    allow(
+        Sysno::flock,
+        "a copy that takes over waits until nobody else can write to a shared image",
+    )
+    .rare(SHARED),
+    allow(
+        Sysno::pwrite64,
+        "writes to a shared image what its guest was told is done",
+    )
+    .rare(SHARED),
 ];
+
+const SHARED: &str = "only in a guest with a shared disk";
 
 /// The process that holds a guest's taps.
 pub(super) const KEEPER: &[Rule] = &[

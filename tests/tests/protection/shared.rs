@@ -1,0 +1,328 @@
+//! Guests whose one disk image both hosts reach lose hosts: whoever goes on finds in it all that the guest was promised,
+//! and nobody else writes to it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::images::optional;
+use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::pair::{Pair, Side};
+use tandem_tests::skip::{Need, must_skip};
+use tempfile::TempDir;
+
+use super::clients::Chance;
+use super::disks::{
+    ANSWERS, LOAD, SMALL, STORE, STORE_PORT, add_journal, disk, expect_logged, expect_reports,
+    expect_sound, find_each, guest, has_printed, kill, make, reaches, set_each,
+};
+use crate::{ATTEMPTS, RESYNC_WATCHED, RESYNCS};
+
+/// An image that both sides reach.
+struct Image {
+    directory: TempDir,
+}
+
+impl Image {
+    fn new() -> Self {
+        let image = Self {
+            directory: tempfile::tempdir().unwrap(),
+        };
+        make(&image.path(), SMALL);
+        image
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("shared.img")
+    }
+
+    /// Starts a guest that does what `words` say, and its copy, for which the image is at `copys`.
+    fn start_beside(&self, words: &str, options: &str, copys: &str) -> Pair {
+        let guest = guest(words, &self.path(), &format!(",shared{options}"));
+        let guest = guest.arg("--log-level").arg("debug");
+        Pair::start_prepared(guest, |standby| {
+            let standby = standby.arg("--log-level").arg("debug");
+            standby.arg("--disk").arg(copys)
+        })
+    }
+
+    fn start(&self, words: &str, options: &str) -> Pair {
+        let copys = disk(&self.path(), &format!(",shared{options}"));
+        self.start_beside(words, options, &copys)
+    }
+
+    /// Starts a guest under load that is protected in `mode`.
+    fn start_protected(&self, mode: &str, options: &str) -> Pair {
+        for _ in 0..ATTEMPTS {
+            let mut pair = self.start(LOAD, options);
+            let in_mode = |status: Value| status["mode"] == mode;
+            if reaches(&mut pair, |pair| pair.is_protected())
+                && demand(&mut pair, mode)
+                && reaches(&mut pair, |pair| {
+                    pair.is_protected()
+                        && has_printed(pair, "ops, errors=0 ")
+                        && pair.status(Side::Primary).is_some_and(in_mode)
+                })
+            {
+                return pair;
+            }
+        }
+        panic!("no guest stays protected under load");
+    }
+
+    /// Sees that a new guest finds all that was promised.
+    fn expect_promises(&self) {
+        let ended = guest("ops=500 verify", &self.path(), ",shared").start().wait();
+        ended
+            .assert_success()
+            .assert_console("disk: continued")
+            .assert_console("disk: verified blocks=2048 errors=0")
+            .assert_console("disk: done ops=500 errors=0");
+    }
+}
+
+fn demand(pair: &mut Pair, mode: &str) -> bool {
+    let primary = pair.side(Side::Primary);
+    let asked = primary.tandem(&["protect", "guest", "--mode", mode]);
+    asked.status.success()
+}
+
+/// A side is lost; the other one goes on, is killed too, and left all that was promised in the image.
+fn expect_other(image: &Image, mut pair: Pair, lost: Side) {
+    pair.kill(lost);
+    expect_survivor(image, pair, lost);
+}
+
+fn expect_survivor(image: &Image, mut pair: Pair, lost: Side) {
+    assert_eq!(pair.wait_alone(), lost.other());
+    pair.wait_end(lost);
+    let mut survivor = pair.into_side(lost.other());
+    survivor.console_lines();
+    expect_reports(&mut survivor);
+    kill(survivor);
+    image.expect_promises();
+}
+
+#[test]
+fn whoever_is_killed_the_other_has_all_that_was_promised() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    for (mode, options) in [("lockstep", ""), ("checkpoint", ",engine=threads")] {
+        for killed in Side::BOTH {
+            let image = Image::new();
+            let pair = image.start_protected(mode, options);
+            expect_other(&image, pair, killed);
+        }
+    }
+}
+
+#[test]
+fn whoever_is_killed_during_resyncs_the_other_has_all_that_was_promised() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let mut chance = Chance(47);
+    for round in 0..2 * RESYNCS {
+        let killed = Side::BOTH[round % 2];
+        let image = Image::new();
+        let mut pair = image.start_protected("lockstep", "");
+        if round >= RESYNCS {
+            // Its writes are of another order from then on.
+            pair.hold_copy();
+        }
+        let primary = pair.side(Side::Primary);
+        let asked: Vec<_> = (0..RESYNCS)
+            .map(|_| primary.begin(&["resync", "guest"]))
+            .collect();
+        std::thread::sleep(chance.part_of(RESYNC_WATCHED));
+        expect_other(&image, pair, killed);
+        for mut asked in asked {
+            drop(asked.wait());
+        }
+    }
+}
+
+/// Its process stands still in the middle of its writes, and does not go on with them: it is ended.
+#[test]
+fn a_primary_that_stands_still_does_not_write_later() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    for options in ["", ",engine=threads"] {
+        let image = Image::new();
+        let mut pair = image.start_protected("lockstep", options);
+        pair.freeze(Side::Primary);
+        expect_survivor(&image, pair, Side::Primary);
+    }
+}
+
+#[test]
+fn a_copy_that_stands_still_is_done_without() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let image = Image::new();
+    let mut pair = image.start_protected("lockstep", "");
+    pair.freeze(Side::Secondary);
+    assert_eq!(pair.wait_alone(), Side::Primary);
+    expect_reports(pair.side(Side::Primary));
+    pair.thaw(Side::Secondary);
+    expect_survivor(&image, pair, Side::Secondary);
+}
+
+#[test]
+fn a_planned_takeover_leaves_the_image_to_the_copy() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let image = Image::new();
+    let mut pair = image.start_protected("lockstep", "");
+    assert!(reaches(&mut pair, |pair| pair.is_protected()));
+    pair.side(Side::Primary).succeed(&["failover", "guest"]);
+    expect_survivor(&image, pair, Side::Primary);
+}
+
+/// A guest that ends has all its writes in the image, also those that only a checkpoint would have covered.
+#[test]
+fn a_guest_that_powers_off_leaves_all_its_writes() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    for mode in ["lockstep", "checkpoint"] {
+        let image = Image::new();
+        let words = "ops=4000 depth=16 flush=16 write=70 report=500 verify";
+        let made = (0..ATTEMPTS).any(|_| {
+            let mut pair = image.start(words, "");
+            let protected = reaches(&mut pair, |pair| pair.is_protected());
+            demand(&mut pair, mode);
+            pair.wait_end(Side::Primary);
+            let ended = pair.into_side(Side::Primary).wait();
+            ended.assert_success();
+            protected
+        });
+        assert!(made, "no guest is protected");
+        image.expect_promises();
+    }
+}
+
+/// A guest that cannot be protected by a standby with `copys` for a disk; `wants` is said of it on both sides.
+fn expect_refusal(image: &Image, copys: &str, wants: &str) {
+    let mut pair = image.start_beside(LOAD, "", copys);
+    pair.wait_end(Side::Secondary);
+    let status = expect_logged(&mut pair, &[wants]);
+    assert_eq!(status["protected"], false, "{status}");
+    let said = pair.side(Side::Secondary).messages().join("\n");
+    assert!(said.contains(wants), "{said}");
+    kill(pair.into_side(Side::Primary));
+    image.expect_promises();
+}
+
+#[test]
+fn an_image_that_is_not_the_same_is_refused() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let image = Image::new();
+    let other = image.directory.path().join("other.img");
+    let shared = disk(&other, ",shared");
+    expect_refusal(&image, &shared, "other.img");
+    make(&other, SMALL);
+    expect_refusal(&image, &shared, "its file number is");
+    make(&other, SMALL / 2);
+    expect_refusal(&image, &shared, "its size is");
+    let replica = disk(&other, "");
+    expect_refusal(&image, &replica, "its settings need `shared`");
+}
+
+#[test]
+fn an_image_that_a_guest_uses_is_no_other_guests() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let image = Image::new();
+    let mut user = guest(LOAD, &image.path(), ",shared").start();
+    user.wait_for("disk: ready");
+    let ended = guest(LOAD, &image.path(), ",shared").start().wait();
+    assert!(!ended.status.success(), "{ended:#?}");
+    assert!(ended.messages.join("\n").contains("locked"), "{ended:#?}");
+    expect_reports(&mut user);
+    kill(user);
+}
+
+fn store(kernel: &Path, image: &Path, network: &Network) -> GuestBuilder {
+    GuestBuilder::kernel(kernel)
+        .arg("--cmdline")
+        .arg(format!("{STORE} {CMDLINE}"))
+        .arg("--memory")
+        .arg("128MiB")
+        .arg("--disk")
+        .arg(disk(image, ",shared"))
+        .in_network(network)
+}
+
+/// A store that answers and is protected.
+fn protected_store(kernel: &Path, image: &Path, network: &Network) -> Pair {
+    for _ in 0..ATTEMPTS {
+        let mut pair = Pair::start(store(kernel, image, network));
+        if reaches(&mut pair, |pair| {
+            pair.is_protected() && has_printed(pair, "Ready to accept connections")
+        }) {
+            return pair;
+        }
+    }
+    panic!("no store stays protected");
+}
+
+/// Waits until a pair is protected, whoever does what meanwhile.
+fn settle(pair: &mut Pair) {
+    let deadline = Instant::now() + PATIENCE;
+    while !pair.is_protected() {
+        assert!(Instant::now() < deadline, "{}", pair.account());
+        std::thread::sleep(RESYNC_WATCHED / 10);
+    }
+}
+
+fn end(guest: Guest) {
+    guest.signal(Signal::KILL);
+    drop(guest.wait());
+}
+
+#[test]
+fn a_store_on_a_shared_file_system_has_all_that_it_said_it_has() {
+    if must_skip(&[
+        Need::Kvm,
+        Need::Root,
+        Need::Program("ip"),
+        Need::Program("e2fsck"),
+        Need::Program("tune2fs"),
+    ]) {
+        return;
+    }
+    let both = (optional("vmlinux-ring3"), optional("rootfs.ext4"));
+    let (Some(kernel), Some(root)) = both else {
+        return;
+    };
+    let image = Image::new();
+    fs::copy(&root, image.path()).unwrap();
+    add_journal(&image.path());
+    let network = Network::new();
+    let mut pair = protected_store(&kernel, &image.path(), &network);
+    let stream = network.connect(STORE_PORT);
+    set_each(&stream, 0..ANSWERS);
+    settle(&mut pair);
+    pair.kill(Side::Primary);
+    assert_eq!(pair.wait_alone(), Side::Secondary);
+    // The connection outlives its host.
+    set_each(&stream, ANSWERS..2 * ANSWERS);
+    find_each(&stream, 0..2 * ANSWERS);
+    end(pair.into_side(Side::Secondary));
+    drop(stream);
+    expect_sound(&image.path());
+    let mut again = store(&kernel, &image.path(), &network).start();
+    again.wait_for("Ready to accept connections");
+    find_each(&network.connect(STORE_PORT), 0..2 * ANSWERS);
+}
