@@ -11,6 +11,7 @@ mod permit;
 mod shared;
 mod shared_disk;
 mod tally;
+pub(crate) mod watchdog;
 
 pub use console::{CONSOLE, ConsoleGate};
 pub use disk::DiskGate;

@@ -34,7 +34,7 @@
 //! for other hosts. A secondary that took over waits for this lock before it writes, without a limit: whoever holds it
 //! may still write. So a write that was submitted in time and is late is in the image before the takeover's. Besides,
 //! the primary looks at its lease right before it submits. A primary that stands still (SIGSTOP) is killed by a timer of
-//! the kernel ([`Watchdog`](crate::gate::Watchdog)), which lets the lock go.
+//! the kernel ([`Watchdog`](crate::gate::watchdog::Watchdog)), which lets the lock go.
 //!
 //! What remains: storage whose locks end before the writes of their host do. A host that is cut off from an NFS server
 //! for longer than the server's grace loses its locks, and the server refuses its later writes by the same rule. A
@@ -504,6 +504,11 @@ impl SharedGate {
             Side::Primary(primary) => primary.covered.clone(),
             _ => Overlay::default(),
         }
+    }
+
+    /// Whether this guest has a copy that may take over the image.
+    pub(crate) fn is_primary(&self) -> bool {
+        matches!(self.lock().side, Side::Primary(_))
     }
 
     /// Whether writes completed that are not done.

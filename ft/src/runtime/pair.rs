@@ -26,6 +26,7 @@ use crate::gate::{
     CONSOLE, ConsoleGate, Delays, DiskGate, GatedDisk, NetCut, NetGate, Permit, SharedDisk,
     SharedGate, Tally,
 };
+use crate::gate::watchdog::Watchdog;
 use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
 use crate::mirror::Image;
@@ -102,6 +103,7 @@ pub struct Pair {
     disks: Vec<Arc<DiskGate>>,
     /// Those of shared ones.
     pub(super) shared: Vec<Arc<SharedGate>>,
+    pub(super) watchdog: Watchdog,
     /// There is another copy, or is to be.
     paired: AtomicBool,
     outbox: Arc<Outbox>,
@@ -141,6 +143,7 @@ impl Pair {
             nets,
             disks: disks.collect::<io::Result<_>>()?,
             shared: Vec::new(),
+            watchdog: Watchdog::default(),
             paired: AtomicBool::new(false),
             console: Arc::new(ConsoleGate::new(Arc::clone(&outbox), Arc::clone(&permit))),
             outbox,

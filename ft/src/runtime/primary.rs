@@ -375,8 +375,11 @@ impl Talk for PrimaryTalk {
             core.event(PrimaryEvent::Timer);
         }
         match core.state() {
-            PrimaryState::Alone | PrimaryState::Fenced | PrimaryState::Ended => return None,
-            _ => {}
+            PrimaryState::Alone | PrimaryState::Fenced | PrimaryState::Ended => {
+                core.pair.watchdog.rest();
+                return None;
+            }
+            _ => core.pair.runs_with_disks(),
         }
         let due = lock(&core.machine).deadline();
         let all = [due, checkpoint, core.pair.deadline()];

@@ -188,8 +188,17 @@ impl Pair {
         self.permit().wake();
     }
 
-    /// The guest has no copy any more.
+    /// The process runs, and has a copy or may have: if it stood still, its writes must not be done later.
+    pub(super) fn runs_with_disks(&self) {
+        if self.shared.iter().any(|disk| disk.is_primary()) {
+            self.watchdog.runs();
+        }
+    }
+
+    /// The guest has no copy any more, and nobody else writes to its images.
     pub(super) fn open_disks(&self) {
+        // That may take long, and nobody waits for it.
+        self.watchdog.rest();
         self.shared.iter().for_each(|disk| disk.open());
         self.permit().owe(false);
     }

@@ -141,7 +141,10 @@ pub(super) fn reaches(pair: &mut Pair, mut wanted: impl FnMut(&mut Pair) -> bool
         if lost {
             return false;
         }
-        assert!(Instant::now() < deadline, "{}", pair.account());
+        if Instant::now() >= deadline {
+            let seen = pair.side(Side::Primary).console_seen().to_vec();
+            panic!("{}\nprinted {seen:#?}", pair.account());
+        }
         std::thread::sleep(Duration::from_millis(5));
     }
     true

@@ -217,7 +217,9 @@ fn expect_refusal(image: &Image, copys: &str, wants: &str) {
     assert_eq!(status["protected"], false, "{status}");
     let said = pair.side(Side::Secondary).messages().join("\n");
     assert!(said.contains(wants), "{said}");
-    kill(pair.into_side(Side::Primary));
+    let mut guest = pair.into_side(Side::Primary);
+    expect_reports(&mut guest);
+    kill(guest);
     image.expect_promises();
 }
 

@@ -56,6 +56,13 @@ pub(super) const PAIR: &[Rule] = &[
         "writes to a shared image what its guest was told is done",
     )
     .rare(SHARED),
+    allow(
+        Sysno::timer_create,
+        "ends a process that stands still and may write to a shared image",
+    )
+    .rare(SHARED),
+    allow(Sysno::timer_settime, "as `timer_create`").rare(SHARED),
+    allow(Sysno::timer_delete, "as `timer_create`").rare(SHARED),
 ];
 
 const SHARED: &str = "only in a guest with a shared disk";
