@@ -679,7 +679,9 @@ pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
     for part in parts(
         text,
         DISK_FORM,
-        &["path", "readonly", "id", "direct", "shared", "engine", "pace"],
+        &[
+            "path", "readonly", "id", "direct", "shared", "engine", "pace",
+        ],
     )? {
         match part.key {
             "path" => file = Some(part.read(path)?),

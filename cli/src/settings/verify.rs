@@ -208,7 +208,8 @@ fn disks(settings: &Settings, problems: &mut Problems) {
 fn disks_of_copies(settings: &Settings, problems: &mut Problems) {
     for disk in settings.disks.iter().filter(|disk| disk.config.shared) {
         if disk.config.readonly {
-            let message = "a disk that the guest only reads needs no `shared`: allowed is one of the two";
+            let message =
+                "a disk that the guest only reads needs no `shared`: allowed is one of the two";
             problems.add(disk.path_at, "disk.shared", message);
         }
         if settings.checkpoint.is_some() {

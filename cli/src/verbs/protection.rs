@@ -389,8 +389,13 @@ fn status_table(status: &Status) -> String {
         ),
     ];
     let stored = status.checkpoints.as_ref().map(checkpoint_rows);
+    let shared = (!status.shared_disks.is_empty()).then(|| {
+        let numbers = status.shared_disks.iter().map(u8::to_string);
+        ("shared disks", numbers.collect::<Vec<_>>().join(", "))
+    });
     let rows: Vec<_> = rows
         .into_iter()
+        .chain(shared)
         .chain(stored.into_iter().flatten())
         .collect();
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);

@@ -152,8 +152,9 @@ impl Writes {
     /// The write of the primary that a part of the secondary's is the same as.
     fn answer(&mut self, number: u64, part: Part) -> Option<usize> {
         if self.ahead >= PARTS_MAX {
-            self.mismatch
-                .get_or_insert_with(|| "the secondary writes much that the primary does not".into());
+            self.mismatch.get_or_insert_with(|| {
+                "the secondary writes much that the primary does not".into()
+            });
             return None;
         }
         let none = || Ahead::Secondary(VecDeque::new());
@@ -291,7 +292,11 @@ mod tests {
         primary(&mut writes, 4, &[part(1, 11)]);
         assert!(writes.is_whole(3) && writes.is_whole(4));
         writes.done(4);
-        assert_eq!(writes.settled(), 1, "the first write has a part that is not done");
+        assert_eq!(
+            writes.settled(),
+            1,
+            "the first write has a part that is not done"
+        );
         writes.done(3);
         assert_eq!(writes.settled(), 1);
         primary(&mut writes, 3, &[part(2, 20)]);

@@ -276,7 +276,12 @@ mod tests {
         prop::collection::vec((0..DISK - 20, 1..20u64, 0..4u8), 0..40)
     }
 
-    fn write(overlay: &mut Overlay, disk: &mut [u8], (at, count, value): (u64, u64, u8), number: u64) {
+    fn write(
+        overlay: &mut Overlay,
+        disk: &mut [u8],
+        (at, count, value): (u64, u64, u8),
+        number: u64,
+    ) {
         let (offset, len) = (at * SECTOR, count * SECTOR);
         match value {
             0 => overlay.zero(offset, len, number),
@@ -356,7 +361,10 @@ mod tests {
         let mut overlay = Overlay::default();
         overlay.put(4 * SECTOR, &[5; 8 * SECTOR_SIZE], 1);
         let patches = overlay.patches(6 * SECTOR, 4 * SECTOR);
-        let found: Vec<_> = patches.iter().map(|patch| (patch.at, patch.bytes.clone())).collect();
+        let found: Vec<_> = patches
+            .iter()
+            .map(|patch| (patch.at, patch.bytes.clone()))
+            .collect();
         assert_eq!(found, [(0, 3072..4096), (1024, 0..1024)]);
         assert!(overlay.patches(0, 4 * SECTOR).is_empty());
         assert!(overlay.patches(12 * SECTOR, SECTOR).is_empty());

@@ -355,13 +355,20 @@ impl SharedGate {
     fn keep(&self, copy: &mut Secondary, io: &BlockIo) {
         let all: Vec<_> = self.parts_of(io).collect();
         let data = carries_data(io.operation);
-        let content = if data { io.buffers.to_vec() } else { Vec::new() };
+        let content = if data {
+            io.buffers.to_vec()
+        } else {
+            Vec::new()
+        };
         let mut at = 0;
         for told in all.chunks(PARTS_TOLD_MAX) {
             let len: u64 = told.iter().map(|part| u64::from(part.to - part.from)).sum();
             let offset = io.offset + at;
             match data {
-                true => copy.overlay.put(offset, &content[at as usize..][..len as usize], copy.next),
+                true => {
+                    copy.overlay
+                        .put(offset, &content[at as usize..][..len as usize], copy.next)
+                }
                 false => copy.overlay.zero(offset, len, copy.next),
             }
             copy.next += 1;
@@ -726,7 +733,9 @@ impl SharedGate {
             copy.overlay = std::mem::take(&mut copy.staged);
             copy.next = 1;
             // The first one came before the image was there.
-            return image.as_ref().is_none_or(|image| copy.overlay.end() <= image.bytes);
+            return image
+                .as_ref()
+                .is_none_or(|image| copy.overlay.end() <= image.bytes);
         }
         true
     }
@@ -795,14 +804,19 @@ fn put(overlay: &mut Overlay, io: &BlockIo, number: u64) {
 /// The parts of the write that a copy told of; the disk has `bytes`.
 fn parse(message: &[u8], bytes: u64) -> Option<impl Iterator<Item = Part>> {
     let (head, digests) = message.split_first_chunk::<WRITE_HEAD>()?;
-    let [offset, len] = [&head[..8], &head[8..]].map(|bytes| bytes.try_into().map(u64::from_le_bytes));
+    let [offset, len] =
+        [&head[..8], &head[8..]].map(|bytes| bytes.try_into().map(u64::from_le_bytes));
     let (offset, len) = (offset.ok()?, len.ok()?);
     let end = offset.checked_add(len).filter(|end| *end <= bytes)?;
     let (digests, []) = digests.as_chunks::<16>() else {
         return None;
     };
     let digests = digests.to_vec();
-    let count = if len == 0 { 0 } else { end.div_ceil(BLOCK) - offset / BLOCK };
+    let count = if len == 0 {
+        0
+    } else {
+        end.div_ceil(BLOCK) - offset / BLOCK
+    };
     if count != digests.len() as u64 {
         return None;
     }
@@ -814,3 +828,7 @@ fn parse(message: &[u8], bytes: u64) -> Option<impl Iterator<Item = Part>> {
         digest: u128::from_le_bytes(digest),
     }))
 }
+
+#[cfg(test)]
+#[path = "shared_tests.rs"]
+mod tests;

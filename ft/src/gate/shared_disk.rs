@@ -140,7 +140,8 @@ impl SharedDisk {
         let patched = self.patched.remove(&token);
         match &result {
             Err(error) if self.gate.withholds(error) => {
-                self.withheld.push_back((token, io::Error::new(error.kind(), error.to_string())));
+                self.withheld
+                    .push_back((token, io::Error::new(error.kind(), error.to_string())));
                 return None;
             }
             Err(_) => {}

@@ -22,11 +22,11 @@ use super::modes::{CutModes, Modes};
 use super::status::{Checkpoints, Role, Status};
 use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
+use crate::gate::watchdog::Watchdog;
 use crate::gate::{
     CONSOLE, ConsoleGate, Delays, DiskGate, GatedDisk, NetCut, NetGate, Permit, SharedDisk,
     SharedGate, Tally,
 };
-use crate::gate::watchdog::Watchdog;
 use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
 use crate::mirror::Image;
@@ -193,6 +193,7 @@ impl Pair {
         let lease = self.permit.left(now);
         status.lease_ms = lease.map(|left| left.as_millis() as u64);
         status.protection_memory_bytes = self.memory_bytes();
+        status.shared_disks = self.shared.iter().map(|disk| disk.number()).collect();
         status
     }
 

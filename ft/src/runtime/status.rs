@@ -84,6 +84,9 @@ pub struct Status {
     pub bytes_per_dirty_page: u64,
     /// Bytes of this host's memory that protection costs besides the guest's own.
     pub protection_memory_bytes: u64,
+    /// Numbers of disks whose images both hosts reach; all others that the guest may write to have replicas.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared_disks: Vec<u8>,
     /// How its checkpoints in a store stand, if it has any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoints: Option<Checkpoints>,
@@ -187,6 +190,7 @@ impl Status {
             resync_bytes: 0,
             bytes_per_dirty_page: 0,
             protection_memory_bytes: 0,
+            shared_disks: Vec::new(),
             checkpoints: None,
             page_bytes: 0,
             pauses: Samples::default(),

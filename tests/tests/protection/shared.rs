@@ -75,7 +75,9 @@ impl Image {
 
     /// Sees that a new guest finds all that was promised.
     fn expect_promises(&self) {
-        let ended = guest("ops=500 verify", &self.path(), ",shared").start().wait();
+        let ended = guest("ops=500 verify", &self.path(), ",shared")
+            .start()
+            .wait();
         ended
             .assert_success()
             .assert_console("disk: continued")

@@ -130,9 +130,7 @@ impl Kind {
             Self::Refuse => REASON_MAX,
             Self::Hello => HELLO_MAX,
             Self::Wanted => WANTED_MAX,
-            Self::Digests | Self::WantedBlocks | Self::Blocks | Self::Unwritten => {
-                DISK_PAYLOAD_MAX
-            },
+            Self::Digests | Self::WantedBlocks | Self::Blocks | Self::Unwritten => DISK_PAYLOAD_MAX,
             Self::Pages | Self::State | Self::Outputs | Self::Deltas => PAYLOAD_MAX,
         }
     }
