@@ -65,8 +65,8 @@ use crate::mode::interval::Waiting;
 pub(crate) const HELD_MAX: usize = 64 << 20;
 /// Parts of a write in a message at most.
 const PARTS_TOLD_MAX: usize = 1024;
-/// Bytes in front of digests in a message: offset and length.
-const WRITE_HEAD: usize = 16;
+/// Bytes in front of digests in a message: the number of the checkpoint before, offset and length.
+const WRITE_HEAD: usize = 24;
 /// Bytes that are written to an image at a time.
 const PIECE_MAX: usize = 128 << 10;
 /// What memory has to be aligned to where the page cache is bypassed.
@@ -128,7 +128,9 @@ impl SharedImage {
 #[derive(Debug)]
 pub(super) struct Primary {
     writes: Writes,
-    /// A checkpoint is under way: what the copy writes is of before.
+    /// Number of the last cut: what the copy wrote before is of no interest.
+    epoch: u64,
+    /// The copy has yet to load it.
     cut: bool,
     /// From the last cut on.
     mode: Mode,
@@ -161,6 +163,8 @@ impl Primary {
 #[derive(Debug, Default)]
 struct Secondary {
     overlay: Overlay,
+    /// Number of the checkpoint from which the guest went on.
+    epoch: u64,
     /// Number of its next write.
     next: u64,
     /// What the checkpoint under way covers, as far as it came.
@@ -374,6 +378,7 @@ impl SharedGate {
             copy.next += 1;
             at += len;
             let mut message = Vec::with_capacity(WRITE_HEAD + 16 * told.len());
+            message.extend(copy.epoch.to_le_bytes());
             message.extend(offset.to_le_bytes());
             message.extend(len.to_le_bytes());
             message.extend(told.iter().flat_map(|part| part.digest.to_le_bytes()));
@@ -473,11 +478,13 @@ impl SharedGate {
 
     // The primary.
 
-    /// A checkpoint begins, while the guest stands, from which on `mode` holds. What it covers is [`Self::covered`].
-    pub(crate) fn cut(&self, patience: Duration, mode: Mode) {
+    /// Checkpoint `epoch` begins, while the guest stands, from which on `mode` holds. What it covers is
+    /// [`Self::covered`].
+    pub(crate) fn cut(&self, epoch: u64, patience: Duration, mode: Mode) {
         let mut state = self.lock();
         let mut next = Primary {
             writes: Writes::new(patience),
+            epoch,
             cut: true,
             mode,
             covered: Overlay::default(),
@@ -585,15 +592,16 @@ impl SharedGate {
     pub(crate) fn secondary_write(&self, message: &[u8]) -> Result<bool, String> {
         let mut state = self.lock();
         let bytes = state.image.as_ref().map_or(0, |image| image.bytes);
-        let told = parse(message, bytes).ok_or("a write that cannot be")?;
+        let (epoch, told) = parse(message, bytes).ok_or("a write that cannot be")?;
         let Side::Primary(primary) = &mut state.side else {
             return Ok(false);
         };
-        if primary.cut || primary.mode == Mode::Checkpoint {
+        // The copy's devices are at work before it is heard that it loaded its checkpoint.
+        if epoch != primary.epoch || primary.mode == Mode::Checkpoint {
             return Ok(false);
         }
         let whole = primary.writes.secondary(told);
-        let differs = primary.writes.mismatch().is_some();
+        let differs = !primary.cut && primary.writes.mismatch().is_some();
         drop(state);
         if !whole.is_empty() {
             self.wake();
@@ -725,12 +733,13 @@ impl SharedGate {
         }
     }
 
-    /// The guest goes on from the checkpoint. Whether that can be of this disk.
-    pub(crate) fn loaded(&self) -> bool {
+    /// The guest, which stands, goes on from checkpoint `epoch`: before its devices do. Whether that can be of this disk.
+    pub(crate) fn load(&self, epoch: u64) -> bool {
         let mut state = self.lock();
         let State { image, side, .. } = &mut *state;
         if let Side::Secondary(copy) = side {
             copy.overlay = std::mem::take(&mut copy.staged);
+            copy.epoch = epoch;
             copy.next = 1;
             // The first one came before the image was there.
             return image
@@ -801,12 +810,11 @@ fn put(overlay: &mut Overlay, io: &BlockIo, number: u64) {
     }
 }
 
-/// The parts of the write that a copy told of; the disk has `bytes`.
-fn parse(message: &[u8], bytes: u64) -> Option<impl Iterator<Item = Part>> {
+/// The parts of the write that a copy told of, and since which checkpoint; the disk has `bytes`.
+fn parse(message: &[u8], bytes: u64) -> Option<(u64, impl Iterator<Item = Part>)> {
     let (head, digests) = message.split_first_chunk::<WRITE_HEAD>()?;
-    let [offset, len] =
-        [&head[..8], &head[8..]].map(|bytes| bytes.try_into().map(u64::from_le_bytes));
-    let (offset, len) = (offset.ok()?, len.ok()?);
+    let (numbers, _) = head.as_chunks::<8>();
+    let [epoch, offset, len] = [0, 1, 2].map(|at| u64::from_le_bytes(numbers[at]));
     let end = offset.checked_add(len).filter(|end| *end <= bytes)?;
     let (digests, []) = digests.as_chunks::<16>() else {
         return None;
@@ -821,12 +829,13 @@ fn parse(message: &[u8], bytes: u64) -> Option<impl Iterator<Item = Part>> {
         return None;
     }
     let all = parts(offset, len).zip(digests);
-    Some(all.map(|((block, bytes, _), digest)| Part {
+    let all = all.map(|((block, bytes, _), digest)| Part {
         block,
         from: bytes.start as u16,
         to: bytes.end as u16,
         digest: u128::from_le_bytes(digest),
-    }))
+    });
+    Some((epoch, all))
 }
 
 #[cfg(test)]

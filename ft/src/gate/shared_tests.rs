@@ -145,10 +145,11 @@ impl Host {
         buffers.to_vec()[0]
     }
 
-    /// What a copy's message says of a block with `value`.
-    fn told(&self, block: u64, value: u8) -> Vec<u8> {
+    /// What a copy's message says of a block with `value`, written since checkpoint `epoch`.
+    fn told(&self, epoch: u64, block: u64, value: u8) -> Vec<u8> {
         let digest = xxh3_128_with_seed(&[value; BLOCK_SIZE], 0);
-        let mut message = (block * BLOCK).to_le_bytes().to_vec();
+        let mut message = epoch.to_le_bytes().to_vec();
+        message.extend((block * BLOCK).to_le_bytes());
         message.extend(BLOCK.to_le_bytes());
         message.extend(digest.to_le_bytes());
         message
@@ -156,7 +157,12 @@ impl Host {
 
     /// The copy wrote `value` to a block. Whether that differs.
     fn hear(&self, block: u64, value: u8) -> bool {
-        self.gate.secondary_write(&self.told(block, value)).unwrap()
+        self.hear_since(1, block, value)
+    }
+
+    fn hear_since(&self, epoch: u64, block: u64, value: u8) -> bool {
+        let told = self.told(epoch, block, value);
+        self.gate.secondary_write(&told).unwrap()
     }
 }
 
@@ -178,7 +184,7 @@ fn in_image(image: &tempfile::NamedTempFile, block: u64) -> u8 {
 /// A primary that is protected in `mode`.
 fn primary(image: &tempfile::NamedTempFile, mode: Mode) -> Host {
     let host = Host::new(image);
-    host.gate.cut(PATIENCE, mode);
+    host.gate.cut(1, PATIENCE, mode);
     assert!(!host.gate.commit(Instant::now()));
     host
 }
@@ -186,7 +192,7 @@ fn primary(image: &tempfile::NamedTempFile, mode: Mode) -> Host {
 fn copy(image: &tempfile::NamedTempFile) -> Host {
     let host = Host::new(image);
     host.gate.become_secondary();
-    assert!(host.gate.loaded());
+    assert!(host.gate.load(1));
     host
 }
 
@@ -225,16 +231,14 @@ fn what_waits_when_the_guest_stands_is_covered_and_done_once_that_is_loaded() {
     assert_eq!(host.done(), [1]);
     assert!(host.gate.mismatch().is_some(), "a checkpoint is due");
     assert_eq!((host.read(1), in_image(&image, 1)), (11, 0));
-    host.gate.cut(PATIENCE, Mode::Lockstep);
+    host.gate.cut(2, PATIENCE, Mode::Lockstep);
     // What comes later stays behind it, whatever the copy says.
     host.write(1, 12);
-    assert!(!host.hear(1, 12));
-    assert!(
-        host.gate.write_covered().unwrap() && in_image(&image, 1) == 0,
-        "it is not loaded"
-    );
+    assert!(!host.hear_since(1, 1, 99), "that was before");
+    assert!(!host.hear_since(2, 1, 12));
+    assert!(host.gate.write_covered().unwrap() && in_image(&image, 1) == 0);
+    assert!(host.done().is_empty(), "it is not loaded");
     assert!(host.gate.commit(Instant::now()));
-    assert!(!host.hear(1, 12));
     assert!(host.done().is_empty());
     host.permit.set(Gate::Shut, Gate::Shut);
     assert!(!host.gate.write_covered().unwrap() && in_image(&image, 1) == 0);
@@ -254,7 +258,7 @@ fn in_the_mode_checkpoint_writes_complete_and_wait() {
     assert_eq!(host.done(), [1, 2]);
     assert!(host.gate.waiting().is_some() && host.gate.owes());
     assert_eq!((host.read(1), in_image(&image, 1)), (11, 0));
-    host.gate.cut(PATIENCE, Mode::Checkpoint);
+    host.gate.cut(2, PATIENCE, Mode::Checkpoint);
     // The copy gets them with the checkpoint.
     let mut other = copy(&image);
     for part in host.gate.covered().encode(2, 1 << 16) {
@@ -263,7 +267,7 @@ fn in_the_mode_checkpoint_writes_complete_and_wait() {
         }
     }
     assert_eq!(other.read(1), 0, "it has yet to load that");
-    assert!(other.gate.loaded());
+    assert!(other.gate.load(2));
     assert_eq!((other.read(1), in_image(&image, 1)), (11, 0));
     other.gate.settle(1);
     assert_eq!(other.read(1), 0, "it is told that this is done");
@@ -322,18 +326,18 @@ fn a_copy_writes_nothing_until_it_takes_over_and_has_the_lock() {
 fn messages_that_are_no_writes_to_the_disk_are_refused() {
     let image = image();
     let host = primary(&image, Mode::Lockstep);
-    let good = host.told(1, 1);
-    for cut in [0, 8, 15, 16, 20, 31] {
+    let good = host.told(1, 1, 1);
+    for cut in [0, 8, 16, 23, 24, 28, 39] {
         host.gate.secondary_write(&good[..cut]).unwrap_err();
     }
     host.gate
         .secondary_write(&[&good[..], &[0; 16]].concat())
         .unwrap_err();
     host.gate
-        .secondary_write(&host.told(BYTES / BLOCK, 1))
+        .secondary_write(&host.told(1, BYTES / BLOCK, 1))
         .unwrap_err();
     host.gate
-        .secondary_write(&host.told(u64::MAX / BLOCK, 1))
+        .secondary_write(&host.told(1, u64::MAX / BLOCK, 1))
         .unwrap_err();
     host.gate.secondary_write(&good).unwrap();
 }

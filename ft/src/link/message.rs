@@ -48,7 +48,8 @@ pub enum Kind {
     Answer = 11,
     /// The number of the guest's owner is now this.
     Term = 12,
-    /// What the copy wrote to shared disk `device`: offset (8), length (8), and a digest (16) of each block's part.
+    /// What the copy wrote to shared disk `device`: number of the checkpoint before (8), offset (8), length (8), and a
+    /// digest (16) of each block's part.
     Write = 13,
     /// The copy's writes to shared disk `device` with lower numbers than this are done.
     WritesDone = 14,

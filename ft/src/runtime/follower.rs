@@ -106,6 +106,7 @@ fn load(
     let begun = Instant::now();
     let handle = core.handle().ok_or(ControlError::Gone)?;
     let written = replicas.write(&core.pair);
+    let written = written.and_then(|()| core.pair.load_disks(cut.epoch));
     let since = stood.checked_sub(cut.age).unwrap_or(stood);
     if cut.mode() == Mode::Checkpoint {
         core.stand_with(Standing {

@@ -354,7 +354,9 @@ impl Pair {
     pub(super) fn cut(&self, epoch: u64, patience: Duration) -> PairCut {
         let (mode, modes) = self.modes().cut();
         self.paired.store(true, Ordering::SeqCst);
-        self.shared.iter().for_each(|disk| disk.cut(patience, mode));
+        self.shared
+            .iter()
+            .for_each(|disk| disk.cut(epoch, patience, mode));
         let nets = self.nets.iter().map(|net| net.cut(patience, mode));
         PairCut {
             epoch,
@@ -614,7 +616,6 @@ impl Pair {
             net.loaded(nets.next().unwrap_or_default(), mode)
                 .map_err(|e| ProtectionError::Garbled(e.to_string()))?;
         }
-        self.load_disks()?;
         self.console.loaded(cut.console, mode);
         self.set_epoch(cut.epoch);
         Ok(())

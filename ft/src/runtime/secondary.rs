@@ -134,6 +134,7 @@ impl Invitation {
                     state.hardware.expect(&self.offer.hello.hardware)?;
                     replicas.fill(receiver.link(), None)?;
                     replicas.close()?;
+                    pair.load_disks(cut.epoch)?;
                     image.begin(memory)?;
                     pair.set_checkpoint_memory(image.memory_bytes());
                     receiver.expect_no_silence(false);

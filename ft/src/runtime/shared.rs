@@ -225,9 +225,10 @@ impl Pair {
         Ok(())
     }
 
-    /// The guest goes on from a checkpoint.
-    pub(super) fn load_disks(&self) -> Result<(), ProtectionError> {
-        match self.shared.iter().all(|disk| disk.loaded()) {
+    /// The guest, which stands, goes on from checkpoint `epoch`: its devices look for requests as soon as they have
+    /// their state, and find disks that fit it.
+    pub(super) fn load_disks(&self, epoch: u64) -> Result<(), ProtectionError> {
+        match self.shared.iter().all(|disk| disk.load(epoch)) {
             true => Ok(()),
             false => Err(ProtectionError::Garbled(
                 "writes behind the end of a disk".into(),

@@ -43,7 +43,7 @@ pub(super) const STORE: &str = "console=ttyS0 quiet acpi=off reboot=k panic=-1 t
     --dir /data --appendonly yes --appendfsync always\"";
 pub(super) const STORE_PORT: u16 = 6379;
 /// Answers that come before the store loses its host, and more that come until it loses the other one.
-pub(super) const ANSWERS: u64 = 400;
+const ANSWERS: u64 = 400;
 
 /// Two images of a disk, one for each side.
 struct Images {
