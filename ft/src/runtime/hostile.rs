@@ -33,6 +33,7 @@ use super::secondary::{self, Standby};
 use super::{Claims, Offer, Pair, ProtectionError, ResyncMode, late, wanted};
 use crate::arbiter::{Arbiter, ArbiterError, Claim, Claimant, Owner, Tenure, Term};
 use crate::delta::Encoder;
+use crate::gate::overlay;
 use crate::link::MessageError;
 use crate::mirror;
 use crate::pair::{Epoch, PrimaryEvent, PrimaryState, SecondaryEvent, SecondaryState};
@@ -182,6 +183,7 @@ fn offer() -> Offer {
         token: 1,
         keeper: false,
         disks: Vec::new(),
+        shared: Vec::new(),
         term: Term::FIRST.0,
         standbys: Vec::new(),
         here: 0,
@@ -326,6 +328,12 @@ fn take_each(
         match receiver.next(&|| true) {
             Ok(Part::Pages(batch)) => image.apply(batch)?,
             Ok(Part::Deltas(deltas)) => image.change(deltas)?,
+            Ok(Part::Unwritten(part)) => {
+                if overlay::decode(part).is_none() {
+                    let what = "writes that cannot be".to_owned();
+                    return Err(ProtectionError::Garbled(what));
+                }
+            }
             Ok(Part::Digests(_)) => {
                 let what = "disks without a checkpoint".to_owned();
                 return Err(ProtectionError::Garbled(what));
