@@ -46,6 +46,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         token: TOKEN,
         keeper,
         disks,
+        shared: Vec::new(),
         term,
         standbys: vec![Place {
             address: "10.0.0.1:7000".into(),
