@@ -8,7 +8,10 @@ use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use roaring::RoaringBitmap;
 use tandem_devices::event::Poller;
@@ -17,7 +20,13 @@ use tandem_vmm::build::borrow;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Permit;
-use crate::mirror::{BLOCK, Image};
+use crate::mirror::changes::{Changes, Signal};
+use crate::mirror::{BLOCK, Base, Image};
+
+/// Requests that wait until regions are marked durably, at most: others wait in the device's queue.
+const HELD_MAX: usize = 64;
+/// How often it is looked whether they are, where nothing else is done.
+const KEPT_LOOK: Duration = Duration::from_millis(5);
 
 /// What a gate knows.
 #[derive(Debug, Default)]
@@ -50,6 +59,10 @@ pub struct DiskGate {
     let_go: Condvar,
     event: EventFd,
     permit: Arc<Permit>,
+    /// Which regions of the image were written since it was equal to a replica, durably.
+    changes: OnceLock<Arc<Changes>>,
+    /// Bytes that the guest wrote since [`DiskGate::track`].
+    bytes_written: AtomicU64,
 }
 
 impl DiskGate {
@@ -64,7 +77,49 @@ impl DiskGate {
             let_go: Condvar::new(),
             event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             permit,
+            changes: OnceLock::new(),
+            bytes_written: AtomicU64::new(0),
         })
+    }
+
+    /// From now on it is kept which regions of the disk's image at `path` change, in a file that is made if it `makes`
+    /// it. The guest's devices do not have it open yet.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub(crate) fn keep_changes(
+        &self,
+        path: &Path,
+        makes: bool,
+        signal: &Arc<Signal>,
+    ) -> io::Result<()> {
+        if let Some(changes) = Changes::find(path, makes, self.event.try_clone()?, signal) {
+            // It is found once.
+            drop(self.changes.set(changes));
+        }
+        Ok(())
+    }
+
+    /// Which regions changed, if that is kept.
+    pub(crate) fn changes(&self) -> Option<&Arc<Changes>> {
+        self.changes.get()
+    }
+
+    /// The image may be that of `base` from now on, but for what is not done and what is written later.
+    pub(crate) fn propose(&self, base: Base) {
+        let state = self.lock();
+        if let Some(changes) = self.changes() {
+            let block = |block: u32| u64::from(block) * BLOCK;
+            let bytes = state.under_way.values();
+            let bytes =
+                bytes.map(|blocks| block(*blocks.start())..=block(*blocks.end()) + BLOCK - 1);
+            changes.propose(base, bytes);
+        }
+    }
+
+    /// Bytes that the guest wrote since it has a copy.
+    pub(crate) fn bytes_written(&self) -> u64 {
+        self.bytes_written.load(Ordering::Relaxed)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -83,6 +138,7 @@ impl DiskGate {
         let mut state = self.lock();
         state.failure = None;
         state.stored = false;
+        self.bytes_written.store(0, Ordering::Relaxed);
         let mut written = RoaringBitmap::new();
         for blocks in state.under_way.values() {
             written.insert_range(blocks.clone());
@@ -168,8 +224,8 @@ impl DiskGate {
         self.lock().failure.clone()
     }
 
-    /// Notes that `io` is about to be carried out.
-    fn note(&self, io: &BlockIo) {
+    /// Notes that `io` is about to be carried out. False if it has to wait.
+    fn note(&self, io: &BlockIo) -> bool {
         // The device checked the range, and disks that have a copy are not larger than there are numbers.
         let first = io.offset / BLOCK;
         let last = (io.offset + io.len).saturating_sub(1) / BLOCK;
@@ -179,6 +235,21 @@ impl DiskGate {
             written.insert_range(first..=last);
         }
         state.under_way.insert(io.token, first..=last);
+        self.bytes_written.fetch_add(io.len, Ordering::Relaxed);
+        // While no base can be proposed.
+        self.admits(io)
+    }
+
+    /// Whether what `io` writes is marked durably.
+    fn admits(&self, io: &BlockIo) -> bool {
+        let changes = self.changes().filter(|_| writes(io));
+        changes.is_none_or(|changes| changes.admit(io.offset, io.len))
+    }
+
+    fn wait_kept(&self) {
+        if let Some(changes) = self.changes() {
+            changes.wait_kept(KEPT_LOOK);
+        }
     }
 
     /// The request `token` is done.
@@ -214,6 +285,11 @@ impl DiskGate {
     }
 }
 
+/// Whether `io` changes the image.
+fn writes(io: &BlockIo) -> bool {
+    !matches!(io.operation, Operation::Read | Operation::Flush)
+}
+
 /// The backend of a disk that has a gate.
 pub(crate) struct GatedDisk {
     gate: Arc<DiskGate>,
@@ -232,7 +308,11 @@ impl GatedDisk {
     /// Puts `gate` in front of `outside`, whose image is `image`.
     pub(crate) fn new(gate: Arc<DiskGate>, outside: Box<dyn BlockBackend>, image: File) -> Self {
         let bytes = outside.sectors() * tandem_devices::virtio::block::SECTOR;
-        gate.lock().image = Some((Arc::new(image), bytes));
+        let image = Arc::new(image);
+        if let Some(changes) = gate.changes() {
+            changes.begin(Arc::clone(&image), bytes);
+        }
+        gate.lock().image = Some((image, bytes));
         Self {
             gate,
             outside,
@@ -254,7 +334,7 @@ impl GatedDisk {
             return Ok(());
         }
         while self.outside.has_room()
-            && let Some(io) = self.held.pop_front()
+            && let Some(io) = self.held.pop_front_if(|io| self.gate.admits(io))
         {
             self.pass(io);
         }
@@ -298,15 +378,14 @@ impl BlockBackend for GatedDisk {
     }
 
     fn has_room(&self) -> bool {
-        self.held.is_empty() && self.outside.has_room()
+        let marked_soon = || self.held.len() < HELD_MAX && !self.gate.holds();
+        self.outside.has_room() && (self.held.is_empty() || marked_soon())
     }
 
     fn submit(&mut self, io: BlockIo) {
         let reads = io.operation == Operation::Read;
-        if !reads && io.operation != Operation::Flush {
-            self.gate.note(&io);
-        }
-        if !reads && (self.gate.holds() || !self.held.is_empty()) {
+        let admitted = !writes(&io) || self.gate.note(&io);
+        if !reads && (!admitted || self.gate.holds() || !self.held.is_empty()) {
             self.held.push_back(io);
         } else {
             self.pass(io);
@@ -346,8 +425,21 @@ impl BlockBackend for GatedDisk {
             }
             self.gate.wait_let_go();
             self.pass_held()?;
+            while self.in_flight == 0 && !self.held.is_empty() {
+                self.gate.wait_kept();
+                self.pass_held()?;
+            }
         }
         self.outside.wait()
+    }
+}
+
+impl Drop for GatedDisk {
+    fn drop(&mut self) {
+        if let Some(changes) = self.gate.changes() {
+            // The image is locked until the backend is gone.
+            changes.end(self.in_flight == 0);
+        }
     }
 }
 

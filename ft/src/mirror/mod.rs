@@ -26,10 +26,31 @@
 //! has all it needs. So each replica always fits the memory of the guest that runs with it, and whatever
 //! the outside was told: an output leaves when both copies gave it, each after its own writes.
 //!
+//! Each side keeps beside its image, durably, which regions of it may have changed since both were equal
+//! ([`changes`]). If both know the same such moment when they meet again, only what either has changed since is
+//! compared:
+//!
+//! ```text
+//!   primary                                   secondary
+//!      | ---- Hello: the moments it knows -----> |  opens its replicas
+//!      | <--- Accept, Changed per disk --------- |  the newest that it knows too, and what it changed since
+//!      | ---- Changed per disk ----------------> |  all that may differ: the replica is not whole until that was copied
+//!      | ---- Digests of a window of that -----> |  as above, again and again; what was copied is kept now and then, so
+//!      |      ...                                |  that a copy that ends early goes on from there
+//! ```
+//!
+//! Checkpoints are such moments now and then, if the primary says so. The secondary keeps it when it has the checkpoint, the
+//! primary when it hears that; neither waits for the other, and each knows the moment before too.
+//!
 //! Cost: 24 bytes on the wire per 64 KiB that both wrote alike in one piece; per block at worst. Digests are
 //! XXH3 (128 bits) with a seed that the guest does not know.
 
+pub(crate) mod bitmap;
+#[cfg(test)]
+mod bitmap_tests;
+pub(crate) mod changes;
 mod replica;
+mod sidecar;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -40,12 +61,14 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+pub use bitmap::Base;
+pub use changes::{expect_whole, forget};
+pub(crate) use replica::{Receiving, Staging, answer, open};
 pub use replica::{ReplicaError, make};
-pub(crate) use replica::{Staging, answer, open};
 use roaring::RoaringBitmap;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
-pub(crate) use source::{all_of, reconcile};
+pub(crate) use source::{Traffic, parts_of, reconcile};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// Bytes of a block, by which it is known what was written.
@@ -66,7 +89,7 @@ pub(crate) const DISK_MAX: u64 = BLOCK << 32;
 /// A part of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
-    disk: u8,
+    pub(crate) disk: u8,
     blocks: u16,
     first: u32,
 }
@@ -111,7 +134,7 @@ impl Extent {
         format!("{blocks} blocks of disk {disk} from block {first} on; allowed are {allowed}")
     }
 
-    fn blocks(self) -> Range<u64> {
+    pub(crate) fn blocks(self) -> Range<u64> {
         let first = u64::from(self.first);
         first..first + u64::from(self.blocks)
     }

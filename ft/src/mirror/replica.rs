@@ -31,6 +31,27 @@ pub enum ReplicaError {
     /// It cannot be used.
     #[error(transparent)]
     Image(#[from] DiskError),
+    /// It is a part of a copy.
+    #[error(
+        "{} is not known to be a whole disk: {why} (says {}); let it be finished by `tandem standby` with this disk, or \
+         use it as it is by `tandem run --incomplete-disks`", path.display(), sidecar.display()
+    )]
+    Incomplete {
+        /// The image.
+        path: PathBuf,
+        /// What says so.
+        sidecar: PathBuf,
+        /// Why not.
+        why: String,
+    },
+    /// What is known of its changed blocks cannot be forgotten.
+    #[error("cannot remove {}", path.display())]
+    Forget {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
     /// It is another disk.
     #[error("{} has {found} bytes: the guest's disk has {wanted}", path.display())]
     Size {
@@ -82,11 +103,29 @@ pub(crate) fn open(path: &Path, disk: u8, bytes: u64) -> Result<(DiskFile, Image
     Ok((lock, Image::new(disk, Arc::new(file), bytes)))
 }
 
+/// What the secondary does with what it hears.
+pub(crate) trait Receiving {
+    /// The primary has told of a part.
+    fn told(&mut self, _extent: Extent) {}
+
+    /// A part came.
+    ///
+    /// # Errors
+    /// When it cannot be taken.
+    fn take(&mut self, image: &Image, extent: Extent, content: &[u8]) -> io::Result<()>;
+}
+
+impl<F: FnMut(&Image, Extent, &[u8]) -> io::Result<()>> Receiving for F {
+    fn take(&mut self, image: &Image, extent: Extent, content: &[u8]) -> io::Result<()> {
+        self(image, extent, content)
+    }
+}
+
 /// Answers the primary's digests, the first of which may have come: asks for what `images` have otherwise, and
-/// for what only this side wrote (`own`, by disk). Parts that come are given to `take`.
+/// for what only this side wrote (`own`, by disk). Parts that come are given to `to`.
 ///
 /// # Errors
-/// When the connection breaks, the other side says what does not fit, or an image or `take` fails, which the
+/// When the connection breaks, the other side says what does not fit, or an image or `to` fails, which the
 /// other side is told.
 pub(crate) fn answer(
     link: &mut (impl Read + Write),
@@ -94,10 +133,10 @@ pub(crate) fn answer(
     seed: u64,
     first: Option<Vec<u8>>,
     own: Vec<(u8, RoaringBitmap)>,
-    take: impl FnMut(&Image, Extent, &[u8]) -> io::Result<()>,
+    to: &mut impl Receiving,
 ) -> Result<(), ProtectionError> {
-    let answered = compare(link, images, seed, first, own)
-        .and_then(|wanted| fetch(link, images, &wanted, take));
+    let answered = compare(link, images, seed, first, own, to)
+        .and_then(|wanted| fetch(link, images, &wanted, to));
     if let Err(ProtectionError::Disk(why)) = &answered {
         frame::refuse(link, why);
     }
@@ -110,7 +149,7 @@ fn fetch(
     link: &mut (impl Read + Write),
     images: &[Image],
     wanted: &[Extent],
-    mut take: impl FnMut(&Image, Extent, &[u8]) -> io::Result<()>,
+    to: &mut impl Receiving,
 ) -> Result<(), ProtectionError> {
     for list in wanted.chunks(LIST_MAX) {
         let bytes: Vec<_> = list.iter().flat_map(|extent| extent.to_bytes()).collect();
@@ -125,7 +164,7 @@ fn fetch(
         let content = content_of(&payload, image, *extent)?;
         // The primary listens when it has sent all.
         if taken.is_ok() {
-            taken = take(image, *extent, &content);
+            taken = to.take(image, *extent, &content);
         }
     }
     taken.map_err(failed)?;
@@ -142,6 +181,7 @@ fn compare(
     seed: u64,
     first: Option<Vec<u8>>,
     mut own: Vec<(u8, RoaringBitmap)>,
+    to: &mut impl Receiving,
 ) -> Result<Vec<Extent>, ProtectionError> {
     let mut wanted = Vec::new();
     let mut content = Vec::new();
@@ -172,6 +212,7 @@ fn compare(
                 wanted.push(extent);
             }
             forget(&mut own, extent);
+            to.told(extent);
         }
         expect(link, Kind::Digests, &mut payload)?;
     }
@@ -264,6 +305,12 @@ impl Staging {
             images.iter().try_for_each(Image::sync).map_err(failed)?;
         }
         self.clear()
+    }
+
+    /// The parts that are to be written to disk `disk`.
+    pub(crate) fn parts_of(&self, disk: u8) -> impl Iterator<Item = Extent> {
+        let parts = self.parts.iter().map(|(extent, _)| *extent);
+        parts.filter(move |extent| extent.disk == disk)
     }
 
     /// Forgets all parts.

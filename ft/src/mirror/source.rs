@@ -2,29 +2,61 @@
 
 use std::io::{Read, Write};
 
+use roaring::RoaringBitmap;
 use tandem_vmm::migration::MigrationError;
 use tandem_vmm::migration::frame::{self, Kind};
 
+use super::bitmap::Regions;
 use super::{
     COPIED_BLOCKS, DIGEST_SIZE, EXTENT_SIZE, Extent, Image, LIST_MAX, PARTS_MAX, digest, image_of,
     is_zero,
 };
 use crate::runtime::ProtectionError;
 
-/// All parts of `image`, in order.
-pub(crate) fn all_of(image: &Image) -> impl Iterator<Item = Extent> + use<> {
-    let blocks = image.bytes.div_ceil(super::BLOCK);
-    let disk = image.disk;
-    let step = u64::from(COPIED_BLOCKS);
-    (0..blocks.div_ceil(step)).map(move |part| Extent {
-        disk,
-        blocks: (blocks - part * step).min(step) as u16,
-        first: (part * step) as u32,
+/// All parts of `regions` of `image`, in order. A window of them ends with a region.
+pub(crate) fn parts_of<'a>(
+    image: &Image,
+    regions: &'a RoaringBitmap,
+) -> impl Iterator<Item = Extent> + use<'a> {
+    let (disk, division) = (image.disk, Regions::of(image.bytes));
+    regions.iter().flat_map(move |region| {
+        let blocks = division.blocks(region);
+        let starts = blocks.clone().step_by(usize::from(COPIED_BLOCKS));
+        starts.map(move |first| Extent {
+            disk,
+            blocks: (blocks.end - first).min(u64::from(COPIED_BLOCKS)) as u16,
+            first: first as u32,
+        })
     })
 }
 
+/// What a conversation took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Traffic {
+    /// Bytes of disks that were compared.
+    pub(crate) compared: u64,
+    /// Bytes of disks that were sent.
+    pub(crate) sent: u64,
+    /// Bytes of all frames, both ways.
+    pub(crate) wire: u64,
+}
+
+impl Traffic {
+    fn frame(&mut self, payload: usize) {
+        self.wire += (frame::HEADER_SIZE + payload) as u64;
+    }
+}
+
+impl std::ops::AddAssign for Traffic {
+    fn add_assign(&mut self, other: Self) {
+        self.compared += other.compared;
+        self.sent += other.sent;
+        self.wire += other.wire;
+    }
+}
+
 /// Makes the other side's replicas the same as `images` in all of `parts`, and wherever it asks for that. At
-/// the end `holds` says whether the images are still what they were. Gives the bytes of disks that were sent.
+/// the end `holds` says whether the images are still what they were.
 ///
 /// # Errors
 /// When the connection breaks, the other side asks for what there is not or cannot keep what it gets, or an
@@ -35,14 +67,14 @@ pub(crate) fn reconcile(
     seed: u64,
     parts: impl Iterator<Item = Extent>,
     holds: impl Fn() -> bool,
-) -> Result<u64, ProtectionError> {
-    tell_digests(link, images, seed, parts)?;
-    let wanted = hear_wanted(link, images)?;
-    let mut sent = 0;
+) -> Result<Traffic, ProtectionError> {
+    let mut traffic = Traffic::default();
+    tell_digests(link, images, seed, parts, &mut traffic)?;
+    let wanted = hear_wanted(link, images, &mut traffic)?;
     for extent in &wanted {
-        sent += send_part(link, images, *extent)?;
+        send_part(link, images, *extent, &mut traffic)?;
     }
-    if !wanted.is_empty() && !hear_wanted(link, images)?.is_empty() {
+    if !wanted.is_empty() && !hear_wanted(link, images, &mut traffic)?.is_empty() {
         return Err(garbled("a wish after all wishes".into()));
     }
     if !holds() {
@@ -50,8 +82,9 @@ pub(crate) fn reconcile(
             "the guest wrote to its disk while that was copied".into(),
         ));
     }
+    traffic.frame(0);
     frame::send(link, Kind::Synced, &[])?;
-    Ok(sent)
+    Ok(traffic)
 }
 
 fn tell_digests(
@@ -59,29 +92,44 @@ fn tell_digests(
     images: &[Image],
     seed: u64,
     parts: impl Iterator<Item = Extent>,
+    traffic: &mut Traffic,
 ) -> Result<(), ProtectionError> {
     let mut list = Vec::new();
     let mut content = Vec::new();
+    let mut tell = |list: &[u8]| {
+        traffic.frame(list.len());
+        frame::send(link, Kind::Digests, list)
+    };
+    let mut compared = 0;
     for extent in parts {
         read(images, extent, &mut content)?;
+        compared += content.len() as u64;
         list.extend(extent.to_bytes());
         list.extend(digest(&content, seed));
         if list.len() == LIST_MAX * DIGEST_SIZE {
-            frame::send(link, Kind::Digests, &list)?;
+            tell(&list)?;
             list.clear();
         }
     }
     if !list.is_empty() {
-        frame::send(link, Kind::Digests, &list)?;
+        tell(&list)?;
     }
-    Ok(frame::send(link, Kind::Digests, &[])?)
+    tell(&[])?;
+    traffic.compared += compared;
+    Ok(())
 }
 
-fn hear_wanted(link: &mut impl Read, images: &[Image]) -> Result<Vec<Extent>, ProtectionError> {
+fn hear_wanted(
+    link: &mut impl Read,
+    images: &[Image],
+    traffic: &mut Traffic,
+) -> Result<Vec<Extent>, ProtectionError> {
     let mut wanted = Vec::new();
     let mut payload = Vec::new();
     loop {
-        match frame::receive(link, &mut payload)? {
+        let kind = frame::receive(link, &mut payload)?;
+        traffic.frame(payload.len());
+        match kind {
             Kind::WantedBlocks if payload.is_empty() => return Ok(wanted),
             Kind::WantedBlocks => {}
             kind => return Err(garbled(format!("{kind:?} instead of what it wants"))),
@@ -109,15 +157,17 @@ fn send_part(
     link: &mut impl Write,
     images: &[Image],
     extent: Extent,
-) -> Result<u64, ProtectionError> {
+    traffic: &mut Traffic,
+) -> Result<(), ProtectionError> {
     let mut content = Vec::new();
     read(images, extent, &mut content)?;
     let mut payload = extent.to_bytes().to_vec();
     if !is_zero(&content) {
         payload.append(&mut content);
     }
-    frame::send(link, Kind::Blocks, &payload)?;
-    Ok(payload.len() as u64)
+    traffic.sent += (payload.len() - EXTENT_SIZE) as u64;
+    traffic.frame(payload.len());
+    Ok(frame::send(link, Kind::Blocks, &payload)?)
 }
 
 fn read(images: &[Image], extent: Extent, content: &mut Vec<u8>) -> Result<(), ProtectionError> {

@@ -21,6 +21,11 @@ fn image(disk: u8) -> Image {
     Image::new(disk, Arc::new(file), BYTES)
 }
 
+/// All regions of an image.
+fn everything(image: &Image) -> RoaringBitmap {
+    bitmap::Regions::of(image.bytes).all()
+}
+
 fn content(image: &Image) -> Vec<u8> {
     let mut content = vec![0; BYTES as usize];
     image.file.read_exact_at(&mut content, 0).unwrap();
@@ -45,14 +50,15 @@ fn converse(primary: &Image, secondary: &Image, parts: Vec<Extent>, own: Roaring
     let directory = tempfile::tempdir().unwrap();
     let mut staging = Staging::beside(&directory.path().join("replica")).unwrap();
     let before = content(secondary);
-    let take = |_: &Image, extent, bytes: &[u8]| staging.put(extent, bytes);
-    answer(&mut far, &theirs, SEED, None, vec![(disk, own)], take).unwrap();
+    let mut take = |_: &Image, extent: Extent, bytes: &[u8]| staging.put(extent, bytes);
+    let own = vec![(disk, own)];
+    answer(&mut far, &theirs, SEED, None, own, &mut take).unwrap();
     assert!(
         content(secondary) == before,
         "nothing is written before all is there"
     );
     staging.apply(&theirs).unwrap();
-    told.join().unwrap().unwrap()
+    told.join().unwrap().unwrap().sent
 }
 
 fn writes() -> impl Strategy<Value = Vec<(u32, u8)>> {
@@ -128,7 +134,7 @@ fn a_disk_that_is_copied_whole_is_the_same() {
     let sent = converse(
         &primary,
         &secondary,
-        all_of(&primary).collect(),
+        parts_of(&primary, &everything(&primary)).collect(),
         RoaringBitmap::new(),
     );
     assert!(content(&primary) == content(&secondary));
@@ -145,10 +151,11 @@ fn a_disk_that_was_written_meanwhile_is_not_said_to_be_whole() {
     let images = [image(0)];
     let theirs = [image(0)];
     let told = thread::spawn(move || {
-        let parts = all_of(&images[0]).collect::<Vec<_>>();
+        let parts = parts_of(&images[0], &everything(&images[0])).collect::<Vec<_>>();
         reconcile(&mut near, &images, SEED, parts.into_iter(), || false)
     });
-    answer(&mut far, &theirs, SEED, None, Vec::new(), |_, _, _| Ok(())).unwrap_err();
+    let mut take = |_: &Image, _: Extent, _: &[u8]| Ok(());
+    answer(&mut far, &theirs, SEED, None, Vec::new(), &mut take).unwrap_err();
     told.join().unwrap().unwrap_err();
 }
 
@@ -168,11 +175,11 @@ fn a_primary_is_told_why_its_secondary_cannot_keep_parts() {
         reconcile(&mut near, &mine, SEED, parts.into_iter(), || true)
     });
     let mut tries = 0;
-    let full = |_: &Image, _, _: &[u8]| {
+    let mut full = |_: &Image, _: Extent, _: &[u8]| {
         tries += 1;
         Err(std::io::ErrorKind::StorageFull.into())
     };
-    let error = answer(&mut far, &other, SEED, None, Vec::new(), full).unwrap_err();
+    let error = answer(&mut far, &other, SEED, None, Vec::new(), &mut full).unwrap_err();
     assert!(error.to_string().contains("no storage space"), "{error}");
     assert_eq!(tries, 1, "nothing follows what failed");
     let error = causes(&told.join().unwrap().unwrap_err());
@@ -187,7 +194,8 @@ fn asked(wishes: &[&[u8]]) -> Result<u64, String> {
     }
     far.shutdown(std::net::Shutdown::Write).unwrap();
     let told = reconcile(&mut near, &[image(2)], SEED, std::iter::empty(), || true);
-    told.map_err(|error| error.to_string())
+    told.map(|traffic| traffic.wire)
+        .map_err(|error| error.to_string())
 }
 
 #[test]
@@ -231,7 +239,7 @@ fn answered(frames: &[(Kind, &[u8])]) -> Result<(), String> {
         SEED,
         None,
         Vec::new(),
-        |image, extent, bytes| image.write(extent, bytes),
+        &mut |image: &Image, extent: Extent, bytes: &[u8]| image.write(extent, bytes),
     )
     .map_err(|error| error.to_string())
 }

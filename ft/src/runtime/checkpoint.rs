@@ -13,6 +13,7 @@ use super::calls::CALLS_TIMEOUT;
 use super::pair::PairCut;
 use super::shared::SharedOffer;
 use super::{Pair, ProtectionError, ResyncMode};
+use crate::mirror::Base;
 use crate::mode::Wish;
 use crate::pair::NUMBER_MAX;
 
@@ -41,16 +42,35 @@ pub struct Offer {
     /// does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modes: Option<Wish>,
+    /// Bases that the disks have, and what may differ is told; none from a primary that knows of no bases, or to a
+    /// secondary that does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bases: Option<Vec<(u8, Vec<Base>)>>,
     /// The guest.
     pub hello: Hello,
 }
 
-/// Whether a standby refused what it was told because it knows of lockstep alone: it names what it does not know.
-pub(super) fn knows_no_modes(error: &ProtectionError) -> bool {
-    let ProtectionError::Transfer(MigrationError::Refused(why)) = error else {
-        return false;
-    };
-    why.contains("unknown field") && why.contains("modes")
+impl Offer {
+    /// Leaves out what a standby of an earlier version refused since it does not know it, of which it names the first.
+    /// False if that was not why it refused.
+    pub(super) fn reduce(&mut self, error: &ProtectionError) -> bool {
+        let ProtectionError::Transfer(MigrationError::Refused(why)) = error else {
+            return false;
+        };
+        let is_unknown = |field: &str| {
+            let named = why.split_once("unknown field").map(|(_, named)| named);
+            // What is known follows.
+            let first = named.map(|named| named.split(',').next().unwrap_or(named));
+            first.is_some_and(|first| first.contains(field))
+        };
+        let reduced = is_unknown("modes") && self.modes.take().is_some()
+            || is_unknown("bases") && self.bases.is_some();
+        if reduced {
+            // Who does not know of modes is older.
+            self.bases = None;
+        }
+        reduced
+    }
 }
 
 /// What a primary says on its other connections.
@@ -148,6 +168,8 @@ pub(super) enum Part<'a> {
     Unwritten(&'a [u8]),
     /// The first of the digests of parts of disks.
     Digests(Vec<u8>),
+    /// What of a disk may differ.
+    Changed(Vec<u8>),
     Whole(Box<GuestState>, PairCut),
 }
 
@@ -193,6 +215,7 @@ impl Receiver {
             match kind {
                 Kind::Pages => return Ok(Part::Pages(&self.payload)),
                 Kind::Digests => return Ok(Part::Digests(std::mem::take(&mut self.payload))),
+                Kind::Changed => return Ok(Part::Changed(std::mem::take(&mut self.payload))),
                 Kind::Deltas => return Ok(Part::Deltas(&self.payload)),
                 Kind::Unwritten => return Ok(Part::Unwritten(&self.payload)),
                 Kind::State => {
@@ -259,6 +282,7 @@ mod tests {
             here: 0,
             mode: ResyncMode::Running,
             modes,
+            bases: None,
             hello: Hello {
                 description: String::new(),
                 hardware,
@@ -269,13 +293,15 @@ mod tests {
     #[test]
     fn who_knows_no_modes_says_so_and_takes_what_has_none() {
         let wish = Wish::of(Choice::Checkpoint);
-        let bytes = encode(&offer(Some(wish))).unwrap();
+        let mut offered = offer(Some(wish));
+        let bytes = encode(&offered).unwrap();
         let refused = decode::<Older>(&bytes, "a greeting").err().unwrap();
         // What is told goes through the link as text.
         let told = MigrationError::Refused(refused.to_string());
-        assert!(knows_no_modes(&told.into()), "{refused}");
+        assert!(offered.reduce(&told.into()), "{refused}");
+        assert_eq!(offered.modes, None);
         let other = MigrationError::Refused("there is no room for the modes of it".into());
-        assert!(!knows_no_modes(&other.into()));
+        assert!(!offer(Some(wish)).reduce(&other.into()));
         let bytes = encode(&offer(None)).unwrap();
         assert!(decode::<Older>(&bytes, "a greeting").is_ok());
         let taken: Offer = decode(&bytes, "a greeting").unwrap();

@@ -22,7 +22,8 @@ use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::{PageSink, Session};
 
 use super::calls::{call, call_of};
-use super::checkpoint::{Greeting, Offer, encode_rest, greet, knows_no_modes};
+use super::checkpoint::{Greeting, Offer, encode_rest, greet};
+use super::copying::{self, Copied};
 use super::modes::Made;
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
@@ -33,7 +34,8 @@ use super::{Pair, ProtectionError, lock};
 use crate::delta::{Ahead, Encoder, Staging};
 use crate::keeper::{Keeper, Verification};
 use crate::link::Kind;
-use crate::mirror::{self, DISK_MAX, Image};
+use crate::mirror::bitmap::Told;
+use crate::mirror::{self, Base, DISK_MAX, Image, Traffic};
 use crate::mode::Mode;
 use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
 
@@ -52,6 +54,9 @@ const ROUNDS_MAX: u32 = 8;
 const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// The same while the secondary stands: what the guest did since is done again after a takeover, unseen as it was.
 const STANDING_INTERVAL_MAX: Duration = Duration::from_secs(1);
+/// How often a checkpoint becomes one since which is known what changed: what is not written any more is not compared
+/// when a secondary comes back.
+const BASE_INTERVAL: Duration = Duration::from_secs(60);
 /// Blocks of disks that may be written between checkpoints, 1 GiB: each is read and compared then.
 const WRITTEN_BLOCKS_MAX: u64 = 256 << 10;
 /// How long the secondary may take to load a checkpoint.
@@ -95,8 +100,12 @@ struct Connected<'a> {
     encoder: Encoder,
     /// Disks that the guest may write to.
     images: Vec<Image>,
-    /// What digests of them begin with.
-    seed: u64,
+    /// The number of this pair of connections.
+    token: u128,
+    /// What the secondary said of its replicas, if it knows of bases.
+    told: Option<Vec<Told>>,
+    /// When the disks were made those of a base last.
+    based: Instant,
     orders: Receiver<Order>,
     thread: JoinHandle<()>,
 }
@@ -236,19 +245,21 @@ impl<'a> Driver<'a> {
             here,
             mode: self.mode,
             modes: Some(core.pair.modes().wish()),
+            bases: Some(core.pair.bases()),
             hello: Hello {
                 description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
             },
         };
-        let invited = match invite(to, &offer) {
-            Err(error) if knows_no_modes(&error) => {
-                offer.modes = None;
-                invite(to, &offer)
+        let mut checkpoints = loop {
+            match invite(to, &offer) {
+                Err(error) if offer.reduce(&error) => {}
+                invited => break invited?,
             }
-            invited => invited,
         };
-        let checkpoints = invited?;
+        let told = offer.bases.is_some();
+        let told = told.then(|| copying::hear(&mut checkpoints, &images));
+        let told = told.transpose()?;
         core.pair.modes().joined(offer.modes.is_some());
         core.pair.set_seed(token as u64);
         let mut link = call(to, token)?;
@@ -281,7 +292,9 @@ impl<'a> Driver<'a> {
             session,
             checkpoints,
             images,
-            seed: token as u64,
+            token,
+            told,
+            based: Instant::now(),
             orders,
             thread,
         })
@@ -492,29 +505,32 @@ impl<'a> Driver<'a> {
         let Connected {
             checkpoints,
             images,
-            seed,
+            token,
+            told,
             ..
         } = connected;
         self.core.pair.track_disks();
-        let total: u64 = images.iter().map(Image::bytes).sum();
-        let (mut done, mut sent) = (0, 0);
-        for index in 0..images.len() {
-            let mut parts = mirror::all_of(&images[index]).peekable();
+        let plan = copying::begin(
+            &self.core.pair,
+            checkpoints,
+            images,
+            *token,
+            told.as_deref(),
+        )?;
+        let mut copied = Copied::new(&self.core.pair, images, &plan);
+        for (image, regions) in images.iter().zip(&plan) {
+            let mut parts = mirror::parts_of(image, regions).peekable();
             while parts.peek().is_some() {
                 if self.stopped() || self.core.state() != PrimaryState::Joining {
                     return Err(ControlError::Gone.into());
                 }
                 let window = parts.by_ref().take(mirror::WINDOW);
-                sent += mirror::reconcile(checkpoints, images, *seed, window, || true)?;
-                done += mirror::WINDOW as u64 * u64::from(mirror::COPIED_BLOCKS) * mirror::BLOCK;
-                let percent = done.min(total) * 100 / total.max(1);
-                self.core.pair.lock_status().reason = format!("its disks are copied: {percent} %");
+                let seed = *token as u64;
+                let traffic = mirror::reconcile(checkpoints, images, seed, window, || true)?;
+                copied.add(traffic);
             }
         }
-        if total > 0 {
-            let text = format!("{sent} of {total} bytes were sent");
-            self.core.pair.happened("disks-copied", text);
-        }
+        copied.end();
         Ok(())
     }
 
@@ -539,7 +555,9 @@ impl<'a> Driver<'a> {
             staged,
             encoder,
             images,
-            seed,
+            token,
+            told,
+            based,
             ..
         } = connected;
         // A checkpoint that came to nothing may have left some.
@@ -572,6 +590,17 @@ impl<'a> Driver<'a> {
         }
         let mut cut = core.pair.cut(epoch.0, PATIENCE);
         let disks = DisksStand::begin(&core.pair);
+        let disk_bytes = core.pair.disk_bytes_written();
+        let due =
+            cause == Cause::Join || based.elapsed() >= BASE_INTERVAL && core.pair.may_propose();
+        if told.is_some() && due {
+            core.pair.propose(Base {
+                token: *token,
+                number: epoch.0,
+            });
+            *based = Instant::now();
+            cut.is_base = true;
+        }
         let FreezeTimes { stop, quiesce, .. } = stopped.frozen.times;
         cut.age = (stopped.frozen.since + stop + quiesce).elapsed();
         core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
@@ -586,7 +615,11 @@ impl<'a> Driver<'a> {
         bytes += core.pair.send_covered(checkpoints)?;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
         checkpoints.write_all(&rest).map_err(frame::broken)?;
-        let mirrored = disks.reconcile(checkpoints, images, *seed)?;
+        let mirrored = disks.reconcile(checkpoints, images, *token as u64)?;
+        if let Some(mirror) = &mut core.pair.lock_status().mirror {
+            mirror.written_bytes = disk_bytes;
+            mirror.wire_bytes += mirrored.wire;
+        }
         drop(disks);
         staged.clear(STAGING_KEPT);
         let sending = began.elapsed();
@@ -615,7 +648,7 @@ impl<'a> Driver<'a> {
                 Cause::Mode => "another mode was to hold".into(),
                 cause => format!("{cause:?}").to_lowercase(),
             });
-            tracing::debug!(%epoch, %why, ?pause, pages, bytes, mirrored, "checkpoint");
+            tracing::debug!(%epoch, %why, ?pause, pages, bytes, mirrored = mirrored.sent, "checkpoint");
             let mut status = core.pair.lock_status();
             status.resyncs += 1;
             status.last_resync = Some(why);
@@ -640,15 +673,15 @@ impl<'a> DisksStand<'a> {
         Self { pair, written }
     }
 
-    /// Makes the secondary's replicas what the guest's disks are. Gives the bytes that were sent.
+    /// Makes the secondary's replicas what the guest's disks are.
     fn reconcile(
         &self,
         link: &mut Link,
         images: &[Image],
         seed: u64,
-    ) -> Result<u64, ProtectionError> {
+    ) -> Result<Traffic, ProtectionError> {
         if images.is_empty() {
-            return Ok(0);
+            return Ok(Traffic::default());
         }
         let disks = self.written.iter();
         let parts =

@@ -34,7 +34,7 @@ pub(super) fn follow(
                 Ok(Part::Pages(batch)) => image.apply(batch),
                 Ok(Part::Deltas(deltas)) => image.change(deltas),
                 Ok(Part::Unwritten(part)) => core.pair.stage_unwritten(part),
-                Ok(Part::Digests(_)) => Err(ProtectionError::Garbled(
+                Ok(Part::Digests(_) | Part::Changed(_)) => Err(ProtectionError::Garbled(
                     "disks without a checkpoint".into(),
                 )),
                 Ok(Part::Whole(state, cut)) => {
@@ -105,7 +105,7 @@ fn load(
     }
     let begun = Instant::now();
     let handle = core.handle().ok_or(ControlError::Gone)?;
-    let written = replicas.write(&core.pair);
+    let written = replicas.write(&core.pair, &cut);
     let written = written.and_then(|()| core.pair.load_disks(cut.epoch));
     let since = stood.checked_sub(cut.age).unwrap_or(stood);
     if cut.mode() == Mode::Checkpoint {

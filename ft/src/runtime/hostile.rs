@@ -189,6 +189,7 @@ fn offer() -> Offer {
         here: 0,
         mode: ResyncMode::Running,
         modes: None,
+        bases: None,
         hello: Hello {
             description: String::new(),
             hardware: HardwareState {
@@ -239,7 +240,8 @@ impl Write for Script<'_> {
 pub fn serve_disks(file: File, bytes: u64, said: &[u8]) -> Result<u64, ProtectionError> {
     let images = [mirror::Image::new(0, Arc::new(file), bytes)];
     let mut script = Script::new(said);
-    let parts = mirror::all_of(&images[0]);
+    let regions = mirror::bitmap::Regions::of(bytes).all();
+    let parts = mirror::parts_of(&images[0], &regions);
     mirror::reconcile(&mut script, &images, 0, parts, || true)?;
     Ok(script.told)
 }
@@ -260,10 +262,11 @@ pub fn take_disks(
     let own = vec![(0, own.iter().copied().collect::<RoaringBitmap>())];
     let mut taken = 0;
     let mut script = Script::new(said);
-    mirror::answer(&mut script, &images, 0, None, own, |image, extent, part| {
+    let mut take = |image: &mirror::Image, extent: mirror::Extent, part: &[u8]| {
         taken += part.len() as u64;
         image.write(extent, part)
-    })?;
+    };
+    mirror::answer(&mut script, &images, 0, None, own, &mut take)?;
     Ok(taken)
 }
 
@@ -334,7 +337,7 @@ fn take_each(
                     return Err(ProtectionError::Garbled(what));
                 }
             }
-            Ok(Part::Digests(_)) => {
+            Ok(Part::Digests(_) | Part::Changed(_)) => {
                 let what = "disks without a checkpoint".to_owned();
                 return Err(ProtectionError::Garbled(what));
             }

@@ -16,6 +16,7 @@ mod asking;
 mod awaited;
 mod calls;
 mod checkpoint;
+mod copying;
 mod driver;
 mod eagerness;
 mod error;

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -29,7 +30,8 @@ use crate::gate::{
 };
 use crate::keeper::TAPS_MAX;
 use crate::link::{Kind, Outbox};
-use crate::mirror::Image;
+use crate::mirror::changes::{Changes, Signal};
+use crate::mirror::{Base, Image};
 use crate::mode::Mode;
 use crate::mode::cost::Counters;
 use crate::mode::interval::Waiting;
@@ -57,6 +59,9 @@ pub(super) struct PairCut {
     /// The mode from then on, for a secondary that knows of modes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) modes: Option<CutModes>,
+    /// The disks are those of a base from then on, for a secondary that knows of them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) is_base: bool,
 }
 
 impl PairCut {
@@ -104,6 +109,8 @@ pub struct Pair {
     /// Those of shared ones.
     pub(super) shared: Vec<Arc<SharedGate>>,
     pub(super) watchdog: Watchdog,
+    /// Wakes who keeps which regions of disks changed.
+    changed: Arc<Signal>,
     /// There is another copy, or is to be.
     paired: AtomicBool,
     outbox: Arc<Outbox>,
@@ -144,6 +151,7 @@ impl Pair {
             disks: disks.collect::<io::Result<_>>()?,
             shared: Vec::new(),
             watchdog: Watchdog::default(),
+            changed: Arc::default(),
             paired: AtomicBool::new(false),
             console: Arc::new(ConsoleGate::new(Arc::clone(&outbox), Arc::clone(&permit))),
             outbox,
@@ -364,6 +372,7 @@ impl Pair {
             nets: nets.collect(),
             console: self.console.cut(patience, mode),
             modes,
+            is_base: false,
         }
     }
 
@@ -397,6 +406,7 @@ impl Pair {
         self.commit_disks(now);
         self.console.commit(now);
         self.nets.iter().for_each(|net| net.commit(now));
+        self.confirm_soon(epoch);
         self.committing.store(epoch, Ordering::SeqCst);
         self.tell_committed();
     }
@@ -485,7 +495,56 @@ impl Pair {
         self.nets.iter().for_each(|net| net.open());
     }
 
+    /// Disks with the bases that they have.
+    pub(super) fn bases(&self) -> Vec<(u8, Vec<Base>)> {
+        let disks = (0..).zip(&self.disks);
+        disks
+            .filter_map(|(number, disk)| Some((number, disk.changes()?.bases())))
+            .collect()
+    }
+
+    /// Whether it is worth it.
+    pub(super) fn may_propose(&self) -> bool {
+        self.all_changes().any(|changes| changes.may_propose())
+    }
+
     // Both.
+
+    /// The guest's disks may be those of `base`, but for what is not done.
+    pub(super) fn propose(&self, base: Base) {
+        self.disks.iter().for_each(|disk| disk.propose(base));
+    }
+
+    /// They are, if what was proposed is checkpoint `number`: it is kept soon.
+    pub(super) fn confirm_soon(&self, number: u64) {
+        self.all_changes().for_each(|c| c.confirm_soon(number));
+    }
+
+    /// From now on it is kept which regions of disk `number`, whose image is at `path`, change: in a file beside the image
+    /// that is made if it `makes` it, or is there. The guest's devices do not have it open yet.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn keep_changes(&self, number: usize, path: &Path, makes: bool) -> io::Result<()> {
+        match self.disks.get(number) {
+            Some(disk) => disk.keep_changes(path, makes, &self.changed),
+            None => Ok(()),
+        }
+    }
+
+    /// What is kept of that.
+    pub(super) fn changes(&self, disk: u8) -> Option<&Arc<Changes>> {
+        self.disks.get(usize::from(disk))?.changes()
+    }
+
+    pub(super) fn all_changes(&self) -> impl Iterator<Item = &Arc<Changes>> {
+        self.disks.iter().filter_map(|disk| disk.changes())
+    }
+
+    /// Wakes who keeps that.
+    pub(super) fn changed(&self) -> &Signal {
+        &self.changed
+    }
 
     /// Images of the guest's disks that it may write to.
     pub fn images(&self) -> Vec<Image> {
@@ -543,6 +602,11 @@ impl Pair {
     /// Blocks of disks that were written since the last checkpoint.
     pub(super) fn blocks_written(&self) -> u64 {
         self.disks.iter().map(|disk| disk.count_written()).sum()
+    }
+
+    /// Bytes that the guest wrote to disks since they are tracked.
+    pub(super) fn disk_bytes_written(&self) -> u64 {
+        self.disks.iter().map(|disk| disk.bytes_written()).sum()
     }
 
     // Secondary.
@@ -636,6 +700,7 @@ impl Pair {
         self.paired.store(false, Ordering::SeqCst);
         self.outbox.disconnect();
         self.disks.iter().for_each(|disk| disk.open());
+        self.all_changes().for_each(|changes| changes.settle());
         self.console.go_live();
         self.nets.iter().map(|net| net.go_live(heard)).sum()
     }

@@ -27,6 +27,8 @@ use crate::pair::{PrimaryEvent, PrimaryState};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// Stack of the thread that makes checkpoints, in bytes.
 const THREAD_STACK: usize = 512 << 10;
+/// How often it is looked what is to be kept of changed blocks, if nobody asks for it.
+const CHANGES_LOOK: Duration = Duration::from_millis(500);
 /// How long the last outputs may take to be compared when the guest has ended.
 const LAST_OUTPUTS: Duration = Duration::from_millis(500);
 /// How long the arbiter may take to say that the last outputs may leave without having been compared.
@@ -139,6 +141,7 @@ impl Protector {
             shared: Arc::clone(&shared),
             requests,
         };
+        keep_changes(&guest)?;
         let thread = std::thread::Builder::new()
             .name("protect".into())
             .stack_size(THREAD_STACK)
@@ -155,6 +158,7 @@ impl Protector {
     /// The guest has ended: its last outputs are compared, and the secondary is told, unless it is to take
     /// over.
     pub fn finish(self) {
+        self.desk.pair.changed().end();
         let shared = &self.desk.shared;
         let core = lock(&shared.core).clone();
         if core.as_ref().is_some_and(|core| core.has_left()) {
@@ -352,6 +356,30 @@ impl Desk {
             .map_err(|error| error.to_string())?;
         Ok(peer)
     }
+}
+
+/// Begins to keep which regions of the guest's disks change, if that is wanted of any.
+fn keep_changes(guest: &Guest) -> Result<(), ProtectionError> {
+    if guest.pair.all_changes().next().is_none() {
+        return Ok(());
+    }
+    let (pair, confinement) = (Arc::clone(&guest.pair), guest.confinement.clone());
+    let keep = move || {
+        if let Err(error) = confinement.enter() {
+            tracing::error!(%error, "the thread that keeps changed blocks cannot be confined");
+        }
+        while pair.changed().wait(CHANGES_LOOK) {
+            pair.all_changes().for_each(|changes| changes.look_after());
+        }
+    };
+    std::thread::Builder::new()
+        .name("changes".into())
+        .stack_size(THREAD_STACK)
+        .spawn(keep)
+        .map(drop)
+        .map_err(ProtectionError::host(
+            "start the thread that keeps changed blocks",
+        ))
 }
 
 /// Protects the guest whenever that is asked for, until it ends.

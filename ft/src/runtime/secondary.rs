@@ -96,7 +96,7 @@ impl Invitation {
         standby: Standby,
         pair: &Arc<Pair>,
     ) -> Result<Joined, ProtectionError> {
-        let mut replicas = match Replicas::open(&self.offer, &standby.disks) {
+        let mut replicas = match Replicas::open(&self.offer, &standby.disks, pair) {
             Ok(replicas) => replicas,
             Err(error) => {
                 self.refuse(&causes(&error));
@@ -111,6 +111,7 @@ impl Invitation {
         }
         pair.set_seed(self.offer.token as u64);
         frame::send(&mut self.link, FrameKind::Accept, &[])?;
+        replicas.tell(pair, &mut self.link)?;
         let token = self.offer.token;
         let next = |purpose| next_connection(calls, (token, &self.link), purpose);
         let link = next(Purpose::Pairing)?;
@@ -129,11 +130,12 @@ impl Invitation {
                 Part::Pages(batch) => image.apply(batch)?,
                 Part::Deltas(deltas) => image.change(deltas)?,
                 Part::Unwritten(part) => pair.stage_unwritten(part)?,
-                Part::Digests(first) => replicas.fill(receiver.link(), Some(first))?,
+                Part::Changed(told) => replicas.plan(pair, &told)?,
+                Part::Digests(first) => replicas.fill(pair, receiver.link(), Some(first))?,
                 Part::Whole(state, cut) => {
                     state.hardware.expect(&self.offer.hello.hardware)?;
-                    replicas.fill(receiver.link(), None)?;
-                    replicas.close()?;
+                    replicas.fill(pair, receiver.link(), None)?;
+                    replicas.close(pair, &cut)?;
                     pair.load_disks(cut.epoch)?;
                     image.begin(memory)?;
                     pair.set_checkpoint_memory(image.memory_bytes());

@@ -87,6 +87,9 @@ pub struct Status {
     /// Numbers of disks whose images both hosts reach; all others that the guest may write to have replicas.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shared_disks: Vec<u8>,
+    /// How its disks are made the same as its secondary's replicas, if they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mirror: Option<Mirror>,
     /// How its checkpoints in a store stand, if it has any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoints: Option<Checkpoints>,
@@ -103,6 +106,23 @@ pub struct Status {
     /// When the resync under way began.
     #[serde(skip)]
     pub(super) resync_began: Option<Instant>,
+}
+
+/// How the disks of a guest are made the same as its secondary's replicas.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mirror {
+    /// Bytes of the disks.
+    pub bytes: u64,
+    /// Of these, bytes of regions that may differ: all, or those that either side changed since both were equal.
+    pub differing_bytes: u64,
+    /// Of these, bytes that the first copy has compared so far.
+    pub compared_bytes: u64,
+    /// Of these, bytes that it sent, since they differed.
+    pub sent_bytes: u64,
+    /// Bytes that the guest wrote between the beginning of the first copy and the last checkpoint.
+    pub written_bytes: u64,
+    /// Bytes on the link for what it wrote, at checkpoints: digests, wishes and content.
+    pub wire_bytes: u64,
 }
 
 /// How checkpoints of a guest in a store stand.
@@ -191,6 +211,7 @@ impl Status {
             bytes_per_dirty_page: 0,
             protection_memory_bytes: 0,
             shared_disks: Vec::new(),
+            mirror: None,
             checkpoints: None,
             page_bytes: 0,
             pauses: Samples::default(),

@@ -55,6 +55,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         here: 0,
         mode,
         modes: Some(Wish::default()),
+        bases: None,
         hello: Hello {
             description: "kernel = '/k'\n".into(),
             hardware: state().hardware,

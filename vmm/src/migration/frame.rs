@@ -103,10 +103,12 @@ pub enum Kind {
     Synced = 14,
     /// Writes that a checkpoint covers and that are not in images that both hosts reach.
     Unwritten = 15,
+    /// Which regions of a disk may differ, and since when.
+    Changed = 16,
 }
 
 impl Kind {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::Hello,
         Self::Accept,
         Self::Pages,
@@ -122,6 +124,7 @@ impl Kind {
         Self::Blocks,
         Self::Synced,
         Self::Unwritten,
+        Self::Changed,
     ];
 
     fn length_max(self) -> usize {
@@ -130,7 +133,9 @@ impl Kind {
             Self::Refuse => REASON_MAX,
             Self::Hello => HELLO_MAX,
             Self::Wanted => WANTED_MAX,
-            Self::Digests | Self::WantedBlocks | Self::Blocks | Self::Unwritten => DISK_PAYLOAD_MAX,
+            Self::Digests | Self::WantedBlocks | Self::Blocks | Self::Unwritten | Self::Changed => {
+                DISK_PAYLOAD_MAX
+            }
             Self::Pages | Self::State | Self::Outputs | Self::Deltas => PAYLOAD_MAX,
         }
     }

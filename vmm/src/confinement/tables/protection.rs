@@ -43,9 +43,9 @@ pub(super) const PAIR: &[Rule] = &[
     ),
     allow(
         Sysno::fdatasync,
-        "a replica of a disk is durable before its guest goes on",
+        "a replica of a disk is durable before its guest goes on, and what changed of a disk is kept",
     )
-    .rare("only for a copy that wrote otherwise to its disk than its primary"),
+    .rare("only for guests that write to disks"),
     allow(
         Sysno::flock,
         "a copy that takes over waits until nobody else can write to a shared image",
