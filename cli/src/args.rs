@@ -534,6 +534,9 @@ pub struct RunArgs {
     /// Begin anew although the guest has checkpoints in the store: they do not count any more
     #[arg(long, requires = "checkpoint", help_heading = "Checkpoints")]
     pub anew: bool,
+    /// Use disks that hold a part of a copy of another host's disk, as they are; refused otherwise
+    #[arg(long, help_heading = "Protection")]
+    pub incomplete_disks: bool,
 }
 
 /// What `tandem standby` takes.

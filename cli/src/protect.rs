@@ -1,10 +1,12 @@
 //! Protection of a guest by a second copy of it: `tandem run --protect`.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
 use tandem_ft::arbiter::ArbiterError;
 use tandem_ft::keeper::Keeper;
+use tandem_ft::mirror;
 use tandem_ft::runtime::{
     Claims, Desk, Guest, Pair, Protect, ProtectionError, Protector, Standbys,
 };
@@ -24,11 +26,17 @@ use crate::runtime_dir::{Guest as Place, KEEPER_SOCKET};
 use crate::settings::{Launch, Protection, describe};
 
 /// Runs `launch` as a guest that can be protected, and is if its settings say so; or that has checkpoints in a store,
-/// which may begin `anew`.
+/// which may begin `anew`. Disks have to be whole unless `incomplete` ones may be used.
 ///
 /// # Errors
 /// When the guest cannot be started or protected, or does not end well.
-pub(crate) fn run(launch: Launch, anew: bool, context: &RunContext) -> Result<Exit, Failure> {
+pub(crate) fn run(
+    launch: Launch,
+    anew: bool,
+    incomplete: bool,
+    context: &RunContext,
+) -> Result<Exit, Failure> {
+    expect_whole(&launch.machine, incomplete)?;
     let name = launch.machine.name.clone();
     let protect = match &launch.protection {
         Some(protection) => {
@@ -45,7 +53,7 @@ pub(crate) fn run(launch: Launch, anew: bool, context: &RunContext) -> Result<Ex
     };
     let started = context.started;
     run_machine(launch, context, |config, confinement, place| {
-        let made = (pair(&config)?, describe(&config));
+        let made = (pair(&config, protect.is_some())?, describe(&config));
         let keeper = match &protect {
             // As long as this process has one thread.
             Some(_) => Some(keeper(confinement)?),
@@ -66,15 +74,38 @@ pub(crate) fn run(launch: Launch, anew: bool, context: &RunContext) -> Result<Ex
     })
 }
 
-/// The gates of a guest.
-pub(crate) fn pair(machine: &MachineConfig) -> Result<Arc<Pair>, Failure> {
-    let disks = machine.disks.iter().enumerate();
-    let shared = disks.filter_map(|(number, disk)| disk.shared.then_some(number));
-    let pair = Pair::new(&machine.name, machine.nets.len(), machine.disks.len());
-    let pair = pair.and_then(|pair| pair.sharing(shared));
-    Ok(Arc::new(
-        pair.map_err(Failure::host("make gates for the guest"))?,
-    ))
+/// The gates of a guest. It is kept which blocks of its disks change where it was before, and where it is not if it is
+/// `protected`.
+pub(crate) fn pair(machine: &MachineConfig, protected: bool) -> Result<Arc<Pair>, Failure> {
+    let failed = Failure::host("make gates for the guest");
+    let pair = gates(machine, protected).map_err(failed)?;
+    Ok(Arc::new(pair))
+}
+
+fn gates(machine: &MachineConfig, protected: bool) -> io::Result<Pair> {
+    let numbered = || machine.disks.iter().enumerate();
+    let shared = numbered().filter_map(|(number, disk)| disk.shared.then_some(number));
+    let pair = Pair::new(&machine.name, machine.nets.len(), machine.disks.len())?;
+    let pair = pair.sharing(shared)?;
+    for (number, disk) in numbered() {
+        if !disk.readonly && !disk.shared {
+            pair.keep_changes(number, &disk.path, protected)?;
+        }
+    }
+    Ok(pair)
+}
+
+/// Sees that no disk of a guest is a part of a copy, or takes those that are as they are if `incomplete` ones may be
+/// used.
+pub(crate) fn expect_whole(machine: &MachineConfig, incomplete: bool) -> Result<(), Failure> {
+    for disk in &machine.disks {
+        match mirror::expect_whole(&disk.path) {
+            Err(_) if incomplete => mirror::forget(&disk.path),
+            checked => checked,
+        }
+        .map_err(ProtectionError::from)?;
+    }
+    Ok(())
 }
 
 /// The guest that `machine` runs, as what protects it knows it: with its gates and its description.

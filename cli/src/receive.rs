@@ -35,7 +35,7 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
     };
     let mut offer = Some(offer);
     let ran = run_machine(launch, context, |config, confinement, place| {
-        let made = (protect::pair(&config)?, describe(&config));
+        let made = (protect::pair(&config, false)?, describe(&config));
         let surroundings = protect::surroundings(confinement, &made.0);
         let memory = memory::allocate(config.memory, config.hugepages)?;
         let received = match offer.take() {

@@ -24,9 +24,10 @@ use crate::settings::{Launch, describe, file};
 pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure> {
     let snapshot = directory::open_snapshot(&args.directory)?;
     let launch = plan(args, &snapshot)?;
+    protect::expect_whole(&launch.machine, false)?;
     let (paused, eager) = (args.paused, args.eager);
     run_machine(launch, context, |config, confinement, place| {
-        let made = (protect::pair(&config)?, describe(&config));
+        let made = (protect::pair(&config, false)?, describe(&config));
         let surroundings = protect::surroundings(confinement, &made.0);
         let Snapshot {
             state,

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tandem_devices::GuestMemory;
+use tandem_ft::mirror;
+use tandem_ft::runtime::ProtectionError;
 use tandem_store::capture::disks::image_name;
 use tandem_store::capture::{Begin, Owned, Plan, outputs_of};
 use tandem_store::disk;
@@ -46,7 +48,7 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
     let plan = launch.checkpoints.as_ref().map(|c| c.plan);
     let plan = plan.unwrap_or_default();
     run_machine(launch, context, |config, confinement, place| {
-        let made = (protect::pair(&config)?, describe(&config));
+        let made = (protect::pair(&config, false)?, describe(&config));
         let surroundings = protect::surroundings(confinement, &made.0);
         let resources = Machine::reserve(&config, confinement)?;
         let room = memory::allocate(config.memory, config.hugepages)?;
@@ -122,6 +124,8 @@ fn restore_disks(
     for (number, disk) in (0..).zip(&config.disks) {
         let name = image_name(number);
         if !disk.readonly && disk::bytes_of(manifest, &name).is_some() {
+            // What a replica of it has is another thing now.
+            mirror::forget(&disk.path).map_err(ProtectionError::from)?;
             let written = disk::restore(&owned.guest, manifest, &name, &disk.path)?;
             tracing::info!(name, written, "a disk is what it was at the checkpoint");
         }

@@ -46,12 +46,12 @@ pub struct RunContext {
 /// # Errors
 /// When the guest cannot be started or does not end well. Nothing is left behind.
 pub fn run(args: RunArgs, context: &RunContext) -> Result<Exit, Failure> {
-    let (dry_run, anew) = (args.dry_run, args.anew);
+    let (dry_run, anew, incomplete) = (args.dry_run, args.anew, args.incomplete_disks);
     let launch = plan(args)?;
     if dry_run {
         return print_plan(launch, context.format);
     }
-    crate::protect::run(launch, anew, context)
+    crate::protect::run(launch, anew, incomplete, context)
 }
 
 /// Reads file and flags.

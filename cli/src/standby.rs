@@ -130,7 +130,7 @@ fn one(
         // What is only staged is to be given back page by page.
         let huge = config.hugepages && invitation.as_ref().is_none_or(Invitation::keeps_image);
         let beside = memory::allocate(config.memory, huge)?;
-        let pair = protect::pair(&config)?;
+        let pair = protect::pair(&config, true)?;
         let (Some(invitation), Some(calls)) = (invitation.take(), calls.take()) else {
             return Err(Failure::host("take a guest")(
                 io::ErrorKind::NotFound.into(),

@@ -17,7 +17,7 @@ use tandem_cli::settings::file;
 use tandem_ft::mode::Wish;
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
-use tandem_ft::runtime::status::{Checkpoints, Status};
+use tandem_ft::runtime::status::{Checkpoints, Mirror, Status};
 use tandem_vmm::config::Pace;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::{
@@ -111,6 +111,7 @@ impl Control for Fake {
 
     fn protection(&self) -> Status {
         let mut status = Status::unprotected("web");
+        status.mirror = Some(Mirror::default());
         status.checkpoints = Some(Checkpoints {
             store: "/shared".into(),
             last: Some("1-7".into()),

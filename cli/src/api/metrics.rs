@@ -99,6 +99,7 @@ fn protected(out: &mut Exposition, status: &Status) {
         out.family(name, kind, help);
         out.sample(name, &[], &value.to_string());
     }
+    mirror(out, status);
     mode(out, status);
     if let Some(left) = status.lease_ms {
         let name = "tandem_protection_lease_milliseconds";
@@ -181,6 +182,43 @@ fn checkpoints(out: &mut Exposition, stored: &Checkpoints) {
     let help = "How long the guest stood for its last checkpoints in a store.";
     out.family(name, "gauge", help);
     quantiles(out, name, &stored.pause_us);
+}
+
+/// Copies of the guest's disks.
+fn mirror(out: &mut Exposition, status: &Status) {
+    let Some(mirror) = &status.mirror else {
+        return;
+    };
+    for (name, help, value) in [
+        (
+            "tandem_protection_disk_differing_bytes",
+            "Bytes of disks that could differ from replicas when the secondary joined.",
+            mirror.differing_bytes,
+        ),
+        (
+            "tandem_protection_disk_compared_bytes",
+            "Bytes of these that were compared.",
+            mirror.compared_bytes,
+        ),
+        (
+            "tandem_protection_disk_sent_bytes",
+            "Bytes of these that were sent.",
+            mirror.sent_bytes,
+        ),
+        (
+            "tandem_protection_disk_written_bytes",
+            "Bytes that the guest wrote since then, up to the last checkpoint.",
+            mirror.written_bytes,
+        ),
+        (
+            "tandem_protection_disk_wire_bytes",
+            "Bytes on the link for what it wrote.",
+            mirror.wire_bytes,
+        ),
+    ] {
+        out.family(name, "gauge", help);
+        out.sample(name, &[], &value.to_string());
+    }
 }
 
 /// In which mode the guest is, and what the modes cost.

@@ -10,7 +10,7 @@ use tandem_ft::mode::cost::Cost;
 use tandem_ft::mode::{Choice, Mode};
 use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
-use tandem_ft::runtime::status::{Checkpoints, Percentiles, Role, Status};
+use tandem_ft::runtime::status::{Checkpoints, Mirror, Percentiles, Role, Status};
 use tandem_vmm::confinement::{Confinement, Plan, ThreadKind};
 use tandem_vmm::migration::{Address, Peer};
 
@@ -308,6 +308,37 @@ fn times(p: &Percentiles) -> String {
     }
 }
 
+/// What there is to say of the copies of a guest's disks.
+fn mirror_rows(mirror: &Mirror) -> [(&'static str, String); 3] {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    [
+        (
+            "disks",
+            format!(
+                "{} MiB, of which {} MiB could differ when the secondary joined",
+                mib(mirror.bytes),
+                mib(mirror.differing_bytes)
+            ),
+        ),
+        (
+            "disks copied",
+            format!(
+                "{} MiB compared, {} MiB sent",
+                mib(mirror.compared_bytes),
+                mib(mirror.sent_bytes)
+            ),
+        ),
+        (
+            "disks mirrored",
+            format!(
+                "{} MiB written, {} MiB on the link",
+                mib(mirror.written_bytes),
+                mib(mirror.wire_bytes)
+            ),
+        ),
+    ]
+}
+
 /// What there is to say of a guest's checkpoints in a store.
 fn checkpoint_rows(stored: &Checkpoints) -> [(&'static str, String); 8] {
     let last = match (&stored.last, stored.age_ms) {
@@ -388,6 +419,7 @@ fn status_table(status: &Status) -> String {
             format!("{} KiB", status.protection_memory_bytes.div_ceil(1024)),
         ),
     ];
+    let mirrored = status.mirror.as_ref().map(mirror_rows);
     let stored = status.checkpoints.as_ref().map(checkpoint_rows);
     let shared = (!status.shared_disks.is_empty()).then(|| {
         let numbers = status.shared_disks.iter().map(u8::to_string);
@@ -396,6 +428,7 @@ fn status_table(status: &Status) -> String {
     let rows: Vec<_> = rows
         .into_iter()
         .chain(shared)
+        .chain(mirrored.into_iter().flatten())
         .chain(stored.into_iter().flatten())
         .collect();
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
