@@ -5,6 +5,7 @@
 
 mod protection {
     mod again;
+    mod changed;
     pub(crate) mod clients;
     mod disks;
     pub(crate) mod history;
