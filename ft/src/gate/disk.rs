@@ -33,21 +33,37 @@ const KEPT_LOOK: Duration = Duration::from_millis(5);
 struct State {
     /// The image, once more, and the size of the disk in bytes.
     image: Option<(Arc<File>, u64)>,
-    /// Blocks that were written, if that matters.
+    /// Blocks that were written, if the guest has a copy.
     written: Option<RoaringBitmap>,
-    /// They matter for a store, which is no copy.
-    stored: bool,
+    /// The same, if checkpoints of it go to a store from here.
+    stored: Option<RoaringBitmap>,
     /// Blocks of each request that writes and is not done, by its token.
     under_way: HashMap<usize, RangeInclusive<u32>>,
     /// Writes wait.
     holds: bool,
+    /// They do for a store.
+    holds_for_store: bool,
     /// Why the host failed a request of a guest that has a copy.
     failure: Option<String>,
 }
 
 impl State {
     fn has_copy(&self) -> bool {
-        self.written.is_some() && !self.stored
+        self.written.is_some()
+    }
+
+    /// Writes wait, for whomever.
+    fn waits(&self) -> bool {
+        self.holds || self.holds_for_store
+    }
+
+    /// Blocks of requests that are not done.
+    fn blocks_under_way(&self) -> RoaringBitmap {
+        let mut blocks = RoaringBitmap::new();
+        for under_way in self.under_way.values() {
+            blocks.insert_range(under_way.clone());
+        }
+        blocks
     }
 }
 
@@ -137,19 +153,20 @@ impl DiskGate {
     pub(crate) fn track(&self) {
         let mut state = self.lock();
         state.failure = None;
-        state.stored = false;
         self.bytes_written.store(0, Ordering::Relaxed);
-        let mut written = RoaringBitmap::new();
-        for blocks in state.under_way.values() {
-            written.insert_range(blocks.clone());
-        }
-        state.written = Some(written);
+        state.written = Some(state.blocks_under_way());
     }
 
-    /// As [`DiskGate::track`], for a store: the guest has no copy, and sees what the host fails.
+    /// As [`DiskGate::track`], for a store, which is no copy: the guest sees what the host fails, unless it has one too.
     pub(crate) fn track_for_store(&self) {
-        self.track();
-        self.lock().stored = true;
+        let mut state = self.lock();
+        state.stored = Some(state.blocks_under_way());
+    }
+
+    /// Checkpoints go to no store from here any more.
+    pub(crate) fn forget_store(&self) {
+        self.lock().stored = None;
+        self.let_go_for_store();
     }
 
     /// What was written since this was asked last, or since [`DiskGate::track`].
@@ -162,19 +179,15 @@ impl DiskGate {
             .unwrap_or_default()
     }
 
-    /// The same of a guest that may run. Blocks of requests that are not done come again: what they write may not be
-    /// in the image yet.
-    pub(crate) fn take_written_so_far(&self) -> RoaringBitmap {
+    /// What was written since [`DiskGate::track_for_store`], or since this was asked last, of a guest that may run. Blocks
+    /// of requests that are not done come again: what they write may not be in the image yet.
+    pub(crate) fn take_stored(&self) -> RoaringBitmap {
         let mut state = self.lock();
-        let state = &mut *state;
-        let Some(written) = &mut state.written else {
-            return RoaringBitmap::new();
-        };
-        let taken = std::mem::take(written);
-        for blocks in state.under_way.values() {
-            written.insert_range(blocks.clone());
+        let again = state.blocks_under_way();
+        match &mut state.stored {
+            Some(stored) => std::mem::replace(stored, again),
+            None => RoaringBitmap::new(),
         }
-        taken
     }
 
     /// Blocks that were written since the last checkpoint.
@@ -192,12 +205,30 @@ impl DiskGate {
         self.lock().holds
     }
 
-    /// Writes wait no longer.
+    /// Writes wait no longer, unless a store waits too.
     pub(crate) fn let_go(&self) {
         if std::mem::take(&mut self.lock().holds) {
             self.let_go.notify_all();
             self.wake();
         }
+    }
+
+    /// As [`DiskGate::hold`], for a store.
+    pub(crate) fn hold_for_store(&self) {
+        self.lock().holds_for_store = true;
+    }
+
+    /// The end of [`DiskGate::hold_for_store`].
+    pub(crate) fn let_go_for_store(&self) {
+        if std::mem::take(&mut self.lock().holds_for_store) {
+            self.let_go.notify_all();
+            self.wake();
+        }
+    }
+
+    /// Whether writes wait, for whomever.
+    fn waits(&self) -> bool {
+        self.lock().waits()
     }
 
     /// The guest has no copy any more: nothing is known of what it writes.
@@ -231,8 +262,11 @@ impl DiskGate {
         let last = (io.offset + io.len).saturating_sub(1) / BLOCK;
         let [first, last] = [first, last].map(|block| u32::try_from(block).unwrap_or(u32::MAX));
         let mut state = self.lock();
-        if let Some(written) = &mut state.written {
-            written.insert_range(first..=last);
+        let State {
+            written, stored, ..
+        } = &mut *state;
+        for blocks in written.iter_mut().chain(stored) {
+            blocks.insert_range(first..=last);
         }
         state.under_way.insert(io.token, first..=last);
         self.bytes_written.fetch_add(io.len, Ordering::Relaxed);
@@ -278,7 +312,7 @@ impl DiskGate {
 
     fn wait_let_go(&self) {
         let mut state = self.lock();
-        while state.holds {
+        while state.waits() {
             let waited = self.let_go.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
         }
@@ -330,7 +364,7 @@ impl GatedDisk {
 
     /// Passes on what waited, if it need not any more.
     fn pass_held(&mut self) -> io::Result<()> {
-        if self.held.is_empty() || self.gate.holds() {
+        if self.held.is_empty() || self.gate.waits() {
             return Ok(());
         }
         while self.outside.has_room()
@@ -385,7 +419,7 @@ impl BlockBackend for GatedDisk {
     fn submit(&mut self, io: BlockIo) {
         let reads = io.operation == Operation::Read;
         let admitted = !writes(&io) || self.gate.note(&io);
-        if !reads && (!admitted || self.gate.holds() || !self.held.is_empty()) {
+        if !reads && (!admitted || self.gate.waits() || !self.held.is_empty()) {
             self.held.push_back(io);
         } else {
             self.pass(io);
@@ -546,7 +580,7 @@ mod tests {
         disk.submit(request(1, WRITE, 10));
         disk.submit(request(2, WRITE, 20));
         assert!(matches!(disk.next_completed(), Some((1, Ok(())))));
-        let taken = || gate.take_written_so_far().iter().collect::<Vec<_>>();
+        let taken = || gate.take_stored().iter().collect::<Vec<_>>();
         assert_eq!(taken(), [10, 11, 20, 21]);
         assert_eq!(taken(), [20, 21]);
         while disk.next_completed().is_some() {}
@@ -560,7 +594,31 @@ mod tests {
         gate.track_for_store();
         disk.submit(request(BROKEN, WRITE, 10));
         assert!(matches!(disk.next_completed(), Some((BROKEN, Err(_)))));
-        assert_eq!((gate.failure(), blocks(&gate)), (None, vec![10, 11]));
+        assert_eq!(gate.failure(), None);
+        assert!(gate.take_stored().iter().eq([10, 11]));
+    }
+
+    #[test]
+    fn a_copy_and_a_store_are_told_apart() {
+        let (gate, mut disk) = disk();
+        gate.track_for_store();
+        gate.track();
+        disk.submit(request(1, WRITE, 10));
+        assert!(matches!(disk.next_completed(), Some((1, Ok(())))));
+        assert_eq!(blocks(&gate), [10, 11]);
+        assert!(gate.take_stored().iter().eq([10, 11]));
+        gate.hold();
+        gate.hold_for_store();
+        disk.submit(request(2, WRITE, 20));
+        gate.let_go();
+        assert!(disk.next_completed().is_none(), "the store waits yet");
+        gate.let_go_for_store();
+        assert!(matches!(disk.next_completed(), Some((2, Ok(())))));
+        gate.open();
+        disk.submit(request(3, WRITE, 30));
+        assert!(gate.take_stored().iter().eq([20, 21, 30, 31]));
+        gate.forget_store();
+        assert!(gate.take_stored().is_empty() && blocks(&gate).is_empty());
     }
 
     #[test]

@@ -53,10 +53,14 @@ pub enum Kind {
     Write = 13,
     /// The copy's writes to shared disk `device` with lower numbers than this are done.
     WritesDone = 14,
+    /// The copy is to make checkpoints for a store, in the store's term after this one.
+    Store = 15,
+    /// The copy, which has the checkpoint of this epoch, waits for another, for a store.
+    StoreWaits = 16,
 }
 
 impl Kind {
-    const ALL: [Self; 14] = [
+    const ALL: [Self; 16] = [
         Self::Input,
         Self::ConsoleInput,
         Self::Settled,
@@ -71,6 +75,8 @@ impl Kind {
         Self::Term,
         Self::Write,
         Self::WritesDone,
+        Self::Store,
+        Self::StoreWaits,
     ];
 
     fn of(number: u8) -> Option<Self> {
@@ -83,6 +89,7 @@ impl Kind {
             Self::Output | Self::ConsoleOutput | Self::Write => PAYLOAD_MAX,
             Self::Settled | Self::Cut | Self::Committed => 8,
             Self::Beat | Self::Loaded | Self::Answer | Self::Term | Self::WritesDone => 8,
+            Self::Store | Self::StoreWaits => 8,
             Self::End => 0,
         }
     }

@@ -69,6 +69,7 @@ use roaring::RoaringBitmap;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 pub(crate) use source::{Traffic, parts_of, reconcile};
+use tandem_vmm::migration::pages::{BATCH_PAGES, Batch, PAGE, Page};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// Bytes of a block, by which it is known what was written.
@@ -138,6 +139,12 @@ impl Extent {
         let first = u64::from(self.first);
         first..first + u64::from(self.blocks)
     }
+
+    /// The numbers of its blocks.
+    pub(crate) fn numbers(self) -> RoaringBitmap {
+        let last = self.first.saturating_add(u32::from(self.blocks));
+        (self.first..last).collect()
+    }
 }
 
 /// Parts of disk `disk` that hold all of `blocks`, and no others, of at most `longest` blocks.
@@ -200,6 +207,40 @@ impl Image {
         let length = there.min(content.len() as u64) as usize;
         content[length..].fill(0);
         self.file.read_exact_at(&mut content[..length], start)
+    }
+
+    /// Copies `blocks`, in batches that `give` takes; `failed` tells of an image that cannot be read.
+    ///
+    /// # Errors
+    /// That, and those of `give`.
+    pub fn copy_blocks<E>(
+        &self,
+        blocks: &RoaringBitmap,
+        failed: impl Fn(io::Error) -> E,
+        give: &mut dyn FnMut(Batch) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut batch = Batch::default();
+        let mut content: Box<[Page]> = vec![[0; PAGE]; BATCH_PAGES].into_boxed_slice();
+        let mut blocks = blocks.iter().peekable();
+        while let Some(first) = blocks.next() {
+            let mut count = 1;
+            while count < BATCH_PAGES && blocks.next_if_eq(&(first + count as u32)).is_some() {
+                count += 1;
+            }
+            let pages = &mut content[..count];
+            self.read_blocks(u64::from(first), pages.as_flattened_mut())
+                .map_err(&failed)?;
+            for (number, page) in (u64::from(first)..).zip(pages.iter()) {
+                batch.add_page(number, page);
+                if batch.is_full() {
+                    give(std::mem::take(&mut batch))?;
+                }
+            }
+        }
+        match batch.is_empty() {
+            true => Ok(()),
+            false => give(batch),
+        }
     }
 
     /// The parts of it that may hold something other than zeros, in bytes. Moves the file's position.

@@ -135,6 +135,8 @@ pub enum Cause {
     Outputs,
     /// From it on another [`Mode`](crate::mode::Mode) is to hold.
     Mode,
+    /// The secondary makes checkpoints for a store, and waits for one.
+    Store,
 }
 
 /// How the other side was lost.

@@ -33,6 +33,8 @@ pub enum PrimaryEvent {
     OutputsWait,
     /// Another mode is to hold from the next checkpoint on.
     ModeWanted,
+    /// The secondary waits for a checkpoint, for a store.
+    StoreWaits,
     /// The guest is frozen and its state read; nothing of the cut was sent yet.
     CutDone(Epoch),
     /// The secondary has loaded the checkpoint.
@@ -264,6 +266,7 @@ impl Primary {
             PrimaryEvent::ResyncDemanded => self.wish(Cause::Demand, &mut actions),
             PrimaryEvent::OutputsWait => self.wish(Cause::Outputs, &mut actions),
             PrimaryEvent::ModeWanted => self.wish(Cause::Mode, &mut actions),
+            PrimaryEvent::StoreWaits => self.wish(Cause::Store, &mut actions),
             PrimaryEvent::CutDone(epoch) => self.cut_done(now, epoch, &mut actions),
             PrimaryEvent::Loaded(epoch) => self.loaded(epoch, &mut actions),
             PrimaryEvent::Claimed(term, outcome) => {
@@ -370,8 +373,9 @@ impl Primary {
         };
         match &mut session.resync {
             None => self.begin_resync(cause, actions),
-            // The comparator compares nothing until it is loaded, and outputs that wait are looked at anew then.
-            Some(_) if matches!(cause, Cause::Mismatch | Cause::Outputs) => (),
+            // The comparator compares nothing until it is loaded, and outputs that wait are looked at anew then. A store
+            // that did not get this one asks again.
+            Some(_) if matches!(cause, Cause::Mismatch | Cause::Outputs | Cause::Store) => (),
             Some(resync) if resync.sent => resync.again = Some(cause),
             Some(_) => (),
         }

@@ -12,6 +12,7 @@ use super::awaited::Awaited;
 use super::calls::CALLS_TIMEOUT;
 use super::pair::PairCut;
 use super::shared::SharedOffer;
+use super::stored::Stored;
 use super::{Pair, ProtectionError, ResyncMode};
 use crate::mirror::Base;
 use crate::mode::Wish;
@@ -46,6 +47,9 @@ pub struct Offer {
     /// secondary that does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bases: Option<Vec<(u8, Vec<Base>)>>,
+    /// Where checkpoints of the guest go, which the secondary is to make; none from a primary that has no store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<Stored>,
     /// The guest.
     pub hello: Hello,
 }
@@ -283,6 +287,7 @@ mod tests {
             mode: ResyncMode::Running,
             modes,
             bases: None,
+            store: None,
             hello: Hello {
                 description: String::new(),
                 hardware,

@@ -246,6 +246,7 @@ impl<'a> Driver<'a> {
             mode: self.mode,
             modes: Some(core.pair.modes().wish()),
             bases: Some(core.pair.bases()),
+            store: core.pair.stored().cloned(),
             hello: Hello {
                 description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
@@ -280,6 +281,7 @@ impl<'a> Driver<'a> {
             status.peer = Some(to.to_string());
             status.trying = None;
         }
+        core.pair.joined();
         core.event(PrimaryEvent::Joined);
         let talking = Arc::clone(core);
         let thread = std::thread::Builder::new()
@@ -646,6 +648,7 @@ impl<'a> Driver<'a> {
                 Cause::Mismatch => "the outputs before differed each time".into(),
                 Cause::Outputs => "outputs waited for it".into(),
                 Cause::Mode => "another mode was to hold".into(),
+                Cause::Store => "the store was to get one".into(),
                 cause => format!("{cause:?}").to_lowercase(),
             });
             tracing::debug!(%epoch, %why, ?pause, pages, bytes, mirrored = mirrored.sent, "checkpoint");

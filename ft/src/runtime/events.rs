@@ -70,6 +70,7 @@ fn cause(cause: Cause) -> &'static str {
         Cause::Demand => "somebody asked for it",
         Cause::Outputs => "outputs wait for it",
         Cause::Mode => "another mode is to hold",
+        Cause::Store => "the store is to get one",
     }
 }
 

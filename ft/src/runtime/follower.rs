@@ -53,6 +53,7 @@ pub(super) fn follow(
         // While the arbiter is asked.
         core.restore_standing();
     }
+    core.pair.feed().end();
     drop(image);
     core.pair.set_checkpoint_memory(0);
     let why = tandem_vmm::error::causes(&error);
@@ -107,6 +108,10 @@ fn load(
     let handle = core.handle().ok_or(ControlError::Gone)?;
     let written = replicas.write(&core.pair, &cut);
     let written = written.and_then(|()| core.pair.load_disks(cut.epoch));
+    let stored = match &written {
+        Ok(()) => core.pair.give_cut(&state, &cut),
+        Err(_) => None,
+    };
     let since = stood.checked_sub(cut.age).unwrap_or(stood);
     if cut.mode() == Mode::Checkpoint {
         core.stand_with(Standing {
@@ -117,6 +122,7 @@ fn load(
         finish(core, written, cut)?;
         let ahead = core.load_ahead();
         image.loaded();
+        core.pair.give_rest(stored);
         if ahead.is_err() && !core.is_over() {
             core.fail();
         }
@@ -131,7 +137,9 @@ fn load(
     });
     image.loaded();
     tracing::debug!(%epoch, waited = ?begun - stood, took = ?begun.elapsed(), "loaded");
-    finish(core, written.and(replaced.map_err(Into::into)), cut)
+    finish(core, written.and(replaced.map_err(Into::into)), cut)?;
+    core.pair.give_rest(stored);
+    Ok(())
 }
 
 /// Gets what the copy wrote and the checkpoint does not have. Until it is all here the copy's guest stays what

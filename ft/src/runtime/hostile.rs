@@ -190,6 +190,7 @@ fn offer() -> Offer {
         mode: ResyncMode::Running,
         modes: None,
         bases: None,
+        store: None,
         hello: Hello {
             description: String::new(),
             hardware: HardwareState {

@@ -21,6 +21,7 @@ mod driver;
 mod eagerness;
 mod error;
 pub mod events;
+mod feed;
 mod follower;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
@@ -37,17 +38,20 @@ mod secondary;
 mod shared;
 mod standbys;
 pub mod status;
+mod stored;
 mod wanted;
 
 pub use asking::Claims;
 pub use calls::{CALL_SIZE, CALLS_TIMEOUT, Calls, Giver, Taker, handing_over, token_of};
 pub use checkpoint::{Offer, encode_outputs, load_outputs};
 pub use error::ProtectionError;
-pub use pair::{Outputs, Pair};
+pub use feed::{Feed, FeedCut, TooMuch};
+pub use pair::Pair;
 pub use protector::{Desk, Guest, Protect, Protector, ResyncMode};
 pub use secondary::{Invitation, Joined, Standby};
 pub use shared::{SharedError, SharedOffer};
 pub use standbys::{Place, STANDBYS_MAX, Standbys};
+pub use stored::{Outputs, Side, Stored};
 
 /// Locks what no panic leaves half done.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

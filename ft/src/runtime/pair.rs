@@ -17,10 +17,11 @@ use tandem_vmm::gates::{Caller, Gates};
 use tandem_vmm::until::Until;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::checkpoint::{decode, encode};
 use super::events::{Event, Events, describe};
+use super::feed::Feed;
 use super::modes::{CutModes, Modes};
-use super::status::{Checkpoints, Role, Status};
+use super::status::{Role, Status};
+use super::stored::Stored;
 use super::{ProtectionError, lock};
 use crate::gate::net_backend::GatedBackend;
 use crate::gate::watchdog::Watchdog;
@@ -36,12 +37,6 @@ use crate::mode::Mode;
 use crate::mode::cost::Counters;
 use crate::mode::interval::Waiting;
 use crate::pair::{Cause, Notice};
-
-/// How long outputs wait for a store: until they are explained, however long that takes.
-const STORE_PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
-/// Bytes of frames that a checkpoint in a store keeps, of those that may not be out: networks may lose frames, and
-/// whoever misses them asks again.
-const FRAMES_KEPT: usize = 1 << 20;
 
 /// What a checkpoint says of a guest's outputs, besides its state.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -71,36 +66,6 @@ impl PairCut {
     }
 }
 
-/// Outputs that a checkpoint in a store explains.
-pub struct Outputs(PairCut);
-
-impl Outputs {
-    /// As bytes, for [`Pair::go_on_from`].
-    ///
-    /// # Errors
-    /// When they cannot be encoded.
-    pub fn to_bytes(self) -> Result<Vec<u8>, ProtectionError> {
-        encode(&self.0.bounded())
-    }
-}
-
-impl PairCut {
-    /// Without the last frames, if there are many.
-    fn bounded(mut self) -> Self {
-        for net in &mut self.nets {
-            let mut left = FRAMES_KEPT;
-            let fits = net.covered.iter().take_while(|frame| {
-                let fits = frame.len() <= left;
-                left = left.saturating_sub(frame.len());
-                fits
-            });
-            let fits = fits.count();
-            net.covered.truncate(fits);
-        }
-        self
-    }
-}
-
 /// The gates of one guest, and what belongs to them.
 pub struct Pair {
     nets: Vec<Arc<NetGate>>,
@@ -126,6 +91,11 @@ pub struct Pair {
     permit: Arc<Permit>,
     events: Mutex<Events>,
     caller: OnceLock<Weak<dyn Caller>>,
+    /// How checkpoints of the guest go to a store, if they do.
+    pub(super) stored: OnceLock<Stored>,
+    feed: Feed,
+    /// Secondaries that ever joined.
+    joins: AtomicU64,
 }
 
 impl Pair {
@@ -164,6 +134,9 @@ impl Pair {
             permit,
             events: Mutex::default(),
             caller: OnceLock::new(),
+            stored: OnceLock::new(),
+            feed: Feed::default(),
+            joins: AtomicU64::new(0),
         })
     }
 
@@ -179,6 +152,29 @@ impl Pair {
         });
         self.shared = gates.collect::<io::Result<_>>()?;
         Ok(self)
+    }
+
+    /// What this side, as the guest's copy, gives to a store.
+    pub fn feed(&self) -> &Feed {
+        &self.feed
+    }
+
+    /// A secondary joins.
+    pub(super) fn joined(&self) {
+        self.joins.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// How many ever did.
+    pub(super) fn joins(&self) -> u64 {
+        self.joins.load(Ordering::SeqCst)
+    }
+
+    pub(super) fn disks(&self) -> &[Arc<DiskGate>] {
+        &self.disks
+    }
+
+    pub(super) fn nets(&self) -> &[Arc<NetGate>] {
+        &self.nets
     }
 
     /// Its figures.
@@ -243,7 +239,7 @@ impl Pair {
     pub(super) fn report(&self, notice: &Notice) {
         let quiet = match notice {
             // There may be a hundred in a second.
-            Notice::Resyncing(_, Cause::Outputs) => {
+            Notice::Resyncing(_, Cause::Outputs | Cause::Store) => {
                 self.quiet.store(true, Ordering::SeqCst);
                 true
             }
@@ -270,63 +266,6 @@ impl Pair {
 
     pub(super) fn outbox(&self) -> &Outbox {
         &self.outbox
-    }
-
-    // A guest whose checkpoints go to a store.
-
-    /// Says how the checkpoints in a store stand.
-    pub fn tell_checkpoints(&self, checkpoints: Checkpoints) {
-        self.lock_status().checkpoints = Some(checkpoints);
-    }
-
-    /// Adds an event.
-    pub fn tell(&self, event: &str, text: String) {
-        self.happened(event, text);
-    }
-
-    /// From now on outputs wait until they are explained by a checkpoint ([`Pair::explain`]) that is complete
-    /// ([`Pair::complete`]).
-    pub fn hold_outputs(&self) {
-        self.cut(self.epoch(), STORE_PATIENCE);
-    }
-
-    /// A checkpoint is made of the guest, which stands: outputs so far are explained by it. Returns them, for whoever
-    /// goes on from it: they may not be out then.
-    pub fn explain(&self) -> Outputs {
-        Outputs(self.cut(self.epoch() + 1, STORE_PATIENCE))
-    }
-
-    /// The checkpoint is complete: what it explains leaves.
-    pub fn complete(&self) {
-        self.commit(self.epoch() + 1);
-    }
-
-    /// Outputs wait for nothing any more. What a guest that has ended printed is written within `patience`.
-    pub fn let_outputs_go(&self, patience: Duration) {
-        self.open();
-        self.console.drain(patience);
-    }
-
-    /// The guest goes on from a checkpoint in a store that says this of its outputs: those leave again, and the network
-    /// is told where the guest is, whose interfaces have these addresses. It runs after that.
-    ///
-    /// # Errors
-    /// When they are not outputs.
-    pub fn go_on_from(&self, outputs: Option<&[u8]>) -> Result<(), ProtectionError> {
-        if let Some(outputs) = outputs {
-            let cut = decode(outputs, "outputs")?;
-            self.become_secondary();
-            self.loaded(cut)?;
-            self.go_live(Instant::now());
-        }
-        Ok(())
-    }
-
-    /// Tells the network that the guest is here, by the addresses of its interfaces.
-    pub fn announce(&self, macs: &[[u8; 6]]) {
-        for (net, mac) in self.nets.iter().zip(macs) {
-            net.announce(*mac);
-        }
     }
 
     /// Number of the checkpoint that both copies went on from last.
@@ -559,14 +498,6 @@ impl Pair {
             .collect()
     }
 
-    /// As far as is known while the guest may run: some of it may come again.
-    pub fn take_written_so_far(&self) -> Vec<(u8, RoaringBitmap)> {
-        let disks = (0..).zip(&self.disks);
-        disks
-            .map(|(number, disk)| (number, disk.take_written_so_far()))
-            .collect()
-    }
-
     /// Why the host failed a request to a disk.
     pub(super) fn disk_failure(&self) -> Option<String> {
         let shared = self.shared.iter().find_map(|disk| disk.failure());
@@ -579,13 +510,8 @@ impl Pair {
         self.disks.iter().for_each(|disk| disk.track());
     }
 
-    /// The same, for a store.
-    pub fn follow_disks(&self) {
-        self.disks.iter().for_each(|disk| disk.track_for_store());
-    }
-
     /// The guest, which stands, will wait with writes to its disks.
-    pub fn hold_disks(&self) {
+    pub(super) fn hold_disks(&self) {
         self.disks.iter().for_each(|disk| disk.hold());
     }
 
@@ -595,7 +521,7 @@ impl Pair {
     }
 
     /// It waits no longer.
-    pub fn let_disks_go(&self) {
+    pub(super) fn let_disks_go(&self) {
         self.disks.iter().for_each(|disk| disk.let_go());
     }
 
@@ -750,92 +676,5 @@ impl Gates for Pair {
         self.console.connect(console.clone());
         let gate: Arc<dyn tandem_vmm::console::ConsoleGate> = self.console.clone();
         console.guard(gate);
-    }
-}
-
-#[cfg(test)]
-mod store_tests {
-    #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
-
-    use tandem_devices::virtio::net::HEADER_SIZE;
-    use tandem_devices::virtio::net::memory::MemoryBackend;
-
-    use super::*;
-
-    const GUEST: [u8; 6] = [2, 0, 0, 0, 0, 1];
-
-    fn frame(mark: u8) -> Vec<u8> {
-        let mut frame = vec![0; HEADER_SIZE];
-        frame.extend([0xff; 6]);
-        frame.extend(GUEST);
-        frame.extend([0x88, 0xb5, mark]);
-        frame
-    }
-
-    /// A guest's gates, the backend that its network device sees, and the outside.
-    fn guest() -> (Pair, Box<dyn NetBackend>, MemoryBackend) {
-        let pair = Pair::new("guest", 1, 0).unwrap();
-        let outside = MemoryBackend::default();
-        let device = pair.net(0, Box::new(outside.clone()));
-        (pair, device, outside)
-    }
-
-    fn marks(outside: &MemoryBackend) -> Vec<u8> {
-        let sent = std::mem::take(&mut outside.wire().sent);
-        sent.iter().map(|frame| frame[HEADER_SIZE + 14]).collect()
-    }
-
-    #[test]
-    fn outputs_leave_with_the_checkpoint_that_explains_them() {
-        let (pair, mut device, outside) = guest();
-        pair.hold_outputs();
-        device.send(&frame(1));
-        assert!(pair.holds() && marks(&outside).is_empty());
-        let first = pair.explain();
-        device.send(&frame(2));
-        pair.complete();
-        assert_eq!(marks(&outside), [1]);
-        // One that fails leaves its outputs to the next.
-        drop(pair.explain());
-        device.send(&frame(3));
-        let last = pair.explain();
-        device.send(&frame(4));
-        assert!(marks(&outside).is_empty());
-        pair.complete();
-        assert_eq!(marks(&outside), [2, 3]);
-        pair.let_outputs_go(Duration::ZERO);
-        assert_eq!(marks(&outside), [4]);
-        assert_eq!(first.0.nets[0].covered.len(), 1);
-        assert_eq!(last.0.nets[0].covered.len(), 2);
-    }
-
-    #[test]
-    fn who_goes_on_repeats_what_may_not_be_out() {
-        let (pair, mut device, outside) = guest();
-        pair.hold_outputs();
-        device.send(&frame(1));
-        let outputs = pair.explain().to_bytes().unwrap();
-        let (next, mut device, elsewhere) = guest();
-        next.go_on_from(Some(&outputs)).unwrap();
-        assert_eq!(marks(&elsewhere), [1]);
-        device.send(&frame(2));
-        assert_eq!(marks(&elsewhere), [2]);
-        next.announce(&[GUEST]);
-        assert_eq!(elsewhere.wire().sent.len(), 1);
-        assert!(marks(&outside).is_empty());
-        assert!(next.go_on_from(Some(b"nothing")).is_err());
-    }
-
-    #[test]
-    fn a_checkpoint_keeps_a_bounded_part_of_what_is_held() {
-        let (pair, mut device, _outside) = guest();
-        pair.hold_outputs();
-        let large = [frame(0), vec![7; 60_000]].concat();
-        for _ in 0..40 {
-            device.send(&large);
-        }
-        let bytes = pair.explain().to_bytes().unwrap();
-        assert!(bytes.len() <= FRAMES_KEPT + 4096, "{}", bytes.len());
-        assert!(bytes.len() > FRAMES_KEPT / 2, "{}", bytes.len());
     }
 }

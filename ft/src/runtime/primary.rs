@@ -351,6 +351,13 @@ impl Talk for PrimaryTalk {
                 core.event(PrimaryEvent::Loaded(Epoch(number()?)));
                 false
             }
+            Kind::StoreWaits => {
+                // One that came meanwhile will do.
+                if number()? >= core.pair.epoch() {
+                    core.event(PrimaryEvent::StoreWaits);
+                }
+                false
+            }
             Kind::Answer => {
                 core.event(PrimaryEvent::Answered(number()?));
                 false

@@ -205,7 +205,7 @@ impl Desk {
         wish: Wish,
     ) -> Result<(), String> {
         self.expect_owner()?;
-        self.expect_no_store("protected by a copy")?;
+        self.expect_store_fits(resync)?;
         let (answer, answered) = sync_channel(1);
         let gone = "the guest has ended".to_owned();
         if lock(&self.shared.core).is_some() {
@@ -242,6 +242,20 @@ impl Desk {
                  `tandem failover`"
                     .into(),
             ),
+        }
+    }
+
+    /// A copy makes checkpoints for a store of an image that it keeps, and outputs wait for one of the two.
+    fn expect_store_fits(&self, resync: ResyncMode) -> Result<(), String> {
+        let status = self.pair.lock_status();
+        match &status.checkpoints {
+            Some(checkpoints) if checkpoints.commit => Err(
+                "outputs of the guest wait for its store (--commit), and cannot wait for a copy too".into(),
+            ),
+            Some(_) if resync == ResyncMode::Stopped => Err(
+                "the guest's checkpoints in a store would come from its copy, which needs --resync running for that".into(),
+            ),
+            _ => Ok(()),
         }
     }
 

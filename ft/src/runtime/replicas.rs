@@ -34,6 +34,8 @@ pub(super) struct Replicas {
     /// Blocks that were copied since that was kept, by disk.
     copied: Vec<(u8, RoaringBitmap)>,
     kept: Instant,
+    /// What either side wrote since the checkpoint before, of disks of a guest whose checkpoints go to a store.
+    changed: Vec<(u8, RoaringBitmap)>,
 }
 
 impl Replicas {
@@ -79,6 +81,7 @@ impl Replicas {
             bases: offer.bases.clone(),
             planned: Vec::new(),
             kept: Instant::now(),
+            changed: Vec::new(),
         })
     }
 
@@ -209,7 +212,17 @@ impl Replicas {
         };
         staging.clear()?;
         let own = pair.take_written();
-        let mut take = |_: &Image, extent: Extent, content: &[u8]| staging.put(extent, content);
+        let stored = pair.stored().is_some();
+        let changed = &mut self.changed;
+        if stored {
+            changed.extend(own.iter().cloned());
+        }
+        let mut take = |image: &Image, extent: Extent, content: &[u8]| {
+            if stored {
+                changed.push((image.disk, extent.numbers()));
+            }
+            staging.put(extent, content)
+        };
         mirror::answer(link, &pair.images(), seed, None, own, &mut take)
     }
 
@@ -230,7 +243,10 @@ impl Replicas {
                 changed.push(changes);
             }
         }
-        staging.apply(&images)?;
+        let applied = staging.apply(&images);
+        // Whoever reads them before has to read them again.
+        pair.feed().wrote(std::mem::take(&mut self.changed));
+        applied?;
         changed.iter().for_each(|changes| changes.end_parts());
         if let Some(base) = base {
             pair.propose(base);

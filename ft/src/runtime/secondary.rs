@@ -125,6 +125,7 @@ impl Invitation {
         let mut receiver = Receiver::new(self.link);
         receiver.expect_no_silence(true);
         let mut image = Image::new(self.offer.mode, memory, beside);
+        image.give_to_store(pair);
         loop {
             match receiver.next(&|| core.is_over())? {
                 Part::Pages(batch) => image.apply(batch)?,
@@ -338,6 +339,9 @@ impl Core {
             status.reason = "it gets its first checkpoint".into();
             status.term = term.0;
             status.resync = offer.mode.name().into();
+        }
+        if let Some(stored) = &offer.store {
+            pair.set_stored(stored.clone());
         }
         let now = Instant::now();
         if let Some(wish) = offer.modes {
@@ -669,6 +673,10 @@ impl Talk for SecondaryTalk {
             Kind::Cut => self.cut(Epoch(number()?)),
             Kind::Committed => pair.committed(number()?),
             Kind::Beat => drop(core.event(SecondaryEvent::Beat(number()?))),
+            Kind::Store => match number()? {
+                u64::MAX => return Err("the store's last term is over".into()),
+                term => pair.feed().grant(Term(term)),
+            },
             Kind::Term => drop(core.event(SecondaryEvent::TermIs(Term(number()?)))),
             Kind::End => drop(core.event(SecondaryEvent::Dismissed)),
             kind => return Err(format!("the primary said {kind:?}")),

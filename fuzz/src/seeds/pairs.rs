@@ -56,6 +56,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         mode,
         modes: Some(Wish::default()),
         bases: None,
+        store: None,
         hello: Hello {
             description: "kernel = '/k'\n".into(),
             hardware: state().hardware,
@@ -182,6 +183,7 @@ pub(super) fn pairing() -> Vec<Seed> {
                     (Kind::ConsoleInput, b"typed"),
                     (Kind::Settled, &number(1)),
                     (Kind::Term, &number(2)),
+                    (Kind::Store, &number(1)),
                     (Kind::Cut, &number(2)),
                     (Kind::Committed, &number(1)),
                     (Kind::Beat, &number(9)),
@@ -196,6 +198,7 @@ pub(super) fn pairing() -> Vec<Seed> {
                 &[
                     (Kind::Beat, &number(u64::MAX)),
                     (Kind::Cut, &number(u64::MAX)),
+                    (Kind::Store, &number(u64::MAX)),
                     (Kind::Term, &number(u64::MAX)),
                 ],
             ),

@@ -11,9 +11,9 @@ use std::sync::Arc;
 use roaring::RoaringBitmap;
 use tandem_ft::mirror::Image;
 use tandem_ft::runtime::Pair;
-use tandem_vmm::migration::pages::{BATCH_PAGES, Batch};
+use tandem_vmm::migration::pages::Batch;
 
-use crate::{PAGE, Page, StoreError};
+use crate::{PAGE, StoreError};
 
 /// Blocks that may be read while the guest's writes wait: 4 MiB.
 const LEFT_BLOCKS_MAX: u64 = 1024;
@@ -40,7 +40,7 @@ pub(super) struct Held(Arc<Pair>);
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.0.let_disks_go();
+        self.0.let_disks_go_for_store();
     }
 }
 
@@ -72,23 +72,14 @@ impl Disks {
     /// All of them is to be handed over: what may hold something, or, if the store may have `other` content, everything.
     pub(super) fn all(&mut self, other: bool) -> Result<(), StoreError> {
         for disk in &mut self.disks {
-            let end = disk.image.bytes().div_ceil(PAGE as u64);
-            if other {
-                disk.left.insert_range(0..last(end));
-                continue;
-            }
-            let data = disk.image.data();
-            for bytes in data.map_err(|error| unreadable(&disk.image, error))? {
-                let blocks = bytes.start / PAGE as u64..bytes.end.div_ceil(PAGE as u64);
-                disk.left.insert_range(last(blocks.start)..last(blocks.end));
-            }
+            disk.left |= blocks_of(&disk.image, other)?;
         }
         Ok(())
     }
 
     /// Takes in what was written meanwhile; how many blocks are left.
     fn pending(&mut self) -> u64 {
-        for (number, written) in self.pair.take_written_so_far() {
+        for (number, written) in self.pair.take_stored() {
             let disk = self.disks.iter_mut().find(|d| d.image.disk() == number);
             if let Some(disk) = disk {
                 disk.left |= written;
@@ -113,7 +104,7 @@ impl Disks {
 
     /// The guest, which stands, waits with writes until what is returned is dropped.
     pub(super) fn hold(&mut self) -> Held {
-        self.pair.hold_disks();
+        self.pair.hold_disks_for_store();
         self.pending();
         Held(Arc::clone(&self.pair))
     }
@@ -147,33 +138,28 @@ impl Disks {
 }
 
 /// Reads blocks of an image, in batches.
-fn copy_blocks(
+pub(super) fn copy_blocks(
     image: &Image,
     blocks: &RoaringBitmap,
     give: &mut dyn FnMut(Batch) -> Result<(), StoreError>,
 ) -> Result<(), StoreError> {
-    let mut batch = Batch::default();
-    let mut content: Box<[Page]> = vec![[0; PAGE]; BATCH_PAGES].into_boxed_slice();
-    let mut blocks = blocks.iter().peekable();
-    while let Some(first) = blocks.next() {
-        let mut count = 1;
-        while count < BATCH_PAGES && blocks.next_if_eq(&(first + count as u32)).is_some() {
-            count += 1;
-        }
-        let pages = &mut content[..count];
-        let read = image.read_blocks(u64::from(first), pages.as_flattened_mut());
-        read.map_err(|error| unreadable(image, error))?;
-        for (number, page) in (u64::from(first)..).zip(pages.iter()) {
-            batch.add_page(number, page);
-            if batch.is_full() {
-                give(std::mem::take(&mut batch))?;
-            }
-        }
+    image.copy_blocks(blocks, |error| unreadable(image, error), give)
+}
+
+/// The blocks of an image that may hold something; or, if the store may have `other` content, all of them.
+pub(super) fn blocks_of(image: &Image, other: bool) -> Result<RoaringBitmap, StoreError> {
+    let mut blocks = RoaringBitmap::new();
+    let end = image.bytes().div_ceil(PAGE as u64);
+    if other {
+        blocks.insert_range(0..last(end));
+        return Ok(blocks);
     }
-    match batch.is_empty() {
-        true => Ok(()),
-        false => give(batch),
+    let data = image.data();
+    for bytes in data.map_err(|error| unreadable(image, error))? {
+        let data = bytes.start / PAGE as u64..bytes.end.div_ceil(PAGE as u64);
+        blocks.insert_range(last(data.start)..last(data.end));
     }
+    Ok(blocks)
 }
 
 /// Disks of guests that have checkpoints are not larger than there are numbers of blocks.

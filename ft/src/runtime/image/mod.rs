@@ -13,7 +13,7 @@ use tandem_vmm::memory;
 use tandem_vmm::snapshot::SnapshotError;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{ProtectionError, ResyncMode};
+use super::{Pair, ProtectionError, ResyncMode};
 
 mod second;
 mod stage;
@@ -45,6 +45,15 @@ impl Image {
         match mode {
             ResyncMode::Running => Self::Second(Base::new(beside)),
             ResyncMode::Stopped => Self::Staged(Stage::new(Arc::clone(guest), beside)),
+        }
+    }
+
+    /// What is beside, before anything came, is given to the store to which checkpoints of `pair` go, if they do.
+    pub(super) fn give_to_store(&mut self, pair: &Arc<Pair>) {
+        if let Self::Second(base) = self
+            && pair.stored().is_some()
+        {
+            base.give_to_store(Arc::clone(pair));
         }
     }
 
@@ -109,7 +118,7 @@ fn occupied(memory: &GuestMemory) -> u64 {
 }
 
 /// Adds pages that came to `pages`.
-fn note(pages: &mut PageSet) -> impl FnMut(u64) {
+pub(super) fn note(pages: &mut PageSet) -> impl FnMut(u64) {
     |frame| {
         let known = pages.insert(frame);
         debug_assert!(known, "pages are guest memory");

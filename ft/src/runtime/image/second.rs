@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use tandem_devices::GuestMemory;
 use tandem_vmm::dirty::PageSet;
-use tandem_vmm::migration::pages;
+use tandem_vmm::migration::{MigrationError, pages};
 use tandem_vmm::snapshot::SnapshotError;
 
-use super::super::ProtectionError;
+use super::super::{Pair, ProtectionError};
 use super::{copy_error, copy_pages, note, occupied};
 use crate::delta;
 
@@ -17,6 +17,8 @@ use crate::delta;
 pub(in super::super) struct Base {
     memory: Arc<GuestMemory>,
     fresh: PageSet,
+    /// The guest's, if the image is given to a store.
+    stored: Option<Arc<Pair>>,
 }
 
 impl Base {
@@ -24,16 +26,40 @@ impl Base {
         Self {
             fresh: PageSet::covering(&memory),
             memory,
+            stored: None,
         }
     }
 
+    /// The image is given to the store of `pair`.
+    pub(super) fn give_to_store(&mut self, pair: Arc<Pair>) {
+        pair.feed().begin(&self.memory);
+        self.stored = Some(pair);
+    }
+
+    /// Puts pages into the image by `put`, which tells of their frames.
+    fn change_by(
+        &mut self,
+        put: impl FnOnce(&GuestMemory, &mut dyn FnMut(u64)) -> Result<(), MigrationError>,
+    ) -> Result<(), ProtectionError> {
+        let mut seen = note(&mut self.fresh);
+        let put = match &self.stored {
+            None => put(&self.memory, &mut seen),
+            Some(pair) => pair.feed().change(|left| {
+                put(&self.memory, &mut |frame| {
+                    seen(frame);
+                    left(frame);
+                })
+            }),
+        };
+        Ok(put?)
+    }
+
     pub(super) fn apply(&mut self, batch: &[u8]) -> Result<(), ProtectionError> {
-        Ok(pages::apply(batch, &self.memory, note(&mut self.fresh))?)
+        self.change_by(|memory, seen| pages::apply(batch, memory, seen))
     }
 
     pub(super) fn change(&mut self, deltas: &[u8]) -> Result<(), ProtectionError> {
-        let seen = note(&mut self.fresh);
-        Ok(delta::apply(deltas, &self.memory, seen)?)
+        self.change_by(|memory, seen| delta::apply(deltas, memory, seen))
     }
 
     pub(super) fn loader(
