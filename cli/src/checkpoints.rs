@@ -1,10 +1,15 @@
 //! Checkpoints of a guest in a store: `tandem run --checkpoint`, and what `tandem resume` has in common with it.
 
-use tandem_store::capture::{Begin, Capture, Captured, Owned, Plan};
+use std::path::Path;
+use std::time::Duration;
+
+use tandem_ft::arbiter::Owner;
+use tandem_ft::runtime::{Pair, ProtectionError, Stored};
+use tandem_store::capture::{Begin, Capture, Captured, INTERVAL_MAX, INTERVAL_MIN, Owned, Plan};
 use tandem_store::guest::{Tenancy, Whole};
-use tandem_store::owner::{SharedArbiter, this_host};
+use tandem_store::owner::{SharedArbiter, kin_of, this_host, this_host_of};
 use tandem_store::seal::Key;
-use tandem_store::{Options, Store, StoreError};
+use tandem_store::{Options, Place, Store, StoreError};
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::machine::Machine;
 
@@ -78,8 +83,9 @@ impl Opened {
                 place: self.place,
             });
         }
-        let tenancy = self.guest.begin_anew(&self.arbiter, &this_host()?)?;
-        Ok(self.owned(tenancy))
+        let owner = this_host()?;
+        let tenancy = self.guest.begin_anew(&self.arbiter, &owner)?;
+        Ok(self.owned(owner, Some(tenancy)))
     }
 
     /// Takes the guest, which goes on from the newest checkpoint that is whole, as far as can be seen and as `check`
@@ -91,14 +97,26 @@ impl Opened {
         self,
         check: &mut dyn FnMut(&tandem_store::manifest::Manifest) -> Result<(), StoreError>,
     ) -> Result<Owned, Failure> {
-        let tenancy = self
-            .guest
-            .resume_checked(&self.arbiter, &this_host()?, check)?;
-        Ok(self.owned(tenancy))
+        let owner = this_host()?;
+        let tenancy = self.guest.resume_checked(&self.arbiter, &owner, check)?;
+        Ok(self.owned(owner, Some(tenancy)))
     }
 
-    fn owned(self, tenancy: Tenancy) -> Owned {
-        for passed_over in tenancy.from.iter().flat_map(|whole| &whole.passed_over) {
+    /// Takes nothing: this host is to have a copy of the guest of `kin`, and makes checkpoints once it is told to.
+    ///
+    /// # Errors
+    /// When the host has no random bytes.
+    pub(crate) fn follow(self, kin: u64) -> Result<Owned, Failure> {
+        let owner = this_host_of(kin)?;
+        Ok(self.owned(owner, None))
+    }
+
+    fn owned(self, owner: Owner, tenancy: Option<Tenancy>) -> Owned {
+        let (tenure, from) = match tenancy {
+            Some(Tenancy { tenure, from }) => (Some(tenure), from),
+            None => (None, None),
+        };
+        for passed_over in from.iter().flat_map(|whole| &whole.passed_over) {
             output::tell(&format!(
                 "tandem: passed over, as it is damaged: {passed_over}"
             ));
@@ -107,11 +125,52 @@ impl Opened {
             place: self.place,
             guest: self.guest,
             arbiter: self.arbiter,
-            tenure: tenancy.tenure,
-            base: tenancy.from.map(|whole| whole.manifest),
+            owner,
+            tenure,
+            base: from.map(|whole| whole.manifest),
             unraced: self.unraced,
         }
     }
+}
+
+/// Sees to it that copies of the guest of `pair` are told of its store, unless it can have none.
+pub(crate) fn tell_copies(pair: &Pair, checkpoints: &Checkpoints, owned: &Owned) {
+    let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let Checkpoints { store, key, plan } = checkpoints;
+    if plan.commit {
+        return;
+    }
+    let place = match store.directory() {
+        Some(directory) => Place::Directory(absolute(directory)),
+        None => store.clone(),
+    };
+    pair.set_stored(Stored {
+        place: place.to_string(),
+        key: key.as_deref().map(absolute),
+        kin: kin_of(&owned.owner),
+        every_ms: plan.interval.as_millis() as u64,
+    });
+}
+
+/// What a primary said of the store of its guest, as settings of its copy.
+///
+/// # Errors
+/// When that cannot be.
+pub(crate) fn told(stored: &Stored) -> Result<Checkpoints, Failure> {
+    let garbled = |what: String| Failure::from(ProtectionError::Garbled(what));
+    let place: Result<Place, _> = stored.place.parse();
+    let interval = Duration::from_millis(stored.every_ms);
+    if !(INTERVAL_MIN..=INTERVAL_MAX).contains(&interval) {
+        return Err(garbled(format!("checkpoints every {interval:?}")));
+    }
+    Ok(Checkpoints {
+        store: place.map_err(|error| garbled(format!("a store whose address {error}")))?,
+        key: stored.key.clone(),
+        plan: Plan {
+            interval,
+            commit: false,
+        },
+    })
 }
 
 fn options(checkpoints: &Checkpoints) -> Result<Options, Failure> {

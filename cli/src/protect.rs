@@ -48,7 +48,7 @@ pub(crate) fn run(
         None => None,
     };
     let store = match &launch.checkpoints {
-        Some(checkpoints) => Some((Opened::open(checkpoints, &name)?, checkpoints.plan)),
+        Some(checkpoints) => Some((Opened::open(checkpoints, &name)?, checkpoints.clone())),
         None => None,
     };
     let started = context.started;
@@ -61,12 +61,19 @@ pub(crate) fn run(
         };
         let machine = Machine::open(config, surroundings(confinement, &made.0), started)?;
         let description = made.1.clone();
+        let store = match store {
+            Some((opened, settings)) => {
+                let owned = opened.begin_anew(anew)?;
+                checkpoints::tell_copies(&made.0, &settings, &owned);
+                Some((owned, settings.plan))
+            }
+            None => None,
+        };
         let guest = guest(&machine, made, confinement, place, keeper);
         let beside = beside(guest, protect, |_| {})?;
-        let Some((opened, plan)) = store else {
+        let Some((owned, plan)) = store else {
             return Ok((machine, beside));
         };
-        let owned = opened.begin_anew(anew)?;
         // It runs before it answers.
         let how = (plan, Begin::Runs);
         let beside = checkpoints::beside(beside, &machine, description, confinement, owned, how);

@@ -45,8 +45,8 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
     if args.dry_run {
         return print_plan(launch, context.format);
     }
-    let plan = launch.checkpoints.as_ref().map(|c| c.plan);
-    let plan = plan.unwrap_or_default();
+    let settings = launch.checkpoints.clone().unwrap_or(store);
+    let plan = settings.plan;
     run_machine(launch, context, |config, confinement, place| {
         let made = (protect::pair(&config, false)?, describe(&config));
         let surroundings = protect::surroundings(confinement, &made.0);
@@ -70,6 +70,7 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
         made.0
             .go_on_from(outputs_of(&manifest))
             .map_err(|error| Failure::Protection(Box::new(error)))?;
+        checkpoints::tell_copies(&made.0, &settings, &owned);
         made.0.announce(&macs);
         tell(&owned, &manifest, context.quiet);
         let description = made.1.clone();
@@ -180,7 +181,8 @@ fn macs(config: &MachineConfig) -> Vec<[u8; 6]> {
 fn tell(owned: &Owned, manifest: &Manifest, quiet: bool) {
     let begun = UNIX_EPOCH + Duration::from_millis(manifest.begun_ms);
     let age = SystemTime::now().duration_since(begun).unwrap_or_default();
-    let (id, term) = (manifest.id, owned.tenure.term);
+    let id = manifest.id;
+    let term = owned.tenure.as_ref().map_or(id.term, |own| own.term.0);
     let name = owned.guest.name();
     let seconds = age.as_secs_f64();
     tracing::info!(%id, %term, seconds, "the guest goes on from a checkpoint");

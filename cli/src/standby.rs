@@ -12,6 +12,7 @@ use tandem_ft::runtime::status::{Role, Status};
 use tandem_ft::runtime::{
     CALLS_TIMEOUT, Calls, Claims, Invitation, ProtectionError, Standby, Standbys, Taker,
 };
+use tandem_store::capture::{Begin, Owned};
 use tandem_vmm::config::ConsoleConfig;
 use tandem_vmm::confinement::ThreadKind;
 use tandem_vmm::error::causes;
@@ -21,6 +22,7 @@ use tandem_vmm::migration::MigrationError;
 use tandem_vmm::migration::tls::Keys;
 
 use crate::args::StandbyArgs;
+use crate::checkpoints::{self, Opened};
 use crate::client::Client;
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -110,13 +112,14 @@ fn one(
     calls: Box<dyn Calls>,
 ) -> Result<Exit, Failure> {
     let prepared = prepare(args, context, &invitation);
-    let (launch, claims, standbys) = match prepared {
+    let (launch, claims, standbys, store) = match prepared {
         Ok(prepared) => prepared,
         Err(failure) => {
             invitation.refuse(&failure.report());
             return Err(failure);
         }
     };
+    let plan = launch.checkpoints.as_ref().map(|store| store.plan);
     let (mut invitation, mut calls) = (Some(invitation), Some(calls));
     let ran = run_machine(launch, context, |config, confinement, place| {
         // As long as this process has one thread.
@@ -166,13 +169,20 @@ fn one(
         machine.become_copy();
         machine.start_paused();
         let handle = machine.handle();
-        let made = (pair, description);
+        let made = (pair, description.clone());
         let guest = protect::guest(&machine, made, confinement, place, Some(keeper));
         let beside = protect::beside(guest, None, move |desk| {
             if let Err(error) = joined.start(handle, desk) {
                 tracing::error!(%error, "the copy stands: it cannot follow its primary");
             }
         })?;
+        let beside = match store.zip(plan) {
+            Some((owned, plan)) => {
+                let how = (plan, Begin::Follows);
+                checkpoints::beside(beside, &machine, description, confinement, owned, how)
+            }
+            None => beside,
+        };
         Ok((machine, beside))
     });
     if let (Some(invitation), Err(failure)) = (invitation, &ran) {
@@ -186,7 +196,7 @@ fn prepare(
     args: &StandbyArgs,
     context: &RunContext,
     invitation: &Invitation,
-) -> Result<(Launch, Claims, Option<Standbys>), Failure> {
+) -> Result<(Launch, Claims, Option<Standbys>, Option<Owned>), Failure> {
     let hello = &invitation.offer.hello;
     let name = hello.hardware.name.clone();
     if let Err(error) = value::name(&name) {
@@ -215,10 +225,19 @@ fn prepare(
             mirror::make(&disk.config.path, *bytes).map_err(ProtectionError::from)?;
         }
     }
-    let launch = accept(settings.launch_restored(name), problems, None)?;
+    let mut launch = accept(settings.launch_restored(name.clone()), problems, None)?;
+    let store = match &invitation.offer.store {
+        Some(stored) => {
+            let told = checkpoints::told(stored)?;
+            let opened = Opened::find(&told, &name)?;
+            launch.checkpoints = Some(told);
+            Some(opened.follow(stored.kin)?)
+        }
+        None => None,
+    };
     let root = Root::new(context.runtime_dir.clone())?;
     make_way(&root, &launch.machine.name, invitation, &claims)?;
-    Ok((launch, claims, standbys.map(Standbys::new)))
+    Ok((launch, claims, standbys.map(Standbys::new), store))
 }
 
 /// What the file of the guest `name` says is another here than at the primary.

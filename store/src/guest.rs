@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use tandem_ft::arbiter::{Arbiter, Claim, Owner, Tenure};
+use tandem_ft::arbiter::{Arbiter, Claim, Owner, Tenure, Term};
 
 use crate::backend::{Backend, Created};
 use crate::envelope::{self, Kind};
@@ -253,6 +253,33 @@ impl Guest {
         let tenure = self.claim(arbiter, owner)?;
         self.start(arbiter, &tenure, None)?;
         Ok(Tenancy { tenure, from: None })
+    }
+
+    /// Takes the term after `before` of a guest that lives, for a host that begins to make its checkpoints. They follow
+    /// on the newest one that is whole, if there is one.
+    ///
+    /// # Errors
+    /// When another has that term or a newer one, or the storage fails.
+    pub fn succeed(
+        &self,
+        arbiter: &dyn Arbiter,
+        owner: &Owner,
+        before: Term,
+    ) -> Result<Tenancy, StoreError> {
+        let tenure = Tenure {
+            term: before.next(),
+            owner: owner.clone(),
+        };
+        self.expect_owner(arbiter, &tenure)?;
+        self.refresh()?;
+        let from = match self.newest_whole() {
+            // The guest is there, whatever became of them.
+            Err(StoreError::NoCheckpoint { .. }) => None,
+            found => found?,
+        };
+        let base = from.as_ref().map(|whole| whole.manifest.id);
+        self.start(arbiter, &tenure, base)?;
+        Ok(Tenancy { tenure, from })
     }
 
     fn claim(&self, arbiter: &dyn Arbiter, owner: &Owner) -> Result<Tenure, StoreError> {

@@ -15,6 +15,14 @@
 //! overtaken finds out after its next manifest: it looks for the newest term only then, and whoever has that
 //! looked at the checkpoints after it had it. So either the new owner has seen the manifest, or the old one
 //! does not take it for complete. No clock is asked; how late a late write is does not matter.
+//!
+//! # Hosts that have a guest together
+//!
+//! A guest and its copy are *kin* ([`kin_of`]). Whichever of them begins to make the checkpoints takes the next
+//! term, as anybody does, so what the other may still write does not count; but that one need not end. Who is no kin
+//! and takes a term takes the guest: both look for that, and end. Which of the two has the guest is not for
+//! the store to say, but for the pair's own arbiter; only its owner takes a term unasked, and lets its copy take the
+//! one after its own.
 
 use std::collections::BTreeMap;
 
@@ -171,7 +179,33 @@ pub fn claim_next(
     }
 }
 
-/// Who this process is, to whoever decides who owns guests. Each call is another claimant.
+/// What claimants have in common whose hosts have a guest together: the first half of their ids. One of them takes
+/// a guest from another in order to make its checkpoints; to everybody else it is taken for good.
+pub fn kin_of(owner: &Owner) -> u64 {
+    let [kin @ .., _, _, _, _, _, _, _, _] = owner.claimant.to_bytes();
+    u64::from_be_bytes(kin)
+}
+
+/// Whether both have the same guest together.
+pub fn are_kin(one: &Owner, other: &Owner) -> bool {
+    kin_of(one) == kin_of(other)
+}
+
+/// Who this process is, as [`this_host`] says, as kin to those of `kin`.
+///
+/// # Errors
+/// As that.
+pub fn this_host_of(kin: u64) -> Result<Owner, StoreError> {
+    let owner = this_host()?;
+    let mut id = owner.claimant.to_bytes();
+    id[..size_of::<u64>()].copy_from_slice(&kin.to_be_bytes());
+    Ok(Owner {
+        claimant: Claimant::from_bytes(id),
+        ..owner
+    })
+}
+
+/// Who this process is, to whoever decides who owns guests. Each call is another claimant, which is kin to nobody.
 ///
 /// # Errors
 /// When the host has no random bytes.
@@ -311,21 +345,24 @@ impl ObjectArbiter {
 
     fn take(&self, guest: &str, term: Term, owner: &Owner) -> Result<Claim, StoreError> {
         let newest = self.newest(guest)?;
-        if newest.as_ref().is_none_or(|newest| newest.term < term) {
-            let next = newest.map_or(Term::FIRST, |newest| newest.term.next());
-            if term != next {
-                let guest = guest.to_owned();
-                return Err(ArbiterError::Gap { guest, term, next }.into());
-            }
-            // Whether it was made or taken: what counts is what is there then, as in a directory.
-            let (Created::Yes | Created::Taken) = self.create(guest, term, owner)?;
+        let next = match newest {
+            Some(found) if found.term >= term => return Ok(outcome(found, term, owner)),
+            newest => newest.map_or(Term::FIRST, |newest| newest.term.next()),
+        };
+        if term != next {
+            let guest = guest.to_owned();
+            return Err(ArbiterError::Gap { guest, term, next }.into());
         }
+        // Whether it was made or taken: what counts is what is there then, as in a directory.
+        let (Created::Yes | Created::Taken) = self.create(guest, term, owner)?;
         match self.newest(guest)? {
-            Some(found) if found.term == term && found.owner.claimant == owner.claimant => {
-                self.tidy(guest);
-                Ok(Claim::Won)
+            Some(found) if found.term >= term => {
+                let claim = outcome(found, term, owner);
+                if claim == Claim::Won {
+                    self.tidy(guest);
+                }
+                Ok(claim)
             }
-            Some(found) if found.term >= term => Ok(Claim::Lost(found)),
             _ => Err(StoreError::Missing {
                 name: Self::name(guest, term),
             }),
@@ -352,6 +389,14 @@ impl ObjectArbiter {
                 tracing::debug!(%error, %term, "an old term is left behind");
             }
         }
+    }
+}
+
+/// What it means for a claim of `term` that `found` is the newest, and not older.
+fn outcome(found: Tenure, term: Term, owner: &Owner) -> Claim {
+    match found.term == term && found.owner.claimant == owner.claimant {
+        true => Claim::Won,
+        false => Claim::Lost(found),
     }
 }
 

@@ -118,6 +118,8 @@ fn checkpoints_need_a_store_and_nothing_that_others_have_too() {
         (Duration::from_millis(50), true)
     );
     assert_eq!(problems("").expect("nothing is said"), None);
+    let both = format!("checkpoint = '{there}'\nprotect = 'h:1'\narbiter = '{there}'");
+    assert!(problems(&both).expect("they fit").is_some());
     for (text, told) in [
         (
             "checkpoint = '/no/such/place'".to_owned(),
@@ -133,8 +135,12 @@ fn checkpoints_need_a_store_and_nothing_that_others_have_too() {
             "store-key: it cannot be used",
         ),
         (
-            format!("checkpoint = '{there}'\nprotect = 'h:1'\narbiter = '{there}'"),
-            "protect: a guest that has checkpoints",
+            format!("{both}\ncommit = true"),
+            "commit: outputs of a guest that has a copy wait for that",
+        ),
+        (
+            format!("{both}\nresync = 'stopped'"),
+            "resync: the copy makes the checkpoints",
         ),
         ("checkpoint = 's3://bucket/x'".to_owned(), "--confine off"),
     ] {

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use rustix::thread::{CpuSet, sched_getaffinity};
-use tandem_ft::runtime::STANDBYS_MAX;
+use tandem_ft::runtime::{ResyncMode, STANDBYS_MAX};
 use tandem_store::seal::Key;
 use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
 use tandem_vmm::confinement::{Enforcement, credentials};
@@ -400,13 +400,26 @@ fn checkpoints(settings: &Settings, problems: &mut Problems) {
         let why = causes(&error);
         problems.add(key.at, "store-key", format!("it cannot be used: {why}"));
     }
-    if let Some(protect) = &settings.protect {
-        let message = "a guest that has checkpoints in a store cannot have a copy too";
-        problems.add(protect.at, "protect", message);
+    if settings.protect.is_some() {
+        checkpoints_of_pair(settings, problems);
     }
     if let Some(vsock) = &settings.vsock {
         let message = "a guest that has checkpoints in a store cannot have it: programs of one host are at its other end";
         problems.add(vsock.at, "vsock", message);
+    }
+}
+
+/// Reports what a guest cannot have that has a copy, which makes its checkpoints.
+fn checkpoints_of_pair(settings: &Settings, problems: &mut Problems) {
+    if let Some(commit) = settings.commit.as_ref().filter(|commit| commit.value) {
+        let message = "outputs of a guest that has a copy wait for that, and cannot wait for a store too; allowed without `protect`";
+        problems.add(commit.at, "commit", message);
+    }
+    if let Some(resync) = &settings.resync
+        && resync.value == ResyncMode::Stopped
+    {
+        let message = "the copy makes the checkpoints, of an image that it keeps only with `running`; `stopped` is allowed without `checkpoint`";
+        problems.add(resync.at, "resync", message);
     }
 }
 

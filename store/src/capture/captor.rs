@@ -134,7 +134,7 @@ impl<'a> Captor<'a> {
                 return Err(error);
             }
         };
-        let sections = self.sections(&cut.state, cut.outputs)?;
+        let sections = sections(&self.plan, cut.state.to_bytes()?, cut.outputs)?;
         let description = self.guest.description.clone();
         self.give(Job::Commit {
             description,
@@ -147,7 +147,7 @@ impl<'a> Captor<'a> {
         Ok(Made {
             committed,
             stood: cut.made.since,
-            pause: cut.made.pause,
+            pause: Some(cut.made.pause),
             left: cut.made.left,
         })
     }
@@ -236,28 +236,6 @@ impl<'a> Captor<'a> {
         }
     }
 
-    fn sections(
-        &self,
-        state: &GuestState,
-        outputs: Option<Outputs>,
-    ) -> Result<Vec<Section>, StoreError> {
-        let plan = rmp_serde::to_vec_named(&self.plan).map_err(|error| StoreError::Ended {
-            what: error.to_string(),
-        })?;
-        let mut sections = vec![
-            Section::new(STATE, STATE_VERSION, state.to_bytes()?),
-            Section::new(PLAN, SECTION_VERSION, plan),
-        ];
-        if let Some(outputs) = outputs {
-            sections.push(Section::new(
-                OUTPUTS,
-                SECTION_VERSION,
-                outputs.to_bytes().map_err(Box::new)?,
-            ));
-        }
-        Ok(sections)
-    }
-
     /// Waits until the checkpoint is complete.
     fn complete(&mut self) -> Result<Committed, StoreError> {
         match self.wait()? {
@@ -288,19 +266,44 @@ impl<'a> Captor<'a> {
     }
 
     fn wait(&self) -> Result<End, StoreError> {
-        loop {
-            if let Some(end) = self.uploads.end_within(LOOK)? {
-                return Ok(end);
-            }
-            if self.shared.stopping.load(Ordering::SeqCst) {
-                return Err(gone());
-            }
+        wait_end(&self.uploads, self.shared)
+    }
+}
+
+/// Waits until a checkpoint that was begun has ended, however.
+pub(super) fn wait_end(uploads: &Uploads, shared: &Shared) -> Result<End, StoreError> {
+    loop {
+        if let Some(end) = uploads.end_within(LOOK)? {
+            return Ok(end);
+        }
+        if shared.stopping.load(Ordering::SeqCst) {
+            return Err(gone());
         }
     }
 }
 
+/// What is in a checkpoint besides pages and blocks.
+pub(super) fn sections(
+    plan: &Plan,
+    state: Vec<u8>,
+    outputs: Option<Outputs>,
+) -> Result<Vec<Section>, StoreError> {
+    let plan = rmp_serde::to_vec_named(plan).map_err(|error| StoreError::Ended {
+        what: error.to_string(),
+    })?;
+    let mut sections = vec![
+        Section::new(STATE, STATE_VERSION, state),
+        Section::new(PLAN, SECTION_VERSION, plan),
+    ];
+    if let Some(outputs) = outputs {
+        let outputs = outputs.to_bytes().map_err(Box::new)?;
+        sections.push(Section::new(OUTPUTS, SECTION_VERSION, outputs));
+    }
+    Ok(sections)
+}
+
 /// Waits until all that was handed over is in the store, or in a pack that is being filled.
-fn drain(uploads: &Uploads, shared: &Shared) -> Result<(), StoreError> {
+pub(super) fn drain(uploads: &Uploads, shared: &Shared) -> Result<(), StoreError> {
     while uploads.waiting() > 0 {
         if shared.stopping.load(Ordering::SeqCst) {
             return Err(gone());

@@ -18,17 +18,19 @@
 mod captor;
 pub mod disks;
 mod sink;
+mod stream;
 mod tally;
 mod thread;
+mod watch;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tandem_ft::arbiter::Tenure;
+use tandem_ft::arbiter::{Owner, Tenure};
 use tandem_ft::runtime::Pair;
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, Outcome};
@@ -55,6 +57,10 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
 const LAST_OUTPUTS_PATIENCE: Duration = Duration::from_secs(1);
 /// Stack of the thread that captures, in bytes.
 const THREAD_STACK: usize = 1 << 20;
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// How checkpoints are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,8 +118,10 @@ pub struct Owned {
     pub guest: Guest,
     /// Who decides who owns it.
     pub arbiter: SharedArbiter,
-    /// In which term it is this process's.
-    pub tenure: Tenure,
+    /// Who this process is there.
+    pub owner: Owner,
+    /// In which term it is this process's; nothing while this is a copy that has yet to be told to make checkpoints.
+    pub tenure: Option<Tenure>,
     /// From which checkpoint it goes on.
     pub base: Option<Manifest>,
     /// The store, if its storage has yet to race.
@@ -129,11 +137,15 @@ pub enum Begin {
     LetRun,
     /// It stands until its user lets it run.
     Stands,
+    /// It is a copy, which others let run and stand.
+    Follows,
 }
 
 /// Makes checkpoints of a guest for as long as it lives.
 pub struct Capture {
     thread: JoinHandle<()>,
+    /// Ends who looks for other owners when it goes.
+    watch: SyncSender<()>,
     pair: Arc<Pair>,
     shared: Arc<Shared>,
     stop: SyncSender<()>,
@@ -148,6 +160,10 @@ struct Shared {
     over: AtomicBool,
     /// The store knows that.
     settled: AtomicBool,
+    /// Another has the guest, and it ends here.
+    fenced: AtomicBool,
+    /// The term in which this process makes checkpoints, or did last.
+    tenure: Mutex<Option<Tenure>>,
 }
 
 impl Capture {
@@ -164,9 +180,13 @@ impl Capture {
         if plan.commit {
             guest.pair.hold_outputs();
         }
-        guest.pair.follow_disks();
+        if begin != Begin::Follows {
+            guest.pair.follow_disks();
+        }
+        let guest = Arc::new(guest);
         let pair = Arc::clone(&guest.pair);
         let shared = Arc::<Shared>::default();
+        let watch = watch::start(&guest, &owned, &shared)?;
         let (stop, stopped) = sync_channel(1);
         let (tell, ended) = sync_channel(1);
         let told = Arc::clone(&shared);
@@ -184,6 +204,7 @@ impl Capture {
         })?;
         Ok(Self {
             thread,
+            watch,
             pair,
             shared,
             stop,
@@ -197,6 +218,8 @@ impl Capture {
         let over = matches!(outcome, Some(Outcome::PowerOff | Outcome::Reset));
         self.shared.over.store(over, Ordering::SeqCst);
         self.shared.stopping.store(true, Ordering::SeqCst);
+        // It may wait for the store, and does no harm.
+        drop(self.watch);
         // It may have ended.
         let _ = self.stop.try_send(());
         match self.ended.recv_timeout(FINISH_TIMEOUT) {

@@ -3,22 +3,23 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tandem_ft::arbiter::Tenure;
 use tandem_ft::percentiles::Samples;
 use tandem_ft::runtime::Pair;
 use tandem_ft::runtime::status::Checkpoints;
 use tandem_vmm::error::causes;
 
 use super::{Owned, Plan};
-use crate::StoreError;
 use crate::write::Committed;
+use crate::{CheckpointId, StoreError};
 
 /// A checkpoint that is complete.
 pub(super) struct Made {
     pub(super) committed: Committed,
     /// When the guest began to stand for it.
     pub(super) stood: Instant,
-    /// How long it stood.
-    pub(super) pause: Duration,
+    /// How long it stood for that; nothing if it stood for its copy.
+    pub(super) pause: Option<Duration>,
     /// Pages that were copied meanwhile.
     pub(super) left: u64,
 }
@@ -38,7 +39,7 @@ impl Tally {
             store: owned.place.clone(),
             every_ms: plan.interval.as_millis() as u64,
             commit: plan.commit,
-            term: owned.tenure.term.0,
+            term: owned.tenure.as_ref().map_or(0, |tenure| tenure.term.0),
             last: base.map(|base| base.id.to_string()),
             ..Checkpoints::default()
         };
@@ -62,7 +63,9 @@ impl Tally {
     /// A checkpoint is complete.
     pub(super) fn made(&mut self, made: &Made) {
         let (id, counts) = (made.committed.id, made.committed.counts);
-        self.pauses.add(made.pause);
+        if let Some(pause) = made.pause {
+            self.pauses.add(pause);
+        }
         self.times.add(made.stood.elapsed());
         self.told.stood = Some(made.stood);
         self.told.last = Some(id.to_string());
@@ -77,6 +80,23 @@ impl Tally {
         tracing::debug!(
             %id, pause = ?made.pause, left = made.left, ?counts, "a checkpoint is complete"
         );
+        self.tell();
+    }
+
+    /// This host makes them, in this term of the store.
+    pub(super) fn took(&mut self, tenure: &Tenure, base: Option<CheckpointId>) {
+        self.told.term = tenure.term.0;
+        self.told.last = base.map(|id| id.to_string()).or(self.told.last.take());
+        self.tell();
+    }
+
+    /// The guest's copy makes them from now on, or somebody who has the guest with this host.
+    pub(super) fn left(&mut self) {
+        let text = "the guest's copy makes its checkpoints from now on";
+        self.pair.tell("checkpoint", text.to_owned());
+        // How old the newest is is known there.
+        self.told.stood = None;
+        self.told.failing = None;
         self.tell();
     }
 

@@ -4,6 +4,9 @@ use std::sync::Barrier;
 use std::thread;
 
 use super::*;
+use crate::guest::Tenancy;
+use crate::owner::{are_kin, kin_of, this_host, this_host_of};
+use crate::write::Writer;
 use crate::{CheckpointId, Options, Store, StoreError};
 
 #[test]
@@ -55,6 +58,57 @@ fn of_hosts_that_resume_a_guest_at_once_one_does() {
     memory.run(10);
     let late = memory.checkpoint(&mut writer).unwrap_err();
     assert!(matches!(late, StoreError::Overtaken { .. }), "{late}");
+}
+
+#[test]
+fn hosts_that_have_a_guest_together_make_its_checkpoints_in_turn() {
+    let root = directory();
+    let store = store_in(root.path());
+    let (guest, arbiter) = (store.guest(GUEST).unwrap(), store.arbiter().unwrap());
+    let primary = this_host().unwrap();
+    let copy = this_host_of(kin_of(&primary)).unwrap();
+    assert!(are_kin(&primary, &copy) && primary.claimant != copy.claimant);
+    assert!(!are_kin(&primary, &this_host().unwrap()));
+    let first = guest.begin_anew(arbiter.as_ref(), &primary).unwrap().tenure;
+    let open = |tenancy: Tenancy| {
+        let base = tenancy.from.map(|whole| whole.manifest);
+        Writer::open(&guest, store.arbiter().unwrap(), tenancy.tenure, base).unwrap()
+    };
+    let mut memory = Memory::new(80, 12);
+    memory.run(100);
+    let mut own = open(Tenancy {
+        tenure: first.clone(),
+        from: None,
+    });
+    let base = memory.checkpoint(&mut own).unwrap();
+    let mut copys = open(guest.succeed(arbiter.as_ref(), &copy, first.term).unwrap());
+    memory.run(10);
+    let newer = memory.checkpoint(&mut copys).unwrap();
+    assert_eq!(guest.checkpoints().unwrap(), [newer.id, base.id]);
+    // What the primary still writes does not count, and it knows whose the guest is.
+    let late = memory.checkpoint(&mut own).unwrap_err();
+    let StoreError::Overtaken { owner, .. } = late else {
+        panic!("{late}");
+    };
+    assert!(are_kin(&owner.owner, &primary));
+    // It is alone again, and its copy, which does not know yet, is told of a term that is gone.
+    let second = owner.term;
+    let alone = guest.succeed(arbiter.as_ref(), &primary, second).unwrap();
+    assert_eq!(alone.from.as_ref().unwrap().manifest.id, newer.id);
+    let late = guest.succeed(arbiter.as_ref(), &copy, second).unwrap_err();
+    assert!(matches!(late, StoreError::Overtaken { .. }), "{late}");
+    // Somebody resumes it.
+    guest
+        .resume(arbiter.as_ref(), &this_host().unwrap())
+        .unwrap();
+    let third = alone.tenure.term;
+    let lost = guest
+        .succeed(arbiter.as_ref(), &primary, third)
+        .unwrap_err();
+    let StoreError::Overtaken { owner, .. } = lost else {
+        panic!("{lost}");
+    };
+    assert!(!are_kin(&owner.owner, &primary));
 }
 
 #[test]
