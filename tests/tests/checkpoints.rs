@@ -22,6 +22,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
 use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
 use tempfile::TempDir;
 
@@ -74,6 +75,18 @@ impl Shared {
         guest
     }
 
+    /// A key-value store with a copy, which makes checkpoints as `how` says, and at least one is complete.
+    fn serve_pair(&mut self, how: &[&str]) -> Pair {
+        let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(&self.network);
+        let guest = guest.arg("--checkpoint").arg(self.store());
+        let guest = how.iter().fold(guest, GuestBuilder::arg);
+        let mut pair = Pair::ready(guest, "kv: ready");
+        // The copy's host is the second.
+        self.hosts = 1;
+        wait_stored(&mut pair);
+        pair
+    }
+
     /// Begins to resume the guest on another host.
     fn resume(&mut self, how: &[&str]) -> Guest {
         let tap = format!("tap={}", self.next_tap());
@@ -116,6 +129,18 @@ fn wait_checkpoints(guest: &Guest, wanted: impl Fn(&Value) -> bool) -> Value {
         assert!(Instant::now() < deadline, "{found:?} {}", guest.log());
         std::thread::sleep(LOOK);
     }
+}
+
+/// Checkpoints that the primary of a pair has made.
+fn made_by_primary(pair: &mut Pair) -> u64 {
+    completed(&pair.wait_status(Side::Primary, |_| true)["checkpoints"])
+}
+
+/// Waits until the copy of a pair has made a checkpoint more.
+fn wait_stored(pair: &mut Pair) {
+    let count = |status: &Value| status["checkpoints"]["completed"].as_u64();
+    let before = pair.status(Side::Secondary).as_ref().and_then(count);
+    pair.wait_status(Side::Secondary, |status| count(status) > before.or(Some(0)));
 }
 
 /// Waits until a guest that goes on makes checkpoints.
@@ -179,14 +204,158 @@ fn without_commit_no_more_is_lost_than_what_came_after_the_last_checkpoint() {
         kill(guest);
         guest = shared.resume(&[]);
         wait_resumed(&guest);
-        let connection = shared.network.connect(KV.port);
-        let found = Kv::new(&connection).ask(&["GET", "count"]).unwrap();
-        let found: u64 = found.map_or(0, |text| text.parse().unwrap());
+        let found = counted(&shared.network);
         let early = told.iter().filter(|(_, at)| *at + LATE < killed);
         least = early.map(|(count, _)| *count).max().unwrap_or(least);
         let most = told.last().unwrap().0 + 1;
         assert!((least..=most).contains(&found), "{least} {found} {most}");
     }
+}
+
+/// What the guest has counted up to.
+fn counted(network: &Network) -> u64 {
+    let connection = network.connect(KV.port);
+    let found = Kv::new(&connection).ask(&["GET", "count"]).unwrap();
+    found.map_or(0, |text| text.parse().unwrap())
+}
+
+/// Fails if what a guest says that goes on is not what it was `told` before it was `lost`, or not long before.
+fn expect_counted(network: &Network, told: &[(u64, Instant)], lost: Instant) {
+    let found = counted(network);
+    let early = told.iter().filter(|(_, at)| *at + LATE < lost);
+    let least = early.map(|(count, _)| *count).max().unwrap_or_default();
+    let most = told.last().unwrap().0 + 1;
+    assert!((least..=most).contains(&found), "{least} {found} {most}");
+}
+
+#[test]
+fn when_both_hosts_of_a_pair_are_lost_a_third_goes_on() {
+    if cannot_run() {
+        return;
+    }
+    for mode in ["lockstep", "checkpoint"] {
+        let mut shared = Shared::new();
+        let mut pair = shared.serve_pair(&["--every", "100ms", "--mode", mode]);
+        let own = made_by_primary(&mut pair);
+        let told = count_up(&shared.network, LATE + Duration::from_millis(300));
+        // On a machine that was busy it may have lost its copy.
+        if pair.is_protected() {
+            let made = made_by_primary(&mut pair);
+            assert_eq!(made, own, "{}", pair.account());
+        }
+        let lost = Instant::now();
+        Side::BOTH.into_iter().for_each(|side| pair.kill(side));
+        drop(pair);
+        let guest = shared.resume(&[]);
+        wait_resumed(&guest);
+        expect_counted(&shared.network, &told, lost);
+    }
+}
+
+#[test]
+fn who_takes_over_goes_on_with_checkpoints_and_so_does_its_new_copy() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let mut pair = shared.serve_pair(&["--every", "100ms"]);
+    let load = Load::start(&shared.network, KV, NATIVE);
+    pair.kill(Side::Primary);
+    assert_eq!(pair.wait_alone(), Side::Secondary);
+    wait_stored(&mut pair);
+    load.expect_progress();
+    load.finish();
+    let told = count_up(&shared.network, LATE + Duration::from_millis(300));
+    let lost = Instant::now();
+    pair.kill(Side::Secondary);
+    drop(pair);
+    let guest = shared.resume(&[]);
+    wait_resumed(&guest);
+    expect_counted(&shared.network, &told, lost);
+}
+
+#[test]
+fn a_primary_that_lost_its_copy_makes_checkpoints_itself() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let mut pair = shared.serve_pair(&["--every", "100ms"]);
+    let before = made_by_primary(&mut pair);
+    pair.kill(Side::Secondary);
+    assert_eq!(pair.wait_alone(), Side::Primary);
+    pair.wait_status(Side::Primary, |status| {
+        completed(&status["checkpoints"]) > before + 2
+    });
+    pair.kill(Side::Primary);
+    drop(pair);
+    wait_resumed(&shared.resume(&[]));
+}
+
+#[test]
+fn who_resumes_a_guest_of_a_pair_that_lives_has_it_alone() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    // Long before the next checkpoint would find out.
+    let mut pair = shared.serve_pair(&["--every", "60m"]);
+    let new = shared.resume(&[]);
+    wait_resumed(&new);
+    // Whoever finds out first tells the other, or leaves it to find out.
+    Side::BOTH.into_iter().for_each(|side| pair.wait_end(side));
+    let said = Side::BOTH.map(|side| pair.side(side).messages().join("\n"));
+    let told = |said: &String| said.contains("goes on elsewhere");
+    assert!(said.iter().any(told), "{said:#?}");
+    assert_eq!(counted(&shared.network), 0);
+}
+
+#[test]
+fn an_owner_finds_out_between_checkpoints_that_another_has_the_guest() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let old = shared.serve(&["--every", "60m"]);
+    let new = shared.resume(&[]);
+    wait_resumed(&new);
+    let (code, said) = wait_end(old);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("goes on elsewhere"), "{said}");
+}
+
+#[test]
+fn disks_of_a_pair_are_what_they_were_at_the_checkpoint() {
+    if cannot_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path().join("store");
+    fs::create_dir(&store).unwrap();
+    let image = |number: usize| directory.path().join(format!("{number}.img"));
+    let flag = |number| format!("path={}", image(number).display());
+    let file = fs::File::create(image(0)).unwrap();
+    file.set_len(DISK_BYTES).unwrap();
+    let cmdline = "blocks=2048 ops=0 depth=8 write=60 flush=16 report=100";
+    let guest = GuestBuilder::image("disk", cmdline);
+    let guest = guest.arg("--checkpoint").arg(&store);
+    let guest = guest.arg("--every").arg("50ms");
+    let guest = guest.arg("--disk").arg(flag(0));
+    let mut pair = Pair::start_prepared(guest, |standby| standby.arg("--disk").arg(flag(1)));
+    pair.wait_ready("disk: ready");
+    for _ in 0..4 {
+        wait_stored(&mut pair);
+    }
+    expect_sound(pair.side(Side::Primary));
+    wait_stored(&mut pair);
+    Side::BOTH.into_iter().for_each(|side| pair.kill(side));
+    drop(pair);
+    let mut guest = GuestBuilder::resumed(&store)
+        .arg("--disk")
+        .arg(flag(2))
+        .start();
+    expect_sound(&mut guest);
+    expect_sound(&mut guest);
 }
 
 /// Counts up for a while; what the guest said, and when.
