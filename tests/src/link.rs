@@ -5,6 +5,9 @@
 //!            <  near  <  [ pipe ]  <  far  <
 //! ```
 //!
+//! One that is slow has a queue in each direction, which all connections share: what comes later waits for all that came
+//! before, whichever connection that is of.
+//!
 //! What a pipe that is cut took in it keeps, and delivers when it is whole again, as TCP does. A pipe that
 //! is cut does not deliver the end of a connection either: a host that is not reached says nothing.
 
@@ -23,6 +26,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 const ON_THE_WAY_MAX: usize = 4 << 20;
 /// Bytes that are moved at a time.
 const PART: usize = 256 << 10;
+/// Bytes that are moved at a time by a network of a rate.
+const SLOW_PART: usize = 16 << 10;
 
 /// A direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +41,13 @@ pub enum Direction {
 impl Direction {
     /// Both.
     pub const BOTH: [Self; 2] = [Self::ToStandby, Self::ToPrimary];
+
+    fn back(self) -> Self {
+        match self {
+            Self::ToStandby => Self::ToPrimary,
+            Self::ToPrimary => Self::ToStandby,
+        }
+    }
 }
 
 /// What is wrong with the network.
@@ -44,8 +56,31 @@ struct Condition {
     /// By direction.
     cut: [bool; 2],
     delay: Duration,
+    /// Bytes per second in each direction, unless that does not matter.
+    rate: Option<f64>,
     reset: bool,
     over: bool,
+    /// Ways over it that are new.
+    lanes: Vec<Lane>,
+}
+
+/// A way over the network: who connects to the listener is led on to the socket `far`.
+#[derive(Debug)]
+struct Lane {
+    listener: UnixListener,
+    far: PathBuf,
+    /// Where that is.
+    direction: Direction,
+}
+
+impl Lane {
+    fn new(near: &Path, far: &Path, direction: Direction) -> Self {
+        Self {
+            listener: UnixListener::bind(near).expect("the path is free"),
+            far: far.to_owned(),
+            direction,
+        }
+    }
 }
 
 /// The network between both; it is gone when dropped.
@@ -58,7 +93,13 @@ pub struct Link {
 impl Link {
     /// Leads who connects to the socket `near` on to the socket `far`.
     pub fn new(near: &Path, far: &Path) -> Self {
-        let listener = UnixListener::bind(near).expect("the path is free");
+        let link = Self::unused();
+        link.lead(near, far, Direction::ToStandby);
+        link
+    }
+
+    /// One that nobody uses yet.
+    pub fn unused() -> Self {
         let (wake, woken) = UnixStream::pair().expect("sockets are to be had");
         for socket in [&wake, &woken] {
             socket.set_nonblocking(true).expect("sockets have that");
@@ -66,10 +107,10 @@ impl Link {
         let condition = Arc::<Mutex<Condition>>::default();
         let carrier = Carrier {
             condition: Arc::clone(&condition),
-            listener,
-            far: far.to_owned(),
+            lanes: Vec::new(),
             woken,
             pipes: Vec::new(),
+            free: [Instant::now(); 2],
         };
         let thread = std::thread::Builder::new().name("link".into());
         let thread = thread.spawn(move || carrier.run());
@@ -78,6 +119,13 @@ impl Link {
             wake,
             thread: Some(thread.expect("threads are to be had")),
         }
+    }
+
+    /// Leads who connects to `near` on to `far` as well, which is in this direction: what goes there shares the rate
+    /// with all else that does.
+    pub fn lead(&self, near: &Path, far: &Path, direction: Direction) {
+        let lane = Lane::new(near, far, direction);
+        self.change(|condition| condition.lanes.push(lane));
     }
 
     fn change(&self, act: impl FnOnce(&mut Condition)) {
@@ -103,6 +151,11 @@ impl Link {
     /// Lets everything take so long, in each direction.
     pub fn delay(&self, delay: Duration) {
         self.change(|condition| condition.delay = delay);
+    }
+
+    /// Lets no more through than so many bytes per second, in each direction.
+    pub fn limit(&self, rate: u64) {
+        self.change(|condition| condition.rate = Some(rate as f64));
     }
 
     /// Ends all connections, for both sides at once.
@@ -153,14 +206,17 @@ impl Pipe {
         }
     }
 
-    fn take_in(&mut self, now: Instant) {
-        let mut part = vec![0; PART];
+    /// Takes in what came, which is through the network's queue at the end of `free` and of what it takes by `rate`.
+    fn take_in(&mut self, now: Instant, rate: Option<f64>, free: &mut Instant) {
+        let mut part = vec![0; rate.map_or(PART, |_| SLOW_PART)];
         match self.from.read(&mut part) {
             Ok(0) => self.ended = true,
             Ok(length) => {
                 part.truncate(length);
                 self.bytes += length;
-                self.parts.push_back((now, part));
+                let took = rate.map_or(0.0, |rate| length as f64 / rate);
+                *free = now.max(*free) + Duration::from_secs_f64(took);
+                self.parts.push_back((*free, part));
             }
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
             Err(_) => self.ended = true,
@@ -205,16 +261,17 @@ impl Pipe {
 /// The thread that moves bytes.
 struct Carrier {
     condition: Arc<Mutex<Condition>>,
-    listener: UnixListener,
-    far: PathBuf,
+    lanes: Vec<Lane>,
     woken: UnixStream,
     pipes: Vec<Pipe>,
+    /// When the queues of a network with a rate are empty, by direction.
+    free: [Instant; 2],
 }
 
 impl Carrier {
     fn run(mut self) {
         loop {
-            let (cut, delay) = {
+            let (cut, delay, rate) = {
                 let mut condition = lock(&self.condition);
                 if condition.over {
                     return;
@@ -222,7 +279,8 @@ impl Carrier {
                 if std::mem::take(&mut condition.reset) {
                     self.pipes.clear();
                 }
-                (condition.cut, condition.delay)
+                self.lanes.append(&mut condition.lanes);
+                (condition.cut, condition.delay, condition.rate)
             };
             let now = Instant::now();
             let mut due: Option<Instant> = None;
@@ -232,17 +290,18 @@ impl Carrier {
                 }
             }
             self.pipes.retain(|pipe| !pipe.over);
-            self.wait(cut, due);
+            self.wait(cut, rate, due);
         }
     }
 
     /// Waits until something can be done, and takes in what came.
-    fn wait(&mut self, cut: [bool; 2], due: Option<Instant>) {
+    fn wait(&mut self, cut: [bool; 2], rate: Option<f64>, due: Option<Instant>) {
         // Nobody is reached through a network that is cut.
         let accepts = cut == [false; 2];
         let reads = |pipe: &Pipe| !pipe.ended && pipe.bytes < ON_THE_WAY_MAX;
         let mut fds = vec![PollFd::new(&self.woken, PollFlags::IN)];
-        fds.extend(accepts.then(|| PollFd::new(&self.listener, PollFlags::IN)));
+        let lanes = self.lanes.iter().filter(|_| accepts);
+        fds.extend(lanes.map(|lane| PollFd::new(&lane.listener, PollFlags::IN)));
         let first = fds.len();
         let readers = self.pipes.iter().filter(|pipe| reads(pipe));
         fds.extend(readers.map(|pipe| PollFd::new(&pipe.from, PollFlags::IN)));
@@ -262,28 +321,27 @@ impl Carrier {
         let readers = self.pipes.iter_mut().filter(|pipe| reads(pipe));
         for (pipe, came) in readers.zip(&came[first..]) {
             if *came {
-                pipe.take_in(now);
+                let free = &mut self.free[pipe.direction as usize];
+                pipe.take_in(now, rate, free);
             }
         }
-        if accepts && came[1] {
-            self.accept();
-        }
+        let lanes = self.lanes.iter().zip(&came[1..first]);
+        let called = lanes.filter(|(_, came)| **came);
+        let pipes: Vec<_> = called.flat_map(|(lane, _)| lane.accept()).collect();
+        self.pipes.extend(pipes.into_iter().flatten());
     }
+}
 
-    fn accept(&mut self) {
-        let Ok((near, _)) = self.listener.accept() else {
-            return;
-        };
+impl Lane {
+    /// Both directions of the connection that somebody makes.
+    fn accept(&self) -> Option<[Pipe; 2]> {
+        let (near, _) = self.listener.accept().ok()?;
         // A standby that is gone: the connection ends at once.
-        let Ok(far) = UnixStream::connect(&self.far) else {
-            return;
-        };
+        let far = UnixStream::connect(&self.far).ok()?;
         for socket in [&near, &far] {
             socket.set_nonblocking(true).expect("sockets have that");
         }
-        self.pipes
-            .push(Pipe::new(Direction::ToStandby, &near, &far));
-        self.pipes
-            .push(Pipe::new(Direction::ToPrimary, &far, &near));
+        let there = Pipe::new(self.direction, &near, &far);
+        Some([there, Pipe::new(self.direction.back(), &far, &near)])
     }
 }

@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -12,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
 use crate::keys::Authority;
-use crate::link::Link;
+use crate::link::{Direction, Link};
 use crate::network;
 
 /// The term under which a guest is first run.
@@ -51,7 +52,7 @@ pub struct Pair {
     primary: Guest,
     secondary: Guest,
     /// Between the two, unless that is TCP.
-    link: Option<Link>,
+    link: Option<Arc<Link>>,
     /// Where the arbiter and the sockets are.
     place: TempDir,
     /// Namespace of the guest's network.
@@ -100,7 +101,19 @@ impl Pair {
         let standby = prepare(guest.standby(&far, &make_arbiter(&place)));
         let link = Link::new(&near, &far);
         Self {
-            link: Some(link),
+            link: Some(Arc::new(link)),
+            ..Self::start_both(guest, standby, place, &near)
+        }
+    }
+
+    /// Starts a guest and its copy over `link`, which others use too; the copy is in this direction.
+    pub fn start_on(guest: GuestBuilder, link: &Arc<Link>, direction: Direction) -> Self {
+        let place = temporary();
+        let (far, near) = (place.path().join("standby"), place.path().join("link"));
+        let standby = guest.standby(&far, &make_arbiter(&place));
+        link.lead(&near, &far, direction);
+        Self {
+            link: Some(Arc::clone(link)),
             ..Self::start_both(guest, standby, place, &near)
         }
     }
@@ -175,7 +188,7 @@ impl Pair {
     /// # Panics
     /// When that is TCP.
     pub fn link(&self) -> &Link {
-        self.link.as_ref().expect("there is a link to be cut")
+        self.link.as_deref().expect("there is a link to be cut")
     }
 
     /// Starts a guest and its copy and waits for both.

@@ -9,6 +9,7 @@ mod protection {
     pub(crate) mod clients;
     mod disks;
     pub(crate) mod history;
+    mod links;
     mod modes;
     mod shared;
     mod storm;

@@ -57,10 +57,12 @@ pub enum Kind {
     Store = 15,
     /// The copy, which has the checkpoint of this epoch, waits for another, for a store.
     StoreWaits = 16,
+    /// So many bytes of the connection of checkpoints were taken.
+    Taken = 17,
 }
 
 impl Kind {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 17] = [
         Self::Input,
         Self::ConsoleInput,
         Self::Settled,
@@ -77,6 +79,7 @@ impl Kind {
         Self::WritesDone,
         Self::Store,
         Self::StoreWaits,
+        Self::Taken,
     ];
 
     fn of(number: u8) -> Option<Self> {
@@ -89,7 +92,7 @@ impl Kind {
             Self::Output | Self::ConsoleOutput | Self::Write => PAYLOAD_MAX,
             Self::Settled | Self::Cut | Self::Committed => 8,
             Self::Beat | Self::Loaded | Self::Answer | Self::Term | Self::WritesDone => 8,
-            Self::Store | Self::StoreWaits => 8,
+            Self::Store | Self::StoreWaits | Self::Taken => 8,
             Self::End => 0,
         }
     }
@@ -295,7 +298,7 @@ mod tests {
 
     #[test]
     fn lengths_and_kinds_that_cannot_be_are_refused_at_once() {
-        for (kind, length) in [(0, 0), (15, 0), (7, 1), (1, PAYLOAD_MAX as u32 + 1)] {
+        for (kind, length) in [(0, 0), (18, 0), (7, 1), (1, PAYLOAD_MAX as u32 + 1)] {
             let mut head = [0; HEAD_SIZE];
             head[0] = kind;
             head[4..8].copy_from_slice(&length.to_le_bytes());

@@ -13,13 +13,16 @@
 //!                                    <----------  Write: to a shared disk, by digests; it is kept
 //!   WritesDone                       ---------->  writes that it need not keep any more
 //!                                    <----------  Loaded: it runs on from the checkpoint
+//!                                    <----------  Taken: so much of the connection of checkpoints was read
 //!   End                              ---------->  the guest ended, or is not protected any more
 //! ```
 //!
-//! Checkpoints go over a connection of their own, so that nothing waits behind them.
+//! Checkpoints go over a connection of their own, so that nothing waits behind them in a socket; a [`window`] sees to it
+//! that nothing does elsewhere on the link.
 
 pub mod message;
 pub mod outbox;
+pub mod window;
 
 pub use message::{Kind, Message, MessageError, Reader, put};
 pub use outbox::Outbox;

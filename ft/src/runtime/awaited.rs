@@ -10,15 +10,15 @@ use tandem_vmm::migration::Link;
 const LOOK: Duration = Duration::from_millis(10);
 
 /// A connection to another side for as long as that is waited for, and not longer.
-pub(super) struct Awaited<'a> {
-    pub(super) link: &'a mut Link,
+pub(super) struct Awaited<'a, L> {
+    pub(super) link: &'a mut L,
     /// Until when.
     pub(super) deadline: Instant,
     /// While this says so.
     pub(super) waits: &'a dyn Fn() -> bool,
 }
 
-impl Awaited<'_> {
+impl<L> Awaited<'_, L> {
     /// How long to wait until it is looked again.
     fn left(&self) -> io::Result<Duration> {
         if !(self.waits)() {
@@ -32,12 +32,12 @@ impl Awaited<'_> {
     }
 }
 
-impl Read for Awaited<'_> {
+impl<L: AsRef<Link>> Read for Awaited<'_, L> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             let left = self.left()?;
             // Some of it may have come with what was received before.
-            match self.link.recv(buffer) {
+            match self.link.as_ref().recv(buffer) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 received => return received,
             }
@@ -45,7 +45,7 @@ impl Read for Awaited<'_> {
                 tv_sec: 0,
                 tv_nsec: i64::from(left.subsec_nanos()),
             };
-            let fd = self.link.waits_for();
+            let fd = self.link.as_ref().waits_for();
             match poll(
                 &mut [PollFd::from_borrowed_fd(fd, PollFlags::IN)],
                 Some(&sleep),
@@ -57,7 +57,7 @@ impl Read for Awaited<'_> {
     }
 }
 
-impl Write for Awaited<'_> {
+impl<L: Write> Write for Awaited<'_, L> {
     fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
         self.left()?;
         self.link.write(buffer)

@@ -1,6 +1,51 @@
 //! Checkpoints on their connection: what is said first, and how each is sent and received.
+//!
+//! ```text
+//!   primary                                            secondary
+//!   call                                 ---------->   of which pair it is              (calls)
+//!   preface: protection; Hello: Offer    ---------->   is there room for it?
+//!                                        <----------   Accept, or Refuse and why
+//!   call, preface: pairing, Hello        ---------->   on a connection of its own: messages  (link)
+//!   call, preface: keeping, Hello        ---------->   on another, if it has a keeper       (keeper)
+//!
+//!   Digests, Blocks ...                 <--------->   all of its disks, if it has some     (mirror)
+//!   Pages, while the guest runs          ---------->   the first checkpoint
+//!   the guest is frozen; Cut             ---------->   on the connection of messages
+//!   Deltas: the last pages               ---------->   put aside
+//!   State, Outputs, Complete             ---------->   it is whole
+//!   Digests, Blocks ... Synced          <--------->   what either wrote to disks
+//!                                        <----------   Loaded, on the connection of messages
+//!   Committed                            ---------->   once what it covers is out
+//!
+//!   Deltas, while the guest runs         ---------->   each further checkpoint, from here on
+//!   the guest is frozen; Cut             ---------->
+//!   Deltas, State, Outputs, Complete     ---------->   its guest stands
+//!                                        <----------   Wanted, if it keeps no second image  (wanted)
+//!   Deltas: just those                   ---------->
+//!   Digests, Blocks ... Synced          <--------->
+//!                                        <----------   Loaded
+//! ```
+//!
+//! Meanwhile the secondary says on the connection of messages what it has taken of this one (`Taken`), and no more is on its
+//! way than a [`window`](crate::link::window).
+//!
+//! Frames are those of [`frame`]. Offer, Greeting and Outputs are MessagePack, structures as maps with the names of
+//! their fields; State is that of snapshots ([`tandem_vmm::snapshot`]).
+//!
+//! # Versions
+//!
+//! The preface has the version of all of that; another one is refused by its number. What is added later is a field of the
+//! Offer, by which a primary says that it knows of it. A standby of an older version refuses a field that it does not
+//! know by its name, and is offered the same without it (`Offer::forgo`); a primary of an older version does not say it,
+//! and hears nothing of what came with it. `golden` has what each version said.
+//!
+//! | field | since | without it |
+//! |---|---|---|
+//! | `modes` | checkpoints as a mode | both copies run |
+//! | `paced` | windows | checkpoints are sent as fast as the socket takes them |
 
 use std::io::Write;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +55,7 @@ use tandem_vmm::snapshot::GuestState;
 
 use super::awaited::Awaited;
 use super::calls::CALLS_TIMEOUT;
+use super::pacing::Counted;
 use super::pair::PairCut;
 use super::shared::SharedOffer;
 use super::stored::Stored;
@@ -50,31 +96,33 @@ pub struct Offer {
     /// Where checkpoints of the guest go, which the secondary is to make; none from a primary that has no store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store: Option<Stored>,
+    /// Whether it wants to hear what was taken of its checkpoints; not so from a primary that knows of no such thing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paced: bool,
     /// The guest.
     pub hello: Hello,
 }
 
 impl Offer {
-    /// Leaves out what a standby of an earlier version refused since it does not know it, of which it names the first.
-    /// False if that was not why it refused.
-    pub(super) fn reduce(&mut self, error: &ProtectionError) -> bool {
-        let ProtectionError::Transfer(MigrationError::Refused(why)) = error else {
-            return false;
-        };
-        let is_unknown = |field: &str| {
-            let named = why.split_once("unknown field").map(|(_, named)| named);
-            // What is known follows.
-            let first = named.map(|named| named.split(',').next().unwrap_or(named));
-            first.is_some_and(|first| first.contains(field))
-        };
-        let reduced = is_unknown("modes") && self.modes.take().is_some()
-            || is_unknown("bases") && self.bases.is_some();
-        if reduced {
-            // Who does not know of modes is older.
-            self.bases = None;
+    /// Does without what a standby of an older version refused, which names what it does not know. False if that is
+    /// none of what can be done without.
+    pub(super) fn forgo(&mut self, refusal: &ProtectionError) -> bool {
+        match unknown_to(refusal) {
+            Some("modes") => self.modes.take().is_some(),
+            Some("bases") => self.bases.take().is_some(),
+            Some("paced") => std::mem::take(&mut self.paced),
+            _ => false,
         }
-        reduced
     }
+}
+
+/// What a standby says that it does not know, of what it was told.
+fn unknown_to(refusal: &ProtectionError) -> Option<&str> {
+    let ProtectionError::Transfer(MigrationError::Refused(why)) = refusal else {
+        return None;
+    };
+    let (_, named) = why.split_once("unknown field `")?;
+    named.split('`').next()
 }
 
 /// What a primary says on its other connections.
@@ -179,7 +227,7 @@ pub(super) enum Part<'a> {
 
 /// Receives checkpoints.
 pub(super) struct Receiver {
-    link: Link,
+    link: Counted,
     payload: Vec<u8>,
     state: Option<Box<GuestState>>,
     cut: Option<PairCut>,
@@ -188,9 +236,10 @@ pub(super) struct Receiver {
 }
 
 impl Receiver {
-    pub(super) fn new(link: Link) -> Self {
+    /// Who wants to know what was taken is told over the outbox of `to`.
+    pub(super) fn new(link: Link, to: Option<Arc<Pair>>) -> Self {
         Self {
-            link,
+            link: Counted::new(link, to),
             payload: Vec::new(),
             state: None,
             cut: None,
@@ -204,7 +253,7 @@ impl Receiver {
         self.hurried = hurried;
     }
 
-    pub(super) fn link(&mut self) -> &mut Link {
+    pub(super) fn link(&mut self) -> &mut Counted {
         &mut self.link
     }
 
@@ -253,7 +302,22 @@ mod tests {
     use crate::mode::Choice;
     use crate::runtime::Place;
 
-    /// What a version that knew of lockstep alone took.
+    /// What versions took that knew of lockstep alone, and of no pace.
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only whether it is taken matters")]
+    struct Oldest {
+        token: u128,
+        keeper: bool,
+        disks: Vec<(u8, u64)>,
+        term: u64,
+        standbys: Vec<Place>,
+        here: u64,
+        mode: ResyncMode,
+        hello: Hello,
+    }
+
+    /// What one took that knew of all modes.
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
     #[expect(dead_code, reason = "only whether it is taken matters")]
@@ -265,6 +329,7 @@ mod tests {
         standbys: Vec<Place>,
         here: u64,
         mode: ResyncMode,
+        modes: Option<Wish>,
         hello: Hello,
     }
 
@@ -288,6 +353,7 @@ mod tests {
             modes,
             bases: None,
             store: None,
+            paced: true,
             hello: Hello {
                 description: String::new(),
                 hardware,
@@ -295,24 +361,45 @@ mod tests {
         }
     }
 
+    /// What is left of an offer that a standby takes which understands it as `T`.
+    fn taken_by<T: for<'a> Deserialize<'a>>(mut offer: Offer) -> Offer {
+        loop {
+            let bytes = encode(&offer).unwrap();
+            let Err(refused) = decode::<T>(&bytes, "a greeting") else {
+                return decode(&bytes, "a greeting").unwrap();
+            };
+            // What is told goes through the link as text.
+            let told = MigrationError::Refused(refused.to_string());
+            assert!(offer.forgo(&told.into()), "{refused}");
+        }
+    }
+
     #[test]
-    fn who_knows_no_modes_says_so_and_takes_what_has_none() {
-        let wish = Wish::of(Choice::Checkpoint);
-        let mut offered = offer(Some(wish));
-        let bytes = encode(&offered).unwrap();
-        let refused = decode::<Older>(&bytes, "a greeting").err().unwrap();
-        // What is told goes through the link as text.
-        let told = MigrationError::Refused(refused.to_string());
-        assert!(offered.reduce(&told.into()), "{refused}");
-        assert_eq!(offered.modes, None);
-        let other = MigrationError::Refused("there is no room for the modes of it".into());
-        assert!(!offer(Some(wish)).reduce(&other.into()));
-        let bytes = encode(&offer(None)).unwrap();
-        assert!(decode::<Older>(&bytes, "a greeting").is_ok());
-        let taken: Offer = decode(&bytes, "a greeting").unwrap();
-        assert_eq!(taken.modes, None);
-        // Nor does a checkpoint say anything of modes then.
+    fn older_standbys_are_offered_what_they_know() {
+        let wish = Some(Wish::of(Choice::Checkpoint));
+        let left = taken_by::<Oldest>(offer(wish));
+        assert_eq!((left.modes, left.paced), (None, false));
+        let left = taken_by::<Older>(offer(wish));
+        assert_eq!((left.modes, left.paced), (wish, false));
+        let left = taken_by::<Offer>(offer(wish));
+        assert_eq!((left.modes, left.paced), (wish, true));
+        // Nor does a checkpoint say anything of modes to one that knows none.
         let cut = encode(&PairCut::default()).unwrap();
         assert!(!cut.windows(5).any(|part| part == b"modes"));
+    }
+
+    #[test]
+    fn nothing_else_is_done_without() {
+        let whys = [
+            "there is no room for the `modes` of it",
+            "unknown field `hello`, expected `modes`",
+            "unknown field `",
+        ];
+        for why in whys {
+            let mut offer = offer(Some(Wish::default()));
+            let refused = MigrationError::Refused(why.into());
+            assert!(!offer.forgo(&refused.into()), "{why}");
+            assert!(offer.modes.is_some() && offer.paced);
+        }
     }
 }

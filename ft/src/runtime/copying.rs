@@ -1,5 +1,7 @@
 //! What of a primary's disks is copied to a new secondary: what may differ from its replicas.
 
+use std::io::Write;
+
 use roaring::RoaringBitmap;
 use tandem_vmm::migration::frame::{self, Kind};
 use tandem_vmm::migration::{Link, MigrationError};
@@ -31,7 +33,7 @@ pub(super) fn hear(link: &mut Link, images: &[Image]) -> Result<Vec<Told>, Prote
 /// When a disk cannot be flushed, or the connection breaks.
 pub(super) fn begin(
     pair: &Pair,
-    link: &mut Link,
+    link: &mut impl Write,
     images: &[Image],
     token: u128,
     told: Option<&[Told]>,

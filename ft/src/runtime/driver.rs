@@ -25,6 +25,7 @@ use super::calls::{call, call_of};
 use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::copying::{self, Copied};
 use super::modes::Made;
+use super::pacing::Paced;
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::retry::{Attempt, Retry};
@@ -93,7 +94,7 @@ pub(super) struct Driver<'a> {
 /// A secondary that is connected.
 struct Connected<'a> {
     session: Session<'a>,
-    checkpoints: Link,
+    checkpoints: Paced,
     /// Where the pages of a checkpoint are kept while the guest stands. It is used again: new memory costs
     /// more than the copy.
     staged: Staging,
@@ -247,17 +248,13 @@ impl<'a> Driver<'a> {
             modes: Some(core.pair.modes().wish()),
             bases: Some(core.pair.bases()),
             store: core.pair.stored().cloned(),
+            paced: true,
             hello: Hello {
                 description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
             },
         };
-        let mut checkpoints = loop {
-            match invite(to, &offer) {
-                Err(error) if offer.reduce(&error) => {}
-                invited => break invited?,
-            }
-        };
+        let mut checkpoints = invite_as_it_knows(to, &mut offer)?;
         let told = offer.bases.is_some();
         let told = told.then(|| copying::hear(&mut checkpoints, &images));
         let told = told.transpose()?;
@@ -282,11 +279,17 @@ impl<'a> Driver<'a> {
             status.trying = None;
         }
         core.pair.joined();
+        let flow = offer.paced.then_some(&core.flow);
+        let (checkpoints, flowing) = Paced::new(checkpoints, flow);
         core.event(PrimaryEvent::Joined);
         let talking = Arc::clone(core);
         let thread = std::thread::Builder::new()
             .name("pair".into())
-            .spawn(move || talk(&talking, &link))
+            .spawn(move || {
+                talk(&talking, &link);
+                // Nobody says any more what was taken.
+                drop(flowing);
+            })
             .map_err(ProtectionError::host("start the thread of a link"))?;
         Ok(Connected {
             staged: Staging::new(Arc::clone(&session.saving().memory)),
@@ -408,7 +411,7 @@ impl<'a> Driver<'a> {
     /// Gives the secondary what it asks for of the guest, which stands; returns the bytes that were sent.
     fn give(
         &self,
-        link: &mut Link,
+        link: &mut Paced,
         encoder: &mut Encoder,
         memory: &Arc<GuestMemory>,
     ) -> Result<u64, ProtectionError> {
@@ -679,7 +682,7 @@ impl<'a> DisksStand<'a> {
     /// Makes the secondary's replicas what the guest's disks are.
     fn reconcile(
         &self,
-        link: &mut Link,
+        link: &mut Paced,
         images: &[Image],
         seed: u64,
     ) -> Result<Traffic, ProtectionError> {
@@ -696,6 +699,16 @@ impl<'a> DisksStand<'a> {
 impl Drop for DisksStand<'_> {
     fn drop(&mut self) {
         self.pair.let_disks_go();
+    }
+}
+
+/// As [`invite`]; what a standby of an older version does not know, `offer` does without.
+fn invite_as_it_knows(to: &Route, offer: &mut Offer) -> Result<Link, ProtectionError> {
+    loop {
+        match invite(to, offer) {
+            Err(error) if offer.forgo(&error) => {}
+            invited => return invited,
+        }
     }
 }
 

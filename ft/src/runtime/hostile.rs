@@ -191,6 +191,7 @@ fn offer() -> Offer {
         modes: None,
         bases: None,
         store: None,
+        paced: false,
         hello: Hello {
             description: String::new(),
             hardware: HardwareState {
@@ -298,7 +299,7 @@ pub fn want_pages(
     let Image::Staged(stage) = &mut image else {
         return Err(ProtectionError::Garbled("an image of another kind".into()));
     };
-    wanted::want(&mut Receiver::new(link), stage, missing, &|| true)
+    wanted::want(&mut Receiver::new(link, None), stage, missing, &|| true)
 }
 
 /// What a secondary, whose guest has `memory`, makes of one checkpoint after the other; its guest writes `own` pages
@@ -325,7 +326,7 @@ fn take_each(
     taken: &mut u64,
 ) -> Result<ProtectionError, ProtectionError> {
     let (link, _far) = link_with(said).map_err(ProtectionError::host("make a connection"))?;
-    let mut receiver = Receiver::new(link);
+    let mut receiver = Receiver::new(link, None);
     let mut image = Image::new(mode, memory, beside);
     image.begin(memory)?;
     loop {

@@ -23,12 +23,15 @@ mod error;
 pub mod events;
 mod feed;
 mod follower;
+#[cfg(test)]
+mod golden_tests;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod image;
 mod late;
 mod link_thread;
 mod modes;
+mod pacing;
 mod pair;
 mod primary;
 mod protector;

@@ -14,6 +14,7 @@ use tandem_vmm::migration::Link;
 use super::asking::Claims;
 use super::eagerness::Eagerness;
 use super::link_thread::{Talk, listen};
+use super::pacing::Flow;
 use super::status::{BOTH_RUN, COPY_STANDS};
 use super::{Pair, lock};
 use crate::arbiter::Term;
@@ -45,6 +46,8 @@ pub(super) struct Core {
     machine: Mutex<pair::Primary>,
     pub(super) orders: Mutex<Option<Sender<Order>>>,
     pub(super) link: Mutex<Option<Link>>,
+    /// What is on its way of checkpoints.
+    pub(super) flow: Arc<Flow>,
     /// The guest stands because the core said so.
     suspended: AtomicBool,
     /// The secondary is to take over: nothing is said to anybody any more.
@@ -64,6 +67,7 @@ impl Core {
             machine: Mutex::new(machine),
             orders: Mutex::new(None),
             link: Mutex::new(None),
+            flow: Arc::default(),
             suspended: AtomicBool::new(false),
             left: AtomicBool::new(false),
         })
@@ -362,6 +366,11 @@ impl Talk for PrimaryTalk {
                 core.event(PrimaryEvent::Answered(number()?));
                 false
             }
+            Kind::Taken => {
+                let taken = core.flow.taken(number()?);
+                taken.map_err(|error| error.to_string())?;
+                false
+            }
             kind => return Err(format!("the secondary said {kind:?}")),
         };
         if differs {
@@ -396,6 +405,7 @@ impl Talk for PrimaryTalk {
 
     fn lost(&mut self, _now: Instant, error: &MessageError) {
         tracing::debug!(why = %causes(error), "the link ended");
+        self.core.flow.end();
         self.core.event(match error {
             MessageError::Closed => PrimaryEvent::LinkClosed,
             MessageError::Refused(_) | MessageError::Damaged | MessageError::Length { .. } => {

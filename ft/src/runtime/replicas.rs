@@ -1,7 +1,7 @@
 //! A secondary's replicas of its guest's disks, through the checkpoints.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -158,7 +158,7 @@ impl Replicas {
     pub(super) fn fill(
         &mut self,
         pair: &Pair,
-        link: &mut Link,
+        link: &mut (impl Read + Write),
         first: Option<Vec<u8>>,
     ) -> Result<(), ProtectionError> {
         if self.opened.is_empty() {
@@ -205,7 +205,11 @@ impl Replicas {
     }
 
     /// Hears of parts of disks while the guest of `pair` stands, and puts them aside.
-    pub(super) fn stage(&mut self, pair: &Pair, link: &mut Link) -> Result<(), ProtectionError> {
+    pub(super) fn stage(
+        &mut self,
+        pair: &Pair,
+        link: &mut (impl Read + Write),
+    ) -> Result<(), ProtectionError> {
         let seed = self.seed();
         let Some(staging) = &mut self.staging else {
             return Ok(());

@@ -122,7 +122,8 @@ impl Invitation {
         pair.become_secondary();
         let checkpoints = share(&self.link)?;
         let core = Core::start(&self.offer, standby, pair, (checkpoints, link), keeper)?;
-        let mut receiver = Receiver::new(self.link);
+        let told = self.offer.paced.then(|| Arc::clone(pair));
+        let mut receiver = Receiver::new(self.link, told);
         receiver.expect_no_silence(true);
         let mut image = Image::new(self.offer.mode, memory, beside);
         image.give_to_store(pair);
@@ -212,12 +213,12 @@ pub struct Standby {
 
 /// A guest that was received whole, and has yet to run.
 pub struct Joined {
-    receiver: Receiver,
-    image: Image,
+    pub(super) receiver: Receiver,
+    pub(super) image: Image,
     replicas: Replicas,
     /// Its state.
     pub state: Box<GuestState>,
-    cut: PairCut,
+    pub(super) cut: PairCut,
     core: Arc<Core>,
 }
 

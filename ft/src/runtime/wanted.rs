@@ -10,6 +10,7 @@
 //!
 //! A request costs a trip over the link, and there is one for [`RUNS_MAX`] runs of pages.
 
+use std::io::Write;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -63,7 +64,7 @@ pub(super) fn want(
 /// # Errors
 /// When it says something else, or nothing in time.
 pub(super) fn give(
-    link: &mut Link,
+    link: &mut (impl AsRef<Link> + Write),
     encoder: &mut Encoder,
     memory: &Arc<GuestMemory>,
     deadline: Instant,
@@ -97,7 +98,6 @@ pub(super) fn give(
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
     use std::os::unix::net::UnixStream;
     use std::slice;
     use std::thread;
@@ -158,7 +158,7 @@ mod tests {
             let Image::Staged(stage) = &mut image else {
                 unreachable!("it was made so");
             };
-            let mut receiver = Receiver::new(far);
+            let mut receiver = Receiver::new(far, None);
             let missing = stage.recall(&asked).unwrap();
             want(&mut receiver, stage, missing, &|| false).unwrap();
             // Nothing of the guest has changed until it is loaded.
@@ -249,7 +249,12 @@ mod tests {
         let Image::Staged(mut stage) = stage(&guest) else {
             unreachable!("it was made so");
         };
-        want(&mut Receiver::new(far), &mut stage, set(5..6), &|| false)
+        want(
+            &mut Receiver::new(far, None),
+            &mut stage,
+            set(5..6),
+            &|| false,
+        )
     }
 
     #[test]

@@ -57,6 +57,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         modes: Some(Wish::default()),
         bases: None,
         store: None,
+        paced: true,
         hello: Hello {
             description: "kernel = '/k'\n".into(),
             hardware: state().hardware,
@@ -166,6 +167,8 @@ pub(super) fn pairing() -> Vec<Seed> {
                     (Kind::Output, &frame),
                     (Kind::ConsoleOutput, b"printed"),
                     (Kind::Answer, &number(2)),
+                    (Kind::Taken, &number(0)),
+                    (Kind::Taken, &number(u64::MAX)),
                 ],
             ),
         ),

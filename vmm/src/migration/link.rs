@@ -130,6 +130,12 @@ impl From<OwnedFd> for Link {
     }
 }
 
+impl AsRef<Self> for Link {
+    fn as_ref(&self) -> &Self {
+        self
+    }
+}
+
 impl Read for Link {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {

@@ -1,0 +1,59 @@
+//! Links of protected pairs that are slow.
+
+use std::time::{Duration, Instant};
+
+use tandem_tests::guest::GuestBuilder;
+use tandem_tests::pair::{Pair, Side};
+
+use crate::cannot_run;
+
+/// Bytes per second of a slow link.
+const SLOW: u64 = 20_000_000;
+/// Bytes that resyncs send over one: several times all that the guest writes.
+const RESYNCED: u64 = 200_000_000;
+/// How long they may take at most.
+const RESYNCS_MAX: Duration = Duration::from_secs(120);
+
+/// A guest all of whose memory is another each second or two, so that little of it can be left out.
+fn busy() -> GuestBuilder {
+    let cmdline = "pages=16000 span=16000 bytes=4096 period_ms=1500";
+    ["--memory", "128MiB", "--mode", "lockstep"]
+        .iter()
+        .fold(GuestBuilder::image("dirty", cmdline), GuestBuilder::arg)
+}
+
+/// Makes its copy the same over and over, until so many bytes went over the link.
+fn resync(pair: &mut Pair, bytes: u64) {
+    let deadline = Instant::now() + RESYNCS_MAX;
+    loop {
+        // One may be under way, for other reasons.
+        drop(pair.side(Side::Primary).tandem(&["resync", "guest"]));
+        let status = pair.wait_status(Side::Primary, |status| status["protected"] == true);
+        if status["resync_bytes"].as_u64() >= Some(bytes) {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{}", pair.account());
+    }
+}
+
+/// Neither side ever took the other for lost.
+fn expect_no_alarm(pair: &mut Pair) {
+    for side in Side::BOTH {
+        let events = pair.side(side).succeed(&["events", "guest"]);
+        assert!(!events.contains("suspected"), "{side:?}: {events}");
+    }
+}
+
+#[test]
+fn beats_do_not_wait_behind_checkpoints_on_a_slow_link() {
+    if cannot_run() {
+        return;
+    }
+    let mut pair = Pair::start(busy());
+    pair.link().limit(SLOW);
+    pair.wait_ready("dirty: ready");
+    resync(&mut pair, RESYNCED);
+    expect_no_alarm(&mut pair);
+    pair.kill(Side::Primary);
+    assert_eq!(pair.wait_alone(), Side::Secondary);
+}
