@@ -1,11 +1,15 @@
-//! Links of protected pairs that are slow.
+//! Links of protected pairs that are slow, and that several pairs share.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tandem_tests::guest::GuestBuilder;
+use tandem_tests::link::{Direction, Link};
+use tandem_tests::network::{CMDLINE, Network};
 use tandem_tests::pair::{Pair, Side};
 
 use crate::cannot_run;
+use crate::protection::clients::{KV, Load, NATIVE};
 
 /// Bytes per second of a slow link.
 const SLOW: u64 = 20_000_000;
@@ -13,6 +17,9 @@ const SLOW: u64 = 20_000_000;
 const RESYNCED: u64 = 200_000_000;
 /// How long they may take at most.
 const RESYNCS_MAX: Duration = Duration::from_secs(120);
+
+/// Bytes per second of a link that several pairs share.
+const SHARED: u64 = 40_000_000;
 
 /// A guest all of whose memory is another each second or two, so that little of it can be left out.
 fn busy() -> GuestBuilder {
@@ -56,4 +63,31 @@ fn beats_do_not_wait_behind_checkpoints_on_a_slow_link() {
     expect_no_alarm(&mut pair);
     pair.kill(Side::Primary);
     assert_eq!(pair.wait_alone(), Side::Secondary);
+}
+
+#[test]
+fn pairs_that_share_a_link_do_not_disturb_each_other() {
+    if cannot_run() {
+        return;
+    }
+    let link = Arc::new(Link::unused());
+    let serving = Direction::BOTH.map(|direction| {
+        let network = Network::new();
+        let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(&network);
+        let mut pair = Pair::start_on(guest, &link, direction);
+        pair.wait_ready("kv: ready");
+        (Load::start(&network, KV, NATIVE), pair, network)
+    });
+    let mut busy = Pair::start_on(busy(), &link, Direction::ToStandby);
+    busy.wait_ready("dirty: ready");
+    link.limit(SHARED);
+    resync(&mut busy, RESYNCED);
+    expect_no_alarm(&mut busy);
+    for (load, mut pair, network) in serving {
+        load.expect_progress();
+        expect_no_alarm(&mut pair);
+        assert!(pair.is_protected(), "{}", pair.account());
+        load.finish();
+        drop((pair, network));
+    }
 }
