@@ -3,6 +3,7 @@
 //! Contents are shared, so that a copy of an overlay costs little.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::ops::Range;
 use std::sync::{Arc, LazyLock};
 
@@ -136,10 +137,10 @@ impl Overlay {
     /// Adds what was written after all of this.
     pub(super) fn add(&mut self, newer: Self) {
         for (block, held) in newer.0 {
-            if !self.0.contains_key(&block) {
+            let Entry::Occupied(_) = self.0.entry(block) else {
                 self.0.insert(block, held);
                 continue;
-            }
+            };
             for bytes in held.runs() {
                 let offset = block * BLOCK + bytes.start as u64;
                 self.put(offset, &held.content[bytes], held.number);

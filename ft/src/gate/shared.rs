@@ -205,7 +205,7 @@ pub(super) enum Compared {
     /// The other copy did not make it yet.
     Waits,
     /// Nobody compares any more.
-    NotCompared,
+    Alone,
 }
 
 /// The gate of a shared disk.
@@ -371,7 +371,7 @@ impl SharedGate {
             match data {
                 true => {
                     copy.overlay
-                        .put(offset, &content[at as usize..][..len as usize], copy.next)
+                        .put(offset, &content[at as usize..][..len as usize], copy.next);
                 }
                 false => copy.overlay.zero(offset, len, copy.next),
             }
@@ -415,7 +415,7 @@ impl SharedGate {
                     false => Compared::Waits,
                 }
             }
-            _ => Compared::NotCompared,
+            _ => Compared::Alone,
         }
     }
 

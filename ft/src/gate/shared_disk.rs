@@ -104,8 +104,8 @@ impl SharedDisk {
             Compared::Same => Turn::Pass,
             Compared::Waits => Turn::Wait,
             // Those that came before are to go before.
-            Compared::NotCompared if !older.is_empty() => Turn::Wait,
-            Compared::NotCompared => self.gate.take(Instant::now(), io, false),
+            Compared::Alone if !older.is_empty() => Turn::Wait,
+            Compared::Alone => self.gate.take(Instant::now(), io, false),
         };
         if turn != Turn::Pass {
             return turn;
