@@ -207,16 +207,23 @@ fn vcpus_are_pinned_and_given_priority(life: Life) {
         .map(|task| task.unwrap().path())
         .find(|task| std::fs::read_to_string(task.join("comm")).unwrap().trim() == "vcpu0")
         .expect("a thread per vCPU");
-    let status = std::fs::read_to_string(vcpu.join("status")).unwrap();
-    let allowed = status
-        .lines()
-        .find(|l| l.starts_with("Cpus_allowed_list"))
-        .unwrap();
-    assert!(allowed.ends_with("\t0"), "{allowed}");
-    let stat = std::fs::read_to_string(vcpu.join("stat")).unwrap();
-    let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
-    // Fields 40 and 41 of stat(5), counted from the state: real-time priority and policy.
-    assert_eq!((fields[37], fields[38]), ("3", "1"), "{stat}");
+    // It does that itself, when it starts.
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let status = std::fs::read_to_string(vcpu.join("status")).unwrap();
+        let allowed = status
+            .lines()
+            .find(|l| l.starts_with("Cpus_allowed_list"))
+            .unwrap();
+        let stat = std::fs::read_to_string(vcpu.join("stat")).unwrap();
+        let fields: Vec<_> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+        // Fields 40 and 41 of stat(5), counted from the state: real-time priority and policy.
+        if allowed.ends_with("\t0") && (fields[37], fields[38]) == ("3", "1") {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{allowed}, {stat}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]

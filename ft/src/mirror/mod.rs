@@ -27,7 +27,7 @@
 //! the outside was told: an output leaves when both copies gave it, each after its own writes.
 //!
 //! Each side keeps beside its image, durably, which regions of it may have changed since both were equal
-//! ([`changes`]). If both know the same such moment when they meet again, only what either has changed since is
+//! (`changes`). If both know the same such moment when they meet again, only what either has changed since is
 //! compared:
 //!
 //! ```text

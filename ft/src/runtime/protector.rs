@@ -380,7 +380,9 @@ fn keep_changes(guest: &Guest) -> Result<(), ProtectionError> {
     let (pair, confinement) = (Arc::clone(&guest.pair), guest.confinement.clone());
     let keep = move || {
         if let Err(error) = confinement.enter() {
+            // Writes to further regions wait from then on, as they would for a thread that hangs.
             tracing::error!(%error, "the thread that keeps changed blocks cannot be confined");
+            return;
         }
         while pair.changed().wait(CHANGES_LOOK) {
             pair.all_changes().for_each(|changes| changes.look_after());

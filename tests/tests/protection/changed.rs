@@ -188,9 +188,12 @@ impl Twins {
         (host, mirror["differing_bytes"].as_u64().unwrap())
     }
 
-    /// Waits until so many bytes were compared for a first copy.
+    /// Waits until so many bytes were compared for a first copy, or it is done because no more can differ.
     fn wait_compared(&mut self, bytes: u64) {
-        self.wait_owner(|status| status["mirror"]["compared_bytes"].as_u64() >= Some(bytes));
+        self.wait_owner(|status| {
+            let compared = status["mirror"]["compared_bytes"].as_u64();
+            compared >= Some(bytes) || compared.is_some() && status["protected"] == true
+        });
     }
 
     fn account(&mut self) -> String {

@@ -52,11 +52,6 @@ pub(super) const PAIR: &[Rule] = &[
     )
     .rare(SHARED),
     allow(
-        Sysno::pwrite64,
-        "writes to a shared image what its guest was told is done",
-    )
-    .rare(SHARED),
-    allow(
         Sysno::timer_create,
         "ends a process that stands still and may write to a shared image",
     )
