@@ -412,7 +412,7 @@ impl BlockBackend for GatedDisk {
     }
 
     fn has_room(&self) -> bool {
-        let marked_soon = || self.held.len() < HELD_MAX && !self.gate.holds();
+        let marked_soon = || self.held.len() < HELD_MAX && !self.gate.waits();
         self.outside.has_room() && (self.held.is_empty() || marked_soon())
     }
 
