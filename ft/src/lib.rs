@@ -18,6 +18,7 @@ pub mod mirror;
 pub mod mode;
 pub mod packet;
 pub mod pair;
+pub mod paths;
 pub mod percentiles;
 pub mod runtime;
 pub mod sequence;
