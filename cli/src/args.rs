@@ -14,7 +14,7 @@ use tandem_ft::runtime::ResyncMode;
 use tandem_store::Place;
 use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, Pace, VsockConfig};
 use tandem_vmm::confinement::{Enforcement, User};
-use tandem_vmm::migration::Address;
+use tandem_vmm::migration::{Address, Addresses};
 use tracing::level_filters::LevelFilter;
 
 pub use stores::{
@@ -245,11 +245,12 @@ pub enum Verb {
         /// Guest and dry run.
         #[command(flatten)]
         change: ChangeArgs,
-        /// Where the standby listens: HOST:PORT or the path of a unix socket; repeatable: all are tried in
-        /// their order. A guest that is protected needs none
-        #[arg(long, value_name = "ADDRESS", value_parser = value::address, requires = "arbiter",
+        /// Where the standby listens: HOST:PORT or the path of a unix socket, and `,second=` with where it is reached
+        /// by another network, for when the first breaks; repeatable: all are tried in their order. A guest that is
+        /// protected needs none
+        #[arg(long, value_name = "ADDRESS[,second=ADDRESS]", value_parser = value::addresses, requires = "arbiter",
             required_unless_present_any = ["mode", "latency_budget"])]
-        to: Vec<Address>,
+        to: Vec<Addresses>,
         /// The directory that decides who owns the guest; on storage that both hosts share
         #[arg(long, value_name = "DIR", value_parser = value::path, requires = "to")]
         arbiter: Option<PathBuf>,
@@ -493,10 +494,11 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Host")]
     pub dry_run: bool,
     /// Protect the guest by a copy of it that runs where `tandem standby` listens: HOST:PORT, or the
-    /// path of a unix socket; repeatable: all are tried in their order, and whoever takes the guest
-    /// over goes on with the others
-    #[arg(long, value_name = "ADDRESS", value_parser = value::address, help_heading = "Protection")]
-    pub protect: Option<Vec<Address>>,
+    /// path of a unix socket, and `,second=` with where it is reached by another network, for when the
+    /// first breaks; repeatable: all are tried in their order, and whoever takes the guest over goes on
+    /// with the others
+    #[arg(long, value_name = "ADDRESS[,second=ADDRESS]", value_parser = value::addresses, help_heading = "Protection")]
+    pub protect: Option<Vec<Addresses>>,
     /// The directory that decides who owns the guest; on storage that both hosts share
     #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
     pub arbiter: Option<PathBuf>,
@@ -552,9 +554,9 @@ pub struct StandbyArgs {
     #[arg(long, value_name = "DIR", value_parser = value::path)]
     pub tls: Option<PathBuf>,
     /// Where others stand by for a guest that was taken over here, instead of where its lost owner had them:
-    /// HOST:PORT, or the path of a unix socket; repeatable
-    #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
-    pub protect: Vec<Address>,
+    /// HOST:PORT, or the path of a unix socket, `,second=ADDRESS` as with `run`; repeatable
+    #[arg(long, value_name = "ADDRESS[,second=ADDRESS]", value_parser = value::addresses)]
+    pub protect: Vec<Addresses>,
     /// Directory of files, NAME.toml each, with what is another here for the guest NAME than at its primary;
     /// the flags below are for all guests
     #[arg(long, value_name = "DIR", conflicts_with = "once")]

@@ -15,7 +15,7 @@ use tandem_vmm::config::MachineConfig;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::Machine;
-use tandem_vmm::migration::{Address, Peer, Route};
+use tandem_vmm::migration::{Addresses, Peer, Route};
 
 use crate::checkpoints::{self, Opened};
 use crate::exit::Exit;
@@ -40,7 +40,7 @@ pub(crate) fn run(
     let name = launch.machine.name.clone();
     let protect = match &launch.protection {
         Some(protection) => {
-            for to in &protection.to {
+            for to in protection.to.iter().flat_map(Addresses::all) {
                 tell_of_plain_link(to, protection.tls.as_deref(), context.quiet);
             }
             Some(claim(protection, &name)?)
@@ -176,7 +176,7 @@ fn claim(protection: &Protection, name: &str) -> Result<Protect, Failure> {
 
 /// The ways to `places`, with hosts as numbers, as a confined VMM cannot look names up; verified by the keys in `tls`
 /// if it is given.
-pub(crate) fn routes(places: &[Address], tls: Option<&Path>) -> Result<Vec<Route>, Failure> {
+pub(crate) fn routes(places: &[Addresses], tls: Option<&Path>) -> Result<Vec<Route>, Failure> {
     let all = places.iter().map(|place| {
         let peer = Peer::find(place, tls.map(Path::to_owned))?;
         peer.open()

@@ -146,9 +146,7 @@ fn one(
             disks: config.disks.iter().map(|disk| disk.path.clone()).collect(),
             confinement: confinement.entry(ThreadKind::Protection),
         };
-        let joined = invitation.accept(calls.as_ref(), &memory, beside, standby, &pair)?;
-        // Nobody is to wait for who takes no more.
-        drop(calls);
+        let joined = invitation.accept(calls, &memory, beside, standby, &pair)?;
         let surroundings = surroundings(confinement, &pair);
         let memory = SavedMemory::Loaded(memory);
         let (state, now) = (&joined.state, Instant::now());

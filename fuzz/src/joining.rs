@@ -65,22 +65,23 @@ fn with_frames(said: &[u8]) -> Vec<u8> {
 /// Connections that were made already.
 struct Made {
     calls: Mutex<Vec<(u128, Link)>>,
-    /// Open until nobody reads what was said on them.
-    _ends: Vec<UnixStream>,
 }
+
+/// The other ends of connections: open until nobody reads what was said on them.
+type Ends = Vec<UnixStream>;
 
 impl Made {
     /// The one that says what there is, and all of it.
-    fn first(said: &[u8]) -> Self {
+    fn first(said: &[u8]) -> (Self, Ends) {
         Self::new(&[said], link_with)
     }
 
-    /// The others, in the order in which they are heard, which may say more for as long as this lives.
-    fn others(said: [&[u8]; 2]) -> Self {
+    /// The others, in the order in which they are heard, which may say more for as long as their ends live.
+    fn others(said: [&[u8]; 2]) -> (Self, Ends) {
         Self::new(&said, open_link_with)
     }
 
-    fn new(said: &[&[u8]], make: fn(&[u8]) -> io::Result<(Link, UnixStream)>) -> Self {
+    fn new(said: &[&[u8]], make: fn(&[u8]) -> io::Result<(Link, UnixStream)>) -> (Self, Ends) {
         let (mut calls, mut ends) = (Vec::new(), Vec::new());
         for said in said {
             let Some((call, rest)) = said.split_first_chunk::<CALL_SIZE>() else {
@@ -93,10 +94,8 @@ impl Made {
             }
         }
         calls.reverse();
-        Self {
-            calls: Mutex::new(calls),
-            _ends: ends,
-        }
+        let calls = Mutex::new(calls);
+        (Self { calls }, ends)
     }
 }
 
@@ -114,7 +113,7 @@ impl Calls for Made {
 /// A standby joins who says this, or says why not. Whether it does.
 fn join(flags: u8, said: &[Vec<u8>; 3]) -> bool {
     let [first, others @ ..] = said;
-    let calls = Made::first(first);
+    let (calls, _ends) = Made::first(first);
     let Ok(invited) = calls.next(None, None).and_then(Invitation::hear) else {
         return false;
     };
@@ -135,8 +134,8 @@ fn join(flags: u8, said: &[Vec<u8>; 3]) -> bool {
     };
     let [memory, beside] = [(); 2].map(|()| memory::allocate(MEMORY, false).expect("memory"));
     let pair = Arc::new(Pair::new("fuzz", 1, 1).expect("gates"));
-    let others = Made::others([&others[0], &others[1]]);
-    let joined = invited.accept(&others, &memory, beside, standby, &pair);
+    let (others, _others_ends) = Made::others([&others[0], &others[1]]);
+    let joined = invited.accept(Box::new(others), &memory, beside, standby, &pair);
     assert!(!pair.status().protected, "nothing runs");
     let has_joined = joined.is_ok();
     match joined {

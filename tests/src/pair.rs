@@ -53,6 +53,8 @@ pub struct Pair {
     secondary: Guest,
     /// Between the two, unless that is TCP.
     link: Option<Arc<Link>>,
+    /// The second path between the two, if there is one.
+    second: Option<Link>,
     /// Where the arbiter and the sockets are.
     place: TempDir,
     /// Namespace of the guest's network.
@@ -104,6 +106,31 @@ impl Pair {
             link: Some(Arc::new(link)),
             ..Self::start_both(guest, standby, place, &near)
         }
+    }
+
+    /// Starts a guest and its copy, which reach each other by two paths.
+    pub fn start_by_two_paths(guest: GuestBuilder) -> Self {
+        let place = temporary();
+        let path = |name: &str| place.path().join(name);
+        let [far, first, second] = ["standby", "first", "second"].map(path);
+        let standby = guest.standby(&far, &make_arbiter(&place));
+        let link = Link::new(&first, &far);
+        let beside = Link::new(&second, &far);
+        let both = format!("{},second={}", first.display(), second.display());
+        Self {
+            link: Some(Arc::new(link)),
+            second: Some(beside),
+            ..Self::start_both(guest, standby, place, Path::new(&both))
+        }
+    }
+
+    /// Starts a guest and its copy, of which the first path is not there.
+    pub fn start_by_the_second(guest: GuestBuilder) -> Self {
+        let place = temporary();
+        let (far, first) = (place.path().join("standby"), place.path().join("first"));
+        let standby = guest.standby(&far, &make_arbiter(&place));
+        let both = format!("{},second={}", first.display(), far.display());
+        Self::start_both(guest, standby, place, Path::new(&both))
     }
 
     /// Starts a guest and its copy over `link`, which others use too; the copy is in this direction.
@@ -176,6 +203,7 @@ impl Pair {
             primary: guest.arg(arbiter_in(place.path())).start(),
             secondary,
             link: None,
+            second: None,
             place,
             network,
             frozen: Vec::new(),
@@ -189,6 +217,17 @@ impl Pair {
     /// When that is TCP.
     pub fn link(&self) -> &Link {
         self.link.as_deref().expect("there is a link to be cut")
+    }
+
+    /// The first path between the two, or the second.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn path(&self, number: usize) -> &Link {
+        match number {
+            0 => self.link(),
+            _ => self.second.as_ref().expect("there is a second path"),
+        }
     }
 
     /// Starts a guest and its copy and waits for both.

@@ -11,6 +11,7 @@ mod protection {
     pub(crate) mod history;
     mod links;
     mod modes;
+    mod paths;
     mod shared;
     mod storm;
 }

@@ -11,7 +11,7 @@ use tandem_ft::runtime::ResyncMode;
 use tandem_vmm::config::{MachineConfig, Pace};
 use tandem_vmm::control::{ControlError, MachineState};
 use tandem_vmm::error::causes;
-use tandem_vmm::migration::{MigrationError, Peer, PeerTls, source};
+use tandem_vmm::migration::{Addresses, MigrationError, Peer, PeerTls, source};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::directory::Report;
 
@@ -324,7 +324,7 @@ impl TlsBody {
     /// # Errors
     /// When one is no address, there are not as many names, or the directory is not absolute.
     pub fn peers(to: &[String], tls: Option<Self>) -> Result<Vec<Peer>, String> {
-        let addresses = to.iter().map(|to| to.parse());
+        let addresses = to.iter().map(|to| to.parse::<Addresses>());
         let addresses = addresses
             .collect::<Result<Vec<_>, _>>()
             .map_err(|e: MigrationError| e.to_string())?;
@@ -339,10 +339,13 @@ impl TlsBody {
         }
         let peers = addresses.into_iter().zip(name.all());
         Ok(peers
-            .map(|(address, name)| {
+            .map(|(addresses, name)| {
                 let (directory, name) = (directory.clone(), name.clone());
                 let tls = Some(PeerTls { directory, name });
-                Peer { address, tls }
+                Peer {
+                    tls,
+                    ..addresses.into()
+                }
             })
             .collect())
     }

@@ -113,7 +113,7 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         log_level: root.text("log-level", value::log_level),
         confine: root.text("confine", value::confine),
         user: root.text("user", value::user),
-        protect: root.texts("protect", value::address, 1),
+        protect: root.texts("protect", value::addresses, 1),
         arbiter: root.text("arbiter", value::path),
         resync: root.text("resync", value::resync),
         mode: root.text("mode", value::mode),

@@ -22,7 +22,7 @@ use tandem_vmm::config::{
     NetConfig, VsockConfig,
 };
 use tandem_vmm::confinement::{Enforcement, User};
-use tandem_vmm::migration::Address;
+use tandem_vmm::migration::Addresses;
 use tracing::level_filters::LevelFilter;
 
 pub use problem::{Origin, Problem};
@@ -97,7 +97,7 @@ pub struct Settings {
     pub log_level: Option<Located<LevelFilter>>,
     pub confine: Option<Located<Enforcement>>,
     pub user: Option<Located<User>>,
-    pub protect: Option<Located<Vec<Address>>>,
+    pub protect: Option<Located<Vec<Addresses>>>,
     pub arbiter: Option<Located<PathBuf>>,
     pub resync: Option<Located<ResyncMode>>,
     /// How it is protected.
@@ -182,7 +182,7 @@ pub struct Checkpoints {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Protection {
     /// Where standbys listen, in the order in which they are tried.
-    pub to: Vec<Address>,
+    pub to: Vec<Addresses>,
     /// The directory that decides who owns the guest.
     pub arbiter: PathBuf,
     /// What of a resync it waits for.

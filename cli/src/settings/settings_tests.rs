@@ -72,6 +72,7 @@ fn standbys_are_one_or_a_list_of_bounded_length() {
         protect.iter().map(ToString::to_string).collect::<Vec<_>>()
     };
     assert_eq!(places("protect = \"h:1\""), ["h:1"]);
+    assert_eq!(places("protect = \"h:1,second=g:1\""), ["h:1,second=g:1"]);
     assert_eq!(places("protect = [\"h:1\", \"/run/x\"]"), ["h:1", "/run/x"]);
     for wrong in ["[]", "7", "[\"h:1\", 7]", "[\"nowhere\"]", "{}"] {
         let lines = lines(&format!("protect = {wrong}"));
@@ -507,7 +508,7 @@ prop_compose! {
             confine: confine.map(Located::flag),
             user: user.map(|(uid, gid)| Located::flag(User { uid, gid })),
             protect: protect.map(|paths| {
-                let absolute = |path| Address::Unix(Path::new("/").join(path));
+                let absolute = |path| Addresses::from(tandem_vmm::migration::Address::Unix(Path::new("/").join(path)));
                 Located::flag(paths.into_iter().map(absolute).collect())
             }),
             arbiter: arbiter.map(Located::flag),

@@ -19,7 +19,7 @@ use tandem_vmm::config::{
     Safepoints, VsockConfig,
 };
 use tandem_vmm::confinement::{Enforcement, User};
-use tandem_vmm::migration::{Address, MigrationError};
+use tandem_vmm::migration::{Address, Addresses, MigrationError};
 use tracing::level_filters::LevelFilter;
 
 /// Longest kernel command line, in bytes.
@@ -452,6 +452,15 @@ pub fn cid(text: &str) -> Result<u32, ValueError> {
 /// # Errors
 /// When it is none.
 pub fn address(text: &str) -> Result<Address, ValueError> {
+    text.parse()
+        .map_err(|error: MigrationError| ValueError(error.to_string()))
+}
+
+/// Where a standby listens: `ADDRESS`, or `ADDRESS,second=ADDRESS` if that is in two networks.
+///
+/// # Errors
+/// When it is none.
+pub fn addresses(text: &str) -> Result<Addresses, ValueError> {
     text.parse()
         .map_err(|error: MigrationError| ValueError(error.to_string()))
 }

@@ -8,11 +8,11 @@ use serde_json::json;
 use tandem_ft::keeper::Keeper;
 use tandem_ft::mode::cost::Cost;
 use tandem_ft::mode::{Choice, Mode};
-use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::{Checkpoints, Mirror, Percentiles, Role, Status};
+use tandem_ft::runtime::{PathStatus, ResyncMode};
 use tandem_vmm::confinement::{Confinement, Plan, ThreadKind};
-use tandem_vmm::migration::{Address, Peer};
+use tandem_vmm::migration::{Address, Addresses, Peer};
 
 use super::Style;
 use super::change::tell_plan;
@@ -35,7 +35,7 @@ const EVENTS_LOOK: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub(super) struct Ask {
     /// Where standbys listen.
-    pub(super) to: Vec<Address>,
+    pub(super) to: Vec<Addresses>,
     /// The directory of the keys by which its links are encrypted, if they are.
     pub(super) tls: Option<PathBuf>,
     /// The directory that decides who owns the guest.
@@ -77,7 +77,7 @@ pub(super) fn protect(
     if change.dry_run {
         return tell_plan(guest, "protect", style);
     }
-    for to in &ask.to {
+    for to in ask.to.iter().flat_map(Addresses::all) {
         tell_of_plain_link(to, ask.tls.as_deref(), style.quiet);
     }
     let peers = ask.to.iter().map(|to| peer(to, ask.tls.as_deref()));
@@ -137,13 +137,16 @@ fn bring_keeper(guest: &Guest) -> PathBuf {
 
 /// Who listens at `to`, as the guest's VMM is told: it has another working directory, and does not look names up.
 /// Its keys can be used.
-pub(super) fn peer(to: &Address, tls: Option<&Path>) -> Result<Peer, Failure> {
+pub(super) fn peer(to: &Addresses, tls: Option<&Path>) -> Result<Peer, Failure> {
     let absolute = |path: &Path| {
         std::path::absolute(path).map_err(Failure::host("find the working directory"))
     };
     let mut peer = Peer::find(to, tls.map(absolute).transpose()?)?;
-    if let Address::Unix(path) = &mut peer.address {
-        *path = absolute(path)?;
+    let both = [Some(&mut peer.address), peer.second.as_mut()];
+    for address in both.into_iter().flatten() {
+        if let Address::Unix(path) = address {
+            *path = absolute(path)?;
+        }
     }
     drop(peer.open()?);
     Ok(peer)
@@ -365,6 +368,17 @@ fn checkpoint_rows(stored: &Checkpoints) -> [(&'static str, String); 8] {
     ]
 }
 
+/// How the paths to the other side are, if there are two.
+fn path_rows(status: &Status) -> impl Iterator<Item = (&'static str, String)> {
+    let text = |path: &PathStatus| match &path.to {
+        Some(to) => format!("{}: {to}", path.state),
+        None => path.state.clone(),
+    };
+    ["first path", "second path"]
+        .into_iter()
+        .zip(status.paths.iter().map(text))
+}
+
 fn status_table(status: &Status) -> String {
     let lease = match status.lease_ms {
         Some(left) => format!("{left} ms left"),
@@ -427,6 +441,7 @@ fn status_table(status: &Status) -> String {
     });
     let rows: Vec<_> = rows
         .into_iter()
+        .chain(path_rows(status))
         .chain(shared)
         .chain(mirrored.into_iter().flatten())
         .chain(stored.into_iter().flatten())

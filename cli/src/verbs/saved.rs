@@ -96,7 +96,7 @@ pub(super) fn migrate(
         return change::tell_plan(guest, &format!("migrate to `{to}`"), style);
     }
     tell_of_plain_link(to, tls.as_deref(), style.quiet);
-    let peer = peer(to, tls.as_deref())?;
+    let peer = peer(&to.clone().into(), tls.as_deref())?;
     let body = MigrateBody {
         to: peer.to_string(),
         tls: TlsBody::of(std::slice::from_ref(&peer)),

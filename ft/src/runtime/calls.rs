@@ -51,7 +51,7 @@ pub(super) fn call(to: &Route, token: u128) -> Result<Link, MigrationError> {
 }
 
 /// Where a standby's connections come from.
-pub trait Calls {
+pub trait Calls: Send {
     /// The next one, with its token; waits for it until `deadline`, or for ever, and no longer than who has called by
     /// `first`, if somebody has, stays.
     ///

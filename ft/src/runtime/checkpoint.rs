@@ -43,6 +43,7 @@
 //! |---|---|---|
 //! | `modes` | checkpoints as a mode | both copies run |
 //! | `paced` | windows | checkpoints are sent as fast as the socket takes them |
+//! | `path`, `second` of a standby | second paths | there is one path |
 
 use std::io::Write;
 use std::sync::Arc;
@@ -99,6 +100,9 @@ pub struct Offer {
     /// Whether it wants to hear what was taken of its checkpoints; not so from a primary that knows of no such thing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paced: bool,
+    /// By which path this is said, if there is a second one; none from a primary that knows of one path, or has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<u8>,
     /// The guest.
     pub hello: Hello,
 }
@@ -111,8 +115,16 @@ impl Offer {
             Some("modes") => self.modes.take().is_some(),
             Some("bases") => self.bases.take().is_some(),
             Some("paced") => std::mem::take(&mut self.paced),
+            Some("path") => self.path.take().is_some(),
+            Some("second") => self.forget_seconds(),
             _ => false,
         }
+    }
+
+    /// Tells of one path to each standby. False if it does so already.
+    fn forget_seconds(&mut self) -> bool {
+        let seconds = self.standbys.iter_mut().map(|place| place.second.take());
+        seconds.fold(false, |any, second| any | second.is_some())
     }
 }
 
@@ -311,10 +323,19 @@ mod tests {
         keeper: bool,
         disks: Vec<(u8, u64)>,
         term: u64,
-        standbys: Vec<Place>,
+        standbys: Vec<OldPlace>,
         here: u64,
         mode: ResyncMode,
         hello: Hello,
+    }
+
+    /// Where one listens that has one address.
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only whether it is taken matters")]
+    struct OldPlace {
+        address: String,
+        name: Option<String>,
     }
 
     /// What one took that knew of all modes.
@@ -326,7 +347,7 @@ mod tests {
         keeper: bool,
         disks: Vec<(u8, u64)>,
         term: u64,
-        standbys: Vec<Place>,
+        standbys: Vec<OldPlace>,
         here: u64,
         mode: ResyncMode,
         modes: Option<Wish>,
@@ -347,13 +368,18 @@ mod tests {
             disks: Vec::new(),
             shared: Vec::new(),
             term: 1,
-            standbys: Vec::new(),
+            standbys: vec![Place {
+                address: "10.0.0.1:1".into(),
+                name: None,
+                second: Some("10.1.0.1:1".into()),
+            }],
             here: 0,
             mode: ResyncMode::Running,
             modes,
             bases: None,
             store: None,
             paced: true,
+            path: Some(0),
             hello: Hello {
                 description: String::new(),
                 hardware,
@@ -379,10 +405,13 @@ mod tests {
         let wish = Some(Wish::of(Choice::Checkpoint));
         let left = taken_by::<Oldest>(offer(wish));
         assert_eq!((left.modes, left.paced), (None, false));
+        assert_eq!((left.path, &left.standbys[0].second), (None, &None));
         let left = taken_by::<Older>(offer(wish));
         assert_eq!((left.modes, left.paced), (wish, false));
         let left = taken_by::<Offer>(offer(wish));
         assert_eq!((left.modes, left.paced), (wish, true));
+        assert_eq!(left.path, Some(0));
+        assert!(left.standbys[0].second.is_some());
         // Nor does a checkpoint say anything of modes to one that knows none.
         let cut = encode(&PairCut::default()).unwrap();
         assert!(!cut.windows(5).any(|part| part == b"modes"));

@@ -17,7 +17,7 @@ use tandem_vmm::error::causes;
 use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::PageSender;
 use tandem_vmm::migration::tls::Keys;
-use tandem_vmm::migration::{Hello, Link, Route};
+use tandem_vmm::migration::{Hello, Link, MigrationError, Route};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::{PageSink, Session};
 
@@ -26,6 +26,8 @@ use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::copying::{self, Copied};
 use super::modes::Made;
 use super::pacing::Paced;
+use super::paths::dial::dial;
+use super::paths::{Connections, carry};
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::retry::{Attempt, Retry};
@@ -249,22 +251,24 @@ impl<'a> Driver<'a> {
             bases: Some(core.pair.bases()),
             store: core.pair.stored().cloned(),
             paced: true,
+            path: to.second().map(|_| 0),
             hello: Hello {
                 description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
             },
         };
-        let mut checkpoints = invite_as_it_knows(to, &mut offer)?;
+        let (way, mut checkpoints) = invite_by_any(to, &mut offer)?;
         let told = offer.bases.is_some();
         let told = told.then(|| copying::hear(&mut checkpoints, &images));
         let told = told.transpose()?;
         core.pair.modes().joined(offer.modes.is_some());
         core.pair.set_seed(token as u64);
-        let mut link = call(to, token)?;
+        let mut link = call(way, token)?;
         greet(&mut link, Purpose::Pairing, &Greeting { token })?;
         if let Some(keeper) = &self.guest.keeper {
-            self.entrust(keeper, to, token)?;
+            self.entrust(keeper, way, token)?;
         }
+        let (link, checkpoints) = self.carry(to, &offer, link, checkpoints)?;
         let share = |link: &Link| {
             link.try_clone()
                 .map_err(ProtectionError::host("share a connection"))
@@ -303,6 +307,31 @@ impl<'a> Driver<'a> {
             orders,
             thread,
         })
+    }
+
+    /// Carries connections to a secondary over two paths, if there are two and it knows of that.
+    fn carry(
+        &self,
+        to: &Route,
+        offer: &Offer,
+        messages: Link,
+        checkpoints: Link,
+    ) -> Result<(Link, Link), ProtectionError> {
+        let Some((path, second)) = offer.path.zip(to.second()) else {
+            return Ok((messages, checkpoints));
+        };
+        let connections = Connections {
+            messages,
+            checkpoints,
+            path: usize::from(path),
+        };
+        let routes = [to.clone(), second.clone()];
+        let names = [to, second].map(|route| Some(route.to_string()));
+        // The thread may do what this one may.
+        let pair = &self.core.pair;
+        let (messages, checkpoints, paths) = carry(pair, connections, names, || true)?;
+        dial(paths, routes, offer.token)?;
+        Ok((messages, checkpoints))
     }
 
     /// Gives the guest's taps to its keeper, with a connection of its own. Without a keeper what waits in them is
@@ -359,6 +388,7 @@ impl<'a> Driver<'a> {
             }
         }
         self.core.pair.set_checkpoint_memory(0);
+        self.core.pair.set_paths(None);
         if let Some(link) = lock(&self.core.link).take() {
             link.shut_down();
         }
@@ -700,6 +730,27 @@ impl Drop for DisksStand<'_> {
     fn drop(&mut self) {
         self.pair.let_disks_go();
     }
+}
+
+/// As [`invite_as_it_knows`], by the first way that leads there.
+fn invite_by_any<'a>(
+    to: &'a Route,
+    offer: &mut Offer,
+) -> Result<(&'a Route, Link), ProtectionError> {
+    let first = match (invite_as_it_knows(to, offer), to.second()) {
+        (Err(error), Some(_))
+            if !matches!(error, ProtectionError::Transfer(MigrationError::Refused(_))) =>
+        {
+            error
+        }
+        (invited, _) => return invited.map(|link| (to, link)),
+    };
+    let Some(second) = to.second() else {
+        return Err(first);
+    };
+    tracing::debug!(%to, why = %causes(&first), "the second path is tried");
+    offer.path = Some(1);
+    Ok((second, invite_as_it_knows(second, offer)?))
 }
 
 /// As [`invite`]; what a standby of an older version does not know, `offer` does without.

@@ -90,7 +90,7 @@ fn join(version: &str) -> (Joined, [JoinHandle<UnixStream>; 3]) {
     let calls = Made(Mutex::new(calls.into()));
     let [memory, beside] = [(); 2].map(|()| memory::allocate(MEMORY, false).unwrap());
     let pair = Arc::new(Pair::new("guest", 0, 0).unwrap());
-    let joined = invitation.accept(&calls, &memory, beside, standby(), &pair);
+    let joined = invitation.accept(Box::new(calls), &memory, beside, standby(), &pair);
     (joined.unwrap(), [first.end, pairing.end, keeper.end])
 }
 

@@ -192,6 +192,7 @@ fn offer() -> Offer {
         bases: None,
         store: None,
         paced: false,
+        path: None,
         hello: Hello {
             description: String::new(),
             hardware: HardwareState {

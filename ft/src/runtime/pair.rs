@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::events::{Event, Events, describe};
 use super::feed::Feed;
 use super::modes::{CutModes, Modes};
+use super::paths::Paths;
 use super::status::{Role, Status};
 use super::stored::Stored;
 use super::{ProtectionError, lock};
@@ -96,6 +97,8 @@ pub struct Pair {
     feed: Feed,
     /// Secondaries that ever joined.
     joins: AtomicU64,
+    /// The paths to the other side, if there are two.
+    paths: Mutex<Option<Arc<Paths>>>,
 }
 
 impl Pair {
@@ -137,6 +140,7 @@ impl Pair {
             stored: OnceLock::new(),
             feed: Feed::default(),
             joins: AtomicU64::new(0),
+            paths: Mutex::default(),
         })
     }
 
@@ -157,6 +161,11 @@ impl Pair {
     /// What this side, as the guest's copy, gives to a store.
     pub fn feed(&self) -> &Feed {
         &self.feed
+    }
+
+    /// There are two paths to the other side, or none any more.
+    pub(super) fn set_paths(&self, paths: Option<&Arc<Paths>>) {
+        *lock(&self.paths) = paths.cloned();
     }
 
     /// A secondary joins.
@@ -197,6 +206,9 @@ impl Pair {
         let lease = self.permit.left(now);
         status.lease_ms = lease.map(|left| left.as_millis() as u64);
         status.protection_memory_bytes = self.memory_bytes();
+        status.paths = lock(&self.paths)
+            .as_ref()
+            .map_or_else(Vec::new, |paths| paths.status());
         status.shared_disks = self.shared.iter().map(|disk| disk.number()).collect();
         status
     }
@@ -205,7 +217,11 @@ impl Pair {
     fn memory_bytes(&self) -> u64 {
         let nets: usize = self.nets.iter().map(|net| net.memory_bytes()).sum();
         let shared: usize = self.shared.iter().map(|disk| disk.memory_bytes()).sum();
-        let queues = nets + shared + self.console.memory_bytes() + self.outbox.memory_bytes();
+        let paths = lock(&self.paths)
+            .as_ref()
+            .map_or(0, |paths| paths.memory_bytes());
+        let queues =
+            nets + shared + self.console.memory_bytes() + self.outbox.memory_bytes() + paths;
         self.checkpoint_memory.load(Ordering::Relaxed) + queues as u64
     }
 
@@ -625,6 +641,7 @@ impl Pair {
     pub(super) fn go_live(&self, heard: Instant) -> usize {
         self.paired.store(false, Ordering::SeqCst);
         self.outbox.disconnect();
+        self.set_paths(None);
         self.disks.iter().for_each(|disk| disk.open());
         self.all_changes().for_each(|changes| changes.settle());
         self.console.go_live();

@@ -27,6 +27,8 @@ use super::image::Image;
 use super::late;
 use super::link_thread::{Talk, listen};
 use super::pair::PairCut;
+use super::paths::dial::answer;
+use super::paths::{Connections, carry};
 use super::protector::{Desk, Protect};
 use super::replicas::Replicas;
 use super::shared::SharedOffer;
@@ -37,6 +39,7 @@ use crate::arbiter::Term;
 use crate::detector::Scheduling;
 use crate::link::{self, Kind, Message, MessageError};
 use crate::pair::{self, Action, Actions, Ending, Epoch, Notice, SecondaryEvent, SecondaryState};
+use crate::paths::PATHS;
 
 /// How long the mark of a checkpoint that came whole may take to come too.
 const MARK_TIMEOUT: Duration = Duration::from_secs(10);
@@ -62,7 +65,8 @@ impl Invitation {
         let heard = hear(&mut link, Purpose::Protection);
         let fits = |offer: &Offer| {
             expect_token(token, offer.token)?;
-            expect_number("term", offer.term)
+            expect_number("term", offer.term)?;
+            expect_path(offer.path)
         };
         match heard.and_then(|offer: Offer| fits(&offer).map(|()| offer)) {
             Ok(offer) => Ok(Self { link, offer }),
@@ -90,7 +94,7 @@ impl Invitation {
     /// When the primary gives up or something breaks.
     pub fn accept(
         mut self,
-        calls: &dyn Calls,
+        calls: Box<dyn Calls>,
         memory: &Arc<GuestMemory>,
         beside: Arc<GuestMemory>,
         standby: Standby,
@@ -113,12 +117,14 @@ impl Invitation {
         frame::send(&mut self.link, FrameKind::Accept, &[])?;
         replicas.tell(pair, &mut self.link)?;
         let token = self.offer.token;
-        let next = |purpose| next_connection(calls, (token, &self.link), purpose);
+        let next = |purpose| next_connection(calls.as_ref(), (token, &self.link), purpose);
         let link = next(Purpose::Pairing)?;
         let keeper = match self.offer.keeper {
             true => Some(next(Purpose::Keeping)?),
             false => None,
         };
+        // Nobody is to wait for who takes no more.
+        let link = self.carry(link, pair, calls, &standby)?;
         pair.become_secondary();
         let checkpoints = share(&self.link)?;
         let core = Core::start(&self.offer, standby, pair, (checkpoints, link), keeper)?;
@@ -153,6 +159,40 @@ impl Invitation {
                 }
             }
         }
+    }
+
+    /// Carries the connections over two paths, if the primary does: that of checkpoints, and `messages`, which is
+    /// returned as it is used then. More are taken of `calls`.
+    fn carry(
+        &mut self,
+        messages: Link,
+        pair: &Arc<Pair>,
+        calls: Box<dyn Calls>,
+        standby: &Standby,
+    ) -> Result<Link, ProtectionError> {
+        let Some(path) = self.offer.path else {
+            return Ok(messages);
+        };
+        let connections = Connections {
+            messages,
+            checkpoints: share(&self.link)?,
+            path: usize::from(path),
+        };
+        let confined = |what: &'static str| {
+            let entry = standby.confinement.clone();
+            move || {
+                let entered = entry.enter();
+                if let Err(error) = &entered {
+                    tracing::error!(%error, what, "a thread cannot be confined");
+                }
+                entered.is_ok()
+            }
+        };
+        let (messages, checkpoints, paths) =
+            carry(pair, connections, Default::default(), confined("paths"))?;
+        answer(paths, calls, self.offer.token, confined("answer"))?;
+        self.link = checkpoints;
+        Ok(messages)
     }
 }
 
@@ -190,6 +230,17 @@ fn expect_token(found: u128, wanted: u128) -> Result<(), ProtectionError> {
     }
     let what = "a connection of another guest".to_owned();
     Err(MigrationError::Garbled { what }.into())
+}
+
+/// There are so many paths.
+fn expect_path(path: Option<u8>) -> Result<(), ProtectionError> {
+    match path {
+        Some(path) if usize::from(path) >= PATHS => {
+            let what = format!("path {path}; allowed are 0 and 1");
+            Err(ProtectionError::Garbled(what))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn share(link: &Link) -> Result<Link, ProtectionError> {

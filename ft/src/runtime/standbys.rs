@@ -20,6 +20,9 @@ pub struct Place {
     pub address: String,
     /// What its host is called, by which it is verified.
     pub name: Option<String>,
+    /// Where it is reached by another network; none from who knows of one path.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub second: Option<String>,
 }
 
 impl Place {
@@ -27,12 +30,18 @@ impl Place {
         Self {
             address: route.to_string(),
             name: route.name().map(str::to_owned),
+            second: route.second().map(ToString::to_string),
         }
     }
 
     fn route(&self, keys: Option<&Keys>) -> Result<Route, ProtectionError> {
-        let address: Address = self.address.parse()?;
-        Ok(Route::new(address, keys.cloned().zip(self.name.clone())))
+        let tls = keys.cloned().zip(self.name.clone());
+        let route = |address: &str| -> Result<_, ProtectionError> {
+            let address: Address = address.parse()?;
+            Ok(Route::new(address, tls.clone()))
+        };
+        let second = self.second.as_deref().map(route).transpose()?;
+        Ok(route(&self.address)?.or(second))
     }
 }
 
@@ -94,7 +103,12 @@ mod tests {
     fn place(address: &str) -> Place {
         let name = Some("host".to_owned());
         let address = address.to_owned();
-        Place { address, name }
+        let second = Some("10.1.0.2:1".to_owned());
+        Place {
+            address,
+            name,
+            second,
+        }
     }
 
     #[test]
@@ -105,10 +119,20 @@ mod tests {
         assert_eq!(numbers(&first), [0, 1, 2]);
         let (told, here) = first.tell(1);
         assert_eq!(told[0].name.as_deref(), Some("10.0.0.2"));
+        assert_eq!(told[0].second, None);
         let second = Standbys::told(&told, here, None).unwrap();
         assert_eq!(numbers(&second), [0, 2]);
         let (told, here) = second.tell(2);
         assert_eq!(numbers(&Standbys::told(&told, here, None).unwrap()), [0, 1]);
+    }
+
+    #[test]
+    fn second_paths_are_told_of() {
+        let told = [place("10.0.0.2:1")];
+        let list = Standbys::told(&told, 7, None).unwrap();
+        let second = list.others()[0].1.second().map(ToString::to_string);
+        assert_eq!(second, told[0].second);
+        assert_eq!(list.tell(0).0[0].second, told[0].second);
     }
 
     #[test]

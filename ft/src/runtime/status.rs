@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::modes::Modes;
+use super::paths::PathStatus;
 use crate::gate::NetFigures;
 use crate::mode::cost::Costs;
 use crate::mode::{Choice, Mode};
@@ -84,6 +85,9 @@ pub struct Status {
     pub bytes_per_dirty_page: u64,
     /// Bytes of this host's memory that protection costs besides the guest's own.
     pub protection_memory_bytes: u64,
+    /// How the first and the second path to the other side stand, if there are two.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<PathStatus>,
     /// Numbers of disks whose images both hosts reach; all others that the guest may write to have replicas.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shared_disks: Vec<u8>,
@@ -210,6 +214,7 @@ impl Status {
             resync_bytes: 0,
             bytes_per_dirty_page: 0,
             protection_memory_bytes: 0,
+            paths: Vec::new(),
             shared_disks: Vec::new(),
             mirror: None,
             checkpoints: None,

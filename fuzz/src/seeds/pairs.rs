@@ -51,6 +51,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         standbys: vec![Place {
             address: "10.0.0.1:7000".into(),
             name: Some("b".into()),
+            second: None,
         }],
         here: 0,
         mode,
@@ -58,6 +59,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         bases: None,
         store: None,
         paced: true,
+        path: None,
         hello: Hello {
             description: "kernel = '/k'\n".into(),
             hardware: state().hardware,

@@ -33,7 +33,8 @@ fn kind_of(name: &str) -> Option<ThreadKind> {
         "disk" => Some(ThreadKind::BlockWorker),
         "memory-faults" | "memory-ahead" => Some(ThreadKind::MemoryLoader),
         "api" => Some(ThreadKind::Api),
-        "protect" | "pair" | "follow" | "late" | "ask" | "changes" => Some(ThreadKind::Protection),
+        "protect" | "pair" | "follow" | "late" | "ask" | "changes" | "paths" | "dial"
+        | "answer" => Some(ThreadKind::Protection),
         "keeper" => Some(ThreadKind::Keeper),
         "checkpoint" | "store-watch" => Some(ThreadKind::Checkpoints),
         "store-faults" | "store-ahead" => Some(ThreadKind::StoreLoader),

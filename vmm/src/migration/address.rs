@@ -57,6 +57,63 @@ impl FromStr for Address {
     }
 }
 
+/// Where a host listens: in one network, or in two.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    /// Where it is reached, as long as that works.
+    pub first: Address,
+    /// Where it is reached too.
+    pub second: Option<Address>,
+}
+
+/// What comes between both of [`Addresses`].
+const SECOND: &str = ",second=";
+
+impl fmt::Display for Addresses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.first.fmt(f)?;
+        match &self.second {
+            Some(second) => write!(f, "{SECOND}{second}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl FromStr for Addresses {
+    type Err = MigrationError;
+
+    /// `ADDRESS`, or `ADDRESS,second=ADDRESS`.
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (first, second) = match text.split_once(SECOND) {
+            Some((first, second)) => (first, Some(second)),
+            None => (text, None),
+        };
+        let (first, second) = (first.parse()?, second.map(str::parse).transpose()?);
+        if second.as_ref() == Some(&first) {
+            return Err(MigrationError::Address {
+                address: text.into(),
+            });
+        }
+        Ok(Self { first, second })
+    }
+}
+
+impl Addresses {
+    /// Both, or the only one.
+    pub fn all(&self) -> impl Iterator<Item = &Address> {
+        std::iter::once(&self.first).chain(&self.second)
+    }
+}
+
+impl From<Address> for Addresses {
+    fn from(first: Address) -> Self {
+        Self {
+            first,
+            second: None,
+        }
+    }
+}
+
 impl Address {
     fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> MigrationError {
         let address = self.to_string();
@@ -275,6 +332,23 @@ impl Caller {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_has_one_address_or_two() {
+        for good in ["h:1", "h:1,second=g:2", "/run/x,second=10.0.0.1:7"] {
+            let addresses: Addresses = good.parse().unwrap();
+            assert_eq!(addresses.to_string(), good);
+            assert_eq!(addresses.second.is_some(), good.contains("second"));
+        }
+        for bad in [
+            "h:1,second=",
+            ",second=h:1",
+            "h:1,second=h:1",
+            "h:1,third=h:2",
+        ] {
+            assert!(bad.parse::<Addresses>().is_err(), "{bad}");
+        }
+    }
 
     #[test]
     fn addresses_are_hosts_with_ports_or_paths() {

@@ -27,14 +27,17 @@ pub enum Purpose {
     Pairing,
     /// Frames that wait for a guest whose primary is gone.
     Keeping,
+    /// A connection of a pair over another path, or once more over the same.
+    Path,
 }
 
 impl Purpose {
-    const ALL: [Self; 4] = [
+    const ALL: [Self; 5] = [
         Self::Migration,
         Self::Protection,
         Self::Pairing,
         Self::Keeping,
+        Self::Path,
     ];
 
     fn magic(self) -> [u8; 8] {
@@ -43,6 +46,7 @@ impl Purpose {
             Self::Protection => *b"TANDEM\x1a\x03",
             Self::Pairing => *b"TANDEM\x1a\x04",
             Self::Keeping => *b"TANDEM\x1a\x05",
+            Self::Path => *b"TANDEM\x1a\x07",
         }
     }
 
@@ -52,6 +56,7 @@ impl Purpose {
             Self::Protection => "protection",
             Self::Pairing => "pairing",
             Self::Keeping => "keeping",
+            Self::Path => "another path",
         }
     }
 }

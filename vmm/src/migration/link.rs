@@ -41,6 +41,14 @@ impl Link {
         Ok(self)
     }
 
+    /// One of two sockets that are connected to each other.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn of(stream: UnixStream) -> io::Result<Self> {
+        Self::Unix(stream).prepared()
+    }
+
     /// The same connection again, for another thread.
     ///
     /// # Errors

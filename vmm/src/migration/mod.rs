@@ -42,7 +42,7 @@ pub mod target;
 mod tests;
 pub mod tls;
 
-pub use address::Address;
+pub use address::{Address, Addresses};
 pub use error::MigrationError;
 pub use frame::Hello;
 pub use link::Link;

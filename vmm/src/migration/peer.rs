@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use super::frame::broken;
 use super::link::Link;
 use super::tls::{Keys, Session};
-use super::{Address, MigrationError};
+use super::{Address, Addresses, MigrationError};
 
 /// Who listens somewhere, as a user says it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub struct Peer {
     pub address: Address,
     /// How a link by TCP is encrypted; not at all without.
     pub tls: Option<PeerTls>,
+    /// Where the same host is reached by another network, by the same keys.
+    pub second: Option<Address>,
 }
 
 /// How a link is encrypted.
@@ -29,16 +31,18 @@ pub struct PeerTls {
 }
 
 impl Peer {
-    /// Who listens at `address`, whose certificate must be for the host that it names.
+    /// Who listens at `addresses`, whose certificate must be for the host that the first of them names.
     ///
     /// # Errors
-    /// When the host's name has no address.
-    pub fn find(address: &Address, tls: Option<PathBuf>) -> Result<Self, MigrationError> {
-        let named = address.host().map(str::to_owned);
-        let tls = tls.zip(named);
+    /// When a host's name has no address.
+    pub fn find(addresses: &Addresses, tls: Option<PathBuf>) -> Result<Self, MigrationError> {
+        let Addresses { first, second } = addresses;
+        let named = addresses.all().find_map(Address::host);
+        let tls = tls.zip(named.map(str::to_owned));
         Ok(Self {
-            address: address.resolved()?,
+            address: first.resolved()?,
             tls: tls.map(|(directory, name)| PeerTls { directory, name }),
+            second: second.as_ref().map(Address::resolved).transpose()?,
         })
     }
 
@@ -47,25 +51,36 @@ impl Peer {
     /// # Errors
     /// When they cannot be used.
     pub fn open(&self) -> Result<Route, MigrationError> {
-        let tls = match (&self.tls, &self.address) {
-            (Some(tls), Address::Tcp(_)) => Some((Keys::open(&tls.directory)?, tls.name.clone())),
+        let both = [Some(&self.address), self.second.as_ref()];
+        let by_tcp = |address: &Address| matches!(address, Address::Tcp(_));
+        let tls = match &self.tls {
+            Some(tls) if both.into_iter().flatten().any(by_tcp) => {
+                Some((Keys::open(&tls.directory)?, tls.name.clone()))
+            }
             _ => None,
         };
-        let address = self.address.clone();
-        Ok(Route { address, tls })
+        let route = Route::new(self.address.clone(), tls.clone());
+        let second = self.second.clone();
+        Ok(route.or(second.map(|second| Route::new(second, tls))))
     }
 }
 
-impl From<Address> for Peer {
+impl From<Addresses> for Peer {
     /// Whoever listens there.
-    fn from(address: Address) -> Self {
-        Self { address, tls: None }
+    fn from(addresses: Addresses) -> Self {
+        Self {
+            address: addresses.first,
+            tls: None,
+            second: addresses.second,
+        }
     }
 }
 
 impl fmt::Display for Peer {
+    /// Its addresses.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.address.fmt(f)
+        let (first, second) = (self.address.clone(), self.second.clone());
+        Addresses { first, second }.fmt(f)
     }
 }
 
@@ -74,13 +89,33 @@ impl fmt::Display for Peer {
 pub struct Route {
     address: Address,
     tls: Option<(Keys, String)>,
+    /// The way by another network.
+    second: Option<Box<Route>>,
 }
 
 impl Route {
     /// The way to `address`, over which who listens is verified by keys, for a name.
     pub fn new(address: Address, tls: Option<(Keys, String)>) -> Self {
         let tls = tls.filter(|_| matches!(address, Address::Tcp(_)));
-        Self { address, tls }
+        Self {
+            address,
+            tls,
+            second: None,
+        }
+    }
+
+    /// The same, with `second` as the way to the same host by another network.
+    #[must_use]
+    pub fn or(self, second: Option<Self>) -> Self {
+        Self {
+            second: second.map(Box::new),
+            ..self
+        }
+    }
+
+    /// The way to the same host by another network, if there is one.
+    pub fn second(&self) -> Option<&Self> {
+        self.second.as_deref()
     }
 
     /// Where it leads.

@@ -5,6 +5,9 @@ use syscalls::Sysno;
 use super::super::rules::Condition::Is;
 use super::super::rules::{Rule, allow, allow_if};
 
+/// When calls for second paths are made.
+const PATHS: &str = "only for hosts that are in two networks";
+
 /// The connections of a pair, and outputs that leave.
 pub(super) const PAIR: &[Rule] = &[
     allow(Sysno::ppoll, "waits for what the other side says"),
@@ -15,9 +18,17 @@ pub(super) const PAIR: &[Rule] = &[
     ),
     allow(
         Sysno::recvmsg,
-        "frames of a copy whose network is a stream socket",
+        "frames of a copy whose network is a stream socket; connections of a second path that are handed over",
     )
-    .rare("only for a copy behind a stream socket that talks by itself"),
+    .rare("only for a copy behind a stream socket that talks by itself, or with a second path"),
+    allow(Sysno::accept4, "connections of a second path").rare(PATHS),
+    allow_if(
+        Sysno::socketpair,
+        &[Is(0, libc::AF_UNIX as u32)],
+        "what goes over a second path passes a thread",
+    )
+    .rare(PATHS),
+    allow(Sysno::eventfd2, "as `socketpair`").rare(PATHS),
     allow(
         Sysno::timerfd_settime,
         "when a stream socket is tried again",

@@ -87,7 +87,7 @@ fn accept(listener: Listener) -> JoinHandle<Result<Link, MigrationError>> {
 fn connect(to: &str, keys: Option<&TempDir>) -> Result<Link, MigrationError> {
     let address: Address = to.parse().unwrap();
     let tls = keys.map(|place| place.path().to_owned());
-    Peer::find(&address, tls)?.open()?.connect()
+    Peer::find(&address.into(), tls)?.open()?.connect()
 }
 
 /// What both sides have: who connects, and who listens.
