@@ -14,12 +14,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use roaring::RoaringBitmap;
-use tandem_devices::event::Poller;
 use tandem_devices::virtio::block::{BlockBackend, BlockIo, Operation};
-use tandem_vmm::build::borrow;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Permit;
+use super::front::{Front, Gating, Withheld, writes};
 use crate::mirror::changes::{Changes, Signal};
 use crate::mirror::{BLOCK, Base, Image};
 
@@ -276,7 +275,7 @@ impl DiskGate {
 
     /// Whether what `io` writes is marked durably.
     fn admits(&self, io: &BlockIo) -> bool {
-        let changes = self.changes().filter(|_| writes(io));
+        let changes = self.changes().filter(|_| writes(io.operation));
         changes.is_none_or(|changes| changes.admit(io.offset, io.len))
     }
 
@@ -319,23 +318,16 @@ impl DiskGate {
     }
 }
 
-/// Whether `io` changes the image.
-fn writes(io: &BlockIo) -> bool {
-    !matches!(io.operation, Operation::Read | Operation::Flush)
-}
-
 /// The backend of a disk that has a gate.
-pub(crate) struct GatedDisk {
+pub(crate) type GatedDisk = Front<Mirrored>;
+
+/// What is in front of the outside of a mirrored disk.
+pub(crate) struct Mirrored {
     gate: Arc<DiskGate>,
-    outside: Box<dyn BlockBackend>,
     /// Requests that wait, oldest first; the device's queue bounds them.
     held: VecDeque<BlockIo>,
     /// Requests that the outside has.
     in_flight: usize,
-    /// Requests that the host failed, of which the guest does not know; in flight for the device, which bounds them.
-    withheld: VecDeque<(usize, io::Error)>,
-    /// It gets to know.
-    tells: bool,
 }
 
 impl GatedDisk {
@@ -347,128 +339,85 @@ impl GatedDisk {
             changes.begin(Arc::clone(&image), bytes);
         }
         gate.lock().image = Some((image, bytes));
-        Self {
+        let mirrored = Mirrored {
             gate,
-            outside,
             held: VecDeque::new(),
             in_flight: 0,
-            withheld: VecDeque::new(),
-            tells: false,
-        }
-    }
-
-    fn pass(&mut self, io: BlockIo) {
-        self.in_flight += 1;
-        self.outside.submit(io);
-    }
-
-    /// Passes on what waited, if it need not any more.
-    fn pass_held(&mut self) -> io::Result<()> {
-        if self.held.is_empty() || self.gate.waits() {
-            return Ok(());
-        }
-        while self.outside.has_room()
-            && let Some(io) = self.held.pop_front_if(|io| self.gate.admits(io))
-        {
-            self.pass(io);
-        }
-        self.outside.flush_batch()
-    }
-
-    /// A failure that the guest is told of after all.
-    fn next_told(&mut self) -> Option<(usize, io::Result<()>)> {
-        let (token, error) = match self.withheld.is_empty() {
-            false if self.tells || !self.gate.has_copy() => self.withheld.pop_front()?,
-            _ => return None,
         };
-        self.tells &= !self.withheld.is_empty();
-        Some((token, Err(error)))
+        Self::put(mirrored, outside)
     }
 }
 
-impl BlockBackend for GatedDisk {
-    fn sectors(&self) -> u64 {
-        self.outside.sectors()
+impl Mirrored {
+    fn pass(&mut self, outside: &mut dyn BlockBackend, io: BlockIo) {
+        self.in_flight += 1;
+        outside.submit(io);
+    }
+}
+
+impl Gating for Mirrored {
+    fn event(&self) -> &EventFd {
+        &self.gate.event
     }
 
-    fn block_size(&self) -> u32 {
-        self.outside.block_size()
+    fn has_copy(&self) -> bool {
+        self.gate.has_copy()
     }
 
-    fn is_readonly(&self) -> bool {
-        self.outside.is_readonly()
-    }
-
-    fn start(&mut self, poller: &mut dyn Poller, token: u32) -> io::Result<()> {
-        // The event outlives devices, and one that was let go may have watched it.
-        poller.unwatch(borrow(&self.gate.event));
-        poller.watch_input(borrow(&self.gate.event), token)?;
-        self.outside.start(poller, token)
-    }
-
-    fn stop(&mut self, poller: &mut dyn Poller) {
-        poller.unwatch(borrow(&self.gate.event));
-        self.outside.stop(poller);
-    }
-
-    fn has_room(&self) -> bool {
+    fn has_room(&self, outside: &dyn BlockBackend) -> bool {
         let marked_soon = || self.held.len() < HELD_MAX && !self.gate.waits();
-        self.outside.has_room() && (self.held.is_empty() || marked_soon())
+        outside.has_room() && (self.held.is_empty() || marked_soon())
     }
 
-    fn submit(&mut self, io: BlockIo) {
+    fn submit(&mut self, outside: &mut dyn BlockBackend, io: BlockIo) {
         let reads = io.operation == Operation::Read;
-        let admitted = !writes(&io) || self.gate.note(&io);
+        let admitted = !writes(io.operation) || self.gate.note(&io);
         if !reads && (!admitted || self.gate.waits() || !self.held.is_empty()) {
             self.held.push_back(io);
         } else {
-            self.pass(io);
+            self.pass(outside, io);
         }
     }
 
-    fn flush_batch(&mut self) -> io::Result<()> {
-        self.outside.flush_batch()
+    fn advance(&mut self, outside: &mut dyn BlockBackend) -> io::Result<()> {
+        if self.held.is_empty() || self.gate.waits() {
+            return Ok(());
+        }
+        while outside.has_room()
+            && let Some(io) = self.held.pop_front_if(|io| self.gate.admits(io))
+        {
+            self.pass(outside, io);
+        }
+        outside.flush_batch()
     }
 
-    fn next_completed(&mut self) -> Option<(usize, io::Result<()>)> {
-        if let Err(error) = self.pass_held() {
-            tracing::error!(%error, "cannot pass on what waited for a disk");
-        }
-        if let Some(told) = self.next_told() {
-            return Some(told);
-        }
-        loop {
-            let (token, result) = self.outside.next_completed()?;
-            self.in_flight = self.in_flight.saturating_sub(1);
-            self.gate.done(token);
-            match result {
-                Err(error) if self.gate.withholds(&error) => {
-                    self.withheld.push_back((token, error));
-                }
-                result => return Some((token, result)),
-            }
+    fn completed(&mut self, token: usize, result: &io::Result<()>) -> bool {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.gate.done(token);
+        match result {
+            Err(error) => !self.gate.withholds(error),
+            Ok(()) => true,
         }
     }
 
-    fn wait(&mut self) -> io::Result<()> {
+    fn wait(&mut self, outside: &mut dyn BlockBackend, withheld: &mut Withheld) -> io::Result<()> {
         if self.in_flight == 0 {
             // The guest is to be saved, and what it does not know cannot be.
-            self.tells = !self.withheld.is_empty();
-            if self.tells {
+            if withheld.tell() {
                 return Ok(());
             }
             self.gate.wait_let_go();
-            self.pass_held()?;
+            self.advance(outside)?;
             while self.in_flight == 0 && !self.held.is_empty() {
                 self.gate.wait_kept();
-                self.pass_held()?;
+                self.advance(outside)?;
             }
         }
-        self.outside.wait()
+        outside.wait()
     }
 }
 
-impl Drop for GatedDisk {
+impl Drop for Mirrored {
     fn drop(&mut self) {
         if let Some(changes) = self.gate.changes() {
             // The image is locked until the backend is gone.
@@ -480,76 +429,20 @@ impl Drop for GatedDisk {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "test code fails by panicking")]
 mod tests {
-    use std::sync::LazyLock;
-
-    use tandem_devices::GuestMemory;
-    use tandem_devices::virtio::block::SECTOR;
-    use tandem_devices::virtio::buffers::Buffers;
-    use vm_memory::GuestAddress;
-
+    use super::super::outside::{BROKEN, Outside, no_buffers};
     use super::*;
 
-    /// Requests from this token on fail.
-    const BROKEN: usize = 100;
-
-    /// Requests that are done when a test says so.
-    #[derive(Clone, Default)]
-    struct Outside(Arc<Mutex<VecDeque<usize>>>);
-
-    impl BlockBackend for Outside {
-        fn sectors(&self) -> u64 {
-            1 << 20
-        }
-
-        fn block_size(&self) -> u32 {
-            SECTOR as u32
-        }
-
-        fn is_readonly(&self) -> bool {
-            false
-        }
-
-        fn start(&mut self, _poller: &mut dyn Poller, _token: u32) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn stop(&mut self, _poller: &mut dyn Poller) {}
-
-        fn has_room(&self) -> bool {
-            true
-        }
-
-        fn submit(&mut self, io: BlockIo) {
-            self.0.lock().unwrap().push_back(io.token);
-        }
-
-        fn flush_batch(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-
-        fn next_completed(&mut self) -> Option<(usize, io::Result<()>)> {
-            let token = self.0.lock().unwrap().pop_front()?;
-            let broken = || io::Error::from(io::ErrorKind::StorageFull);
-            Some((
-                token,
-                if token < BROKEN {
-                    Ok(())
-                } else {
-                    Err(broken())
-                },
-            ))
-        }
-
-        fn wait(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
+    const BYTES: u64 = 512 << 20;
 
     fn disk() -> (Arc<DiskGate>, GatedDisk) {
         let permit = Permit::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
         let gate = Arc::new(DiskGate::new(0, Arc::new(permit)).unwrap());
         let image = tempfile::tempfile().unwrap();
-        let disk = GatedDisk::new(Arc::clone(&gate), Box::new(Outside::default()), image);
+        let disk = GatedDisk::new(
+            Arc::clone(&gate),
+            Box::new(Outside::new(BYTES, None)),
+            image,
+        );
         (gate, disk)
     }
 
@@ -560,16 +453,13 @@ mod tests {
             operation,
             offset: block * BLOCK,
             len: 2 * BLOCK,
-            buffers: Buffers::new(&MEMORY),
+            buffers: no_buffers(),
         }
     }
 
     fn blocks(gate: &DiskGate) -> Vec<u32> {
         gate.take_written().iter().collect()
     }
-
-    static MEMORY: LazyLock<Arc<GuestMemory>> =
-        LazyLock::new(|| Arc::new(GuestMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap()));
 
     const WRITE: Operation = Operation::Write { durable: false };
 

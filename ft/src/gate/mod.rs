@@ -4,12 +4,15 @@
 mod console;
 mod copy;
 mod disk;
+mod front;
 mod net;
 pub(crate) mod net_backend;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code fails by panicking")]
+mod outside;
 pub(crate) mod overlay;
 mod permit;
 mod shared;
-mod shared_disk;
 mod tally;
 pub(crate) mod watchdog;
 
@@ -19,6 +22,5 @@ pub(crate) use disk::GatedDisk;
 pub use net::{Delays, NetCut, NetFigures, NetGate};
 pub use permit::Permit;
 pub use shared::SharedGate;
-pub(crate) use shared::SharedImage;
-pub(crate) use shared_disk::SharedDisk;
+pub(crate) use shared::{SharedDisk, SharedImage};
 pub use tally::Tally;

@@ -91,10 +91,6 @@ impl Overlay {
         self.0.is_empty()
     }
 
-    pub(super) fn clear(&mut self) {
-        self.0.clear();
-    }
-
     /// Bytes of memory that its blocks take at most.
     pub(super) fn bytes(&self) -> usize {
         self.0.len() * BLOCK_SIZE

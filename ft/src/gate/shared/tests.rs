@@ -1,82 +1,25 @@
 //! Writes through gates of both copies, to one image.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use std::collections::VecDeque;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
+use rustix::fs::{FlockOperation, flock};
 use tandem_devices::GuestMemory;
-use tandem_devices::event::Poller;
-use tandem_devices::virtio::block::{BlockBackend, SECTOR};
+use tandem_devices::virtio::block::BlockBackend;
 use tandem_devices::virtio::buffers::Buffers;
 use vm_memory::GuestAddress;
 
-use super::super::SharedDisk;
+use super::super::outside::Outside;
+use super::copy::LOCK_LOOK;
 use super::*;
+use crate::mirror::BLOCK;
 use crate::pair::Gate;
 
 const BYTES: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_millis(50);
 const WRITE: Operation = Operation::Write { durable: false };
-
-/// Does requests to an image when it is asked what is done.
-struct Outside {
-    image: File,
-    requests: VecDeque<BlockIo>,
-}
-
-impl BlockBackend for Outside {
-    fn sectors(&self) -> u64 {
-        BYTES / SECTOR
-    }
-
-    fn block_size(&self) -> u32 {
-        SECTOR as u32
-    }
-
-    fn is_readonly(&self) -> bool {
-        false
-    }
-
-    fn start(&mut self, _poller: &mut dyn Poller, _token: u32) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn stop(&mut self, _poller: &mut dyn Poller) {}
-
-    fn has_room(&self) -> bool {
-        true
-    }
-
-    fn submit(&mut self, io: BlockIo) {
-        self.requests.push_back(io);
-    }
-
-    fn flush_batch(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-
-    fn next_completed(&mut self) -> Option<(usize, io::Result<()>)> {
-        let io = self.requests.pop_front()?;
-        let mut content = vec![0; io.len as usize];
-        match io.operation {
-            Operation::Read => {
-                self.image.read_exact_at(&mut content, io.offset).unwrap();
-                io.buffers.write_at(0, &content);
-            }
-            Operation::Write { .. } => {
-                io.buffers.read_at(0, &mut content);
-                self.image.write_all_at(&content, io.offset).unwrap();
-            }
-            Operation::WriteZeroes { .. } => self.image.write_all_at(&content, io.offset).unwrap(),
-            Operation::Flush | Operation::Discard => {}
-        }
-        Some((io.token, Ok(())))
-    }
-
-    fn wait(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 /// One host's side of a disk.
 struct Host {
@@ -93,10 +36,7 @@ impl Host {
         let gate = SharedGate::new(2, Arc::new(Outbox::default()), Arc::clone(&permit));
         let gate = Arc::new(gate.unwrap());
         let open = || File::options().read(true).write(true).open(image).unwrap();
-        let outside = Outside {
-            image: open(),
-            requests: VecDeque::new(),
-        };
+        let outside = Outside::new(BYTES, Some(open()));
         let disk = SharedDisk::new(Arc::clone(&gate), Box::new(outside), open());
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 1 << 16)]).unwrap();
         Self {
