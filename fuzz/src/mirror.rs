@@ -21,18 +21,20 @@ pub(crate) const DISK: u64 = 8 << 20;
 /// Blocks that the secondary's guest wrote.
 pub(crate) const OWN: [u32; 4] = [1, 2, 3, 200];
 /// Bytes that one side says at most to one list of an input's length, each of which may ask for 256 KiB.
-const TOLD_MAX: u64 = (crate::INPUT_MAX as u64 / 8 + 64) * (256 << 10);
+const TOLD_MAX: u64 = (crate::INPUT_MAX as u64 / 6 + 64) * (256 << 10);
 
 pub(crate) fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let end = input.u8();
     let said = input.rest();
     for said in [said.to_vec(), sealed(said)] {
-        match end % 4 {
-            0 => primary_of_disks(&said),
-            1 => secondary_of_disks(&said),
+        match end % 6 {
+            0 => primary_of_disks(&said, false),
+            1 => secondary_of_disks(&said, false),
             2 => primary_of_pages(&said),
-            _ => secondary_of_pages(&said),
+            3 => secondary_of_pages(&said),
+            4 => primary_of_disks(&said, true),
+            _ => secondary_of_disks(&said, true),
         }
     }
 }
@@ -52,17 +54,17 @@ fn explains(result: Result<u64, ProtectionError>) {
     }
 }
 
-fn primary_of_disks(said: &[u8]) {
+fn primary_of_disks(said: &[u8], by_sectors: bool) {
     let place = tempfile::tempdir().expect("a directory");
     let file = disk(&place.path().join("disk"));
-    explains(serve_disks(file, DISK, said));
+    explains(serve_disks(file, DISK, said, by_sectors));
 }
 
-fn secondary_of_disks(said: &[u8]) {
+fn secondary_of_disks(said: &[u8], by_sectors: bool) {
     let place = tempfile::tempdir().expect("a directory");
     let path = place.path().join("disk");
     disk(&path);
-    explains(take_disks(&path, DISK, &OWN, said));
+    explains(take_disks(&path, DISK, &OWN, said, by_sectors));
     let length = path.metadata().expect("it is there").len();
     assert_eq!(length, DISK, "no part is behind the disk's end");
 }

@@ -7,14 +7,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
 use std::io;
-use std::ops::RangeInclusive;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use roaring::RoaringBitmap;
-use tandem_devices::virtio::block::{BlockBackend, BlockIo, Operation};
+use roaring::{RoaringBitmap, RoaringTreemap};
+use tandem_devices::virtio::block::{BlockBackend, BlockIo, Operation, SECTOR};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Permit;
@@ -32,12 +32,12 @@ const KEPT_LOOK: Duration = Duration::from_millis(5);
 struct State {
     /// The image, once more, and the size of the disk in bytes.
     image: Option<(Arc<File>, u64)>,
-    /// Blocks that were written, if the guest has a copy.
-    written: Option<RoaringBitmap>,
-    /// The same, if checkpoints of it go to a store from here.
+    /// Sectors that were written, if the guest has a copy.
+    written: Option<RoaringTreemap>,
+    /// Blocks that were, if checkpoints of it go to a store from here.
     stored: Option<RoaringBitmap>,
-    /// Blocks of each request that writes and is not done, by its token.
-    under_way: HashMap<usize, RangeInclusive<u32>>,
+    /// Sectors of each request that writes and is not done, by its token.
+    under_way: HashMap<usize, Range<u64>>,
     /// Writes wait.
     holds: bool,
     /// They do for a store.
@@ -56,11 +56,20 @@ impl State {
         self.holds || self.holds_for_store
     }
 
-    /// Blocks of requests that are not done.
+    /// Sectors of requests that are not done.
+    fn sectors_under_way(&self) -> RoaringTreemap {
+        let mut sectors = RoaringTreemap::new();
+        for under_way in self.under_way.values() {
+            sectors.insert_range(under_way.clone());
+        }
+        sectors
+    }
+
+    /// And their blocks.
     fn blocks_under_way(&self) -> RoaringBitmap {
         let mut blocks = RoaringBitmap::new();
         for under_way in self.under_way.values() {
-            blocks.insert_range(under_way.clone());
+            blocks.insert_range(blocks_of(under_way));
         }
         blocks
     }
@@ -124,10 +133,8 @@ impl DiskGate {
     pub(crate) fn propose(&self, base: Base) {
         let state = self.lock();
         if let Some(changes) = self.changes() {
-            let block = |block: u32| u64::from(block) * BLOCK;
             let bytes = state.under_way.values();
-            let bytes =
-                bytes.map(|blocks| block(*blocks.start())..=block(*blocks.end()) + BLOCK - 1);
+            let bytes = bytes.map(|sectors| sectors.start * SECTOR..=sectors.end * SECTOR - 1);
             changes.propose(base, bytes);
         }
     }
@@ -153,7 +160,7 @@ impl DiskGate {
         let mut state = self.lock();
         state.failure = None;
         self.bytes_written.store(0, Ordering::Relaxed);
-        state.written = Some(state.blocks_under_way());
+        state.written = Some(state.sectors_under_way());
     }
 
     /// As [`DiskGate::track`], for a store, which is no copy: the guest sees what the host fails, unless it has one too.
@@ -168,8 +175,8 @@ impl DiskGate {
         self.let_go_for_store();
     }
 
-    /// What was written since this was asked last, or since [`DiskGate::track`].
-    pub(crate) fn take_written(&self) -> RoaringBitmap {
+    /// Sectors that were written since this was asked last, or since [`DiskGate::track`].
+    pub(crate) fn take_written(&self) -> RoaringTreemap {
         let mut state = self.lock();
         state
             .written
@@ -189,9 +196,10 @@ impl DiskGate {
         }
     }
 
-    /// Blocks that were written since the last checkpoint.
+    /// Bytes of sectors that were written since the last checkpoint.
     pub(crate) fn count_written(&self) -> u64 {
-        self.lock().written.as_ref().map_or(0, RoaringBitmap::len)
+        let state = self.lock();
+        state.written.as_ref().map_or(0, RoaringTreemap::len) * SECTOR
     }
 
     /// Writes wait from now on. The guest must stand.
@@ -256,18 +264,15 @@ impl DiskGate {
 
     /// Notes that `io` is about to be carried out. False if it has to wait.
     fn note(&self, io: &BlockIo) -> bool {
-        // The device checked the range, and disks that have a copy are not larger than there are numbers.
-        let first = io.offset / BLOCK;
-        let last = (io.offset + io.len).saturating_sub(1) / BLOCK;
-        let [first, last] = [first, last].map(|block| u32::try_from(block).unwrap_or(u32::MAX));
+        let sectors = io.offset / SECTOR..(io.offset + io.len).div_ceil(SECTOR);
         let mut state = self.lock();
-        let State {
-            written, stored, ..
-        } = &mut *state;
-        for blocks in written.iter_mut().chain(stored) {
-            blocks.insert_range(first..=last);
+        if let Some(written) = &mut state.written {
+            written.insert_range(sectors.clone());
         }
-        state.under_way.insert(io.token, first..=last);
+        if let Some(stored) = &mut state.stored {
+            stored.insert_range(blocks_of(&sectors));
+        }
+        state.under_way.insert(io.token, sectors);
         self.bytes_written.fetch_add(io.len, Ordering::Relaxed);
         // While no base can be proposed.
         self.admits(io)
@@ -318,6 +323,14 @@ impl DiskGate {
     }
 }
 
+/// Blocks of `sectors`, which the device checked; disks that have a copy have no more than there are numbers.
+fn blocks_of(sectors: &Range<u64>) -> Range<u32> {
+    let bytes = sectors.start * SECTOR..sectors.end * SECTOR;
+    let [first, end] = [bytes.start / BLOCK, bytes.end.div_ceil(BLOCK)]
+        .map(|block| u32::try_from(block).unwrap_or(u32::MAX));
+    first..end
+}
+
 /// The backend of a disk that has a gate.
 pub(crate) type GatedDisk = Front<Mirrored>;
 
@@ -333,7 +346,7 @@ pub(crate) struct Mirrored {
 impl GatedDisk {
     /// Puts `gate` in front of `outside`, whose image is `image`.
     pub(crate) fn new(gate: Arc<DiskGate>, outside: Box<dyn BlockBackend>, image: File) -> Self {
-        let bytes = outside.sectors() * tandem_devices::virtio::block::SECTOR;
+        let bytes = outside.sectors() * SECTOR;
         let image = Arc::new(image);
         if let Some(changes) = gate.changes() {
             changes.begin(Arc::clone(&image), bytes);
@@ -431,6 +444,7 @@ impl Drop for Mirrored {
 mod tests {
     use super::super::outside::{BROKEN, Outside, no_buffers};
     use super::*;
+    use crate::mirror;
 
     const BYTES: u64 = 512 << 20;
 
@@ -458,7 +472,7 @@ mod tests {
     }
 
     fn blocks(gate: &DiskGate) -> Vec<u32> {
-        gate.take_written().iter().collect()
+        mirror::blocks_of(&gate.take_written()).iter().collect()
     }
 
     const WRITE: Operation = Operation::Write { durable: false };

@@ -477,7 +477,7 @@ fn copy(
         source.read(part, &mut content).unwrap();
         to.changes.mark_parts(std::iter::once(part)).unwrap();
         target.write(part, &content).unwrap();
-        let region = part.first / Regions::of(BYTES).blocks_each();
+        let region = part.blocks().start as u32 / Regions::of(BYTES).blocks_each();
         to.changes
             .copied(base, &std::iter::once(region).collect())
             .unwrap();

@@ -133,8 +133,9 @@ impl Open {
     fn regions_of(&self, parts: impl Iterator<Item = Extent>) -> RoaringBitmap {
         let mut regions = RoaringBitmap::new();
         for part in parts {
-            let (first, length) = (part.blocks().start, u64::from(part.blocks));
-            regions.insert_range(self.regions.range(first * BLOCK, length * BLOCK));
+            let blocks = part.blocks();
+            let length = (blocks.end - blocks.start) * BLOCK;
+            regions.insert_range(self.regions.range(blocks.start * BLOCK, length));
         }
         regions
     }

@@ -1,19 +1,23 @@
 //! Disks of a protected guest: each host has a replica, and each copy of the guest writes to its own.
 //!
 //! Copies that run alike write alike, so nothing of a disk travels while they do. What either side wrote
-//! since the last checkpoint is known by block; at a checkpoint the primary tells digests of those parts,
-//! and the secondary asks for the ones that its replica has otherwise, and for all that only it wrote itself:
+//! since the last checkpoint is known by sector; at a checkpoint the primary tells digests of groups of those parts (`group`),
+//! and the secondary says which groups its replica has otherwise, with digests of what is in each block there, and which
+//! parts only it wrote itself. What differs of that is sent:
 //!
 //! ```text
 //!   primary                                  secondary
 //!   stands, its I/O done; writes wait          stands, its I/O done
-//!      | ---- Digests ... Digests, empty ------> |  compares with its replica
-//!      | <--- WantedBlocks ... , empty --------- |
-//!      | ---- Blocks ... Blocks ---------------> |  puts them aside
-//!      | <--- WantedBlocks, empty -------------- |  has all of them, if there were any
+//!      | ---- Digests ... the last of them ----> |  compares with its replica
+//!      | <--- WantedBlocks ... the last -------- |  groups that differ, its own parts
+//!      | ---- Blocks ... ----------------------> |  puts them aside
+//!      | <--- WantedBlocks, the last ----------- |  has all of them, if there were any
 //!      | ---- Synced --------------------------> |  writes them to its replica, loads the checkpoint
 //!   writes go on
 //! ```
+//!
+//! A peer of an older version tells a digest of each part of whole blocks, hears which parts are wanted, and sends those whole;
+//! empty frames end lists ([`Grain::Blocks`]).
 //!
 //! The first checkpoint is preceded by the same conversation over the whole disk, piece by piece while the guest
 //! runs: replicas that are alike already are read, not sent. What the guest writes meanwhile is known, and
@@ -42,16 +46,20 @@
 //! Checkpoints are such moments now and then, if the primary says so. The secondary keeps it when it has the checkpoint, the
 //! primary when it hears that; neither waits for the other, and each knows the moment before too.
 //!
-//! Cost: 24 bytes on the wire per 64 KiB that both wrote alike in one piece; per block at worst. Digests are
-//! XXH3 (128 bits) with a seed that the guest does not know.
+//! Cost on the wire: of what both wrote alike some 24 bytes per 64 KiB that are in one piece, and 3 per sector that is
+//! anywhere; of what they wrote otherwise that itself, and 18 bytes for each block or part of one; 50 bytes per
+//! checkpoint. Digests are XXH3 (128 bits) with a seed that the guest does not know.
 
+mod asking;
 pub(crate) mod bitmap;
 #[cfg(test)]
 mod bitmap_tests;
 pub(crate) mod changes;
+mod group;
 mod replica;
 mod sidecar;
 mod source;
+mod telling;
 #[cfg(test)]
 mod tests;
 
@@ -65,15 +73,18 @@ pub use bitmap::Base;
 pub use changes::{expect_whole, forget};
 pub(crate) use replica::{Receiving, Staging, answer, open};
 pub use replica::{ReplicaError, make};
-use roaring::RoaringBitmap;
+use roaring::{RoaringBitmap, RoaringTreemap};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 pub(crate) use source::{Traffic, parts_of, reconcile};
+use tandem_devices::virtio::block::SECTOR;
 use tandem_vmm::migration::pages::{BATCH_PAGES, Batch, PAGE, Page};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// Bytes of a block, by which it is known what was written.
 pub(crate) const BLOCK: u64 = 4096;
+/// Sectors of a block.
+pub(crate) const BLOCK_SECTORS: u64 = BLOCK / SECTOR;
 /// Blocks of a part that was written, at most.
 pub(crate) const WRITTEN_BLOCKS: u16 = 16;
 /// Blocks of a part of a disk that is copied whole, and of any part at most.
@@ -87,42 +98,59 @@ const PARTS_MAX: usize = 4 << 20;
 /// Largest disk, in bytes: blocks have numbers of 32 bits.
 pub(crate) const DISK_MAX: u64 = BLOCK << 32;
 
-/// A part of a disk.
+/// How both sides know what differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Grain {
+    /// By parts of whole blocks, each with a digest; one that differs is sent.
+    Blocks,
+    /// By sectors that were written, with a digest for many parts; of those that differ the other side tells digests of
+    /// what is in each block, and only what differs is sent.
+    Sectors,
+}
+
+/// A part of a disk: whole blocks, or sectors that were written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
     pub(crate) disk: u8,
-    blocks: u16,
-    first: u32,
+    sectors: u32,
+    first: u64,
 }
 
-/// Bytes of an extent on the wire: disk, 0, blocks (2), first block (4).
+/// Bytes of an extent of blocks on the wire: disk, 0, blocks (2), first block (4).
 const EXTENT_SIZE: usize = 8;
 /// Bytes of a digest: the extent, and what it is of its content.
 const DIGEST_SIZE: usize = EXTENT_SIZE + 16;
 
 impl Extent {
+    /// So many blocks from block `first` on; the last one may not be whole on its disk.
+    fn of_blocks(disk: u8, first: u32, blocks: u16) -> Self {
+        Self {
+            disk,
+            sectors: u32::from(blocks) * BLOCK_SECTORS as u32,
+            first: u64::from(first) * BLOCK_SECTORS,
+        }
+    }
+
     fn to_bytes(self) -> [u8; EXTENT_SIZE] {
         let mut bytes = [0; EXTENT_SIZE];
+        let blocks = self.blocks();
         bytes[0] = self.disk;
-        bytes[2..4].copy_from_slice(&self.blocks.to_le_bytes());
-        bytes[4..].copy_from_slice(&self.first.to_le_bytes());
+        bytes[2..4].copy_from_slice(&((blocks.end - blocks.start) as u16).to_le_bytes());
+        bytes[4..].copy_from_slice(&(blocks.start as u32).to_le_bytes());
         bytes
     }
 
     fn from_bytes(bytes: [u8; EXTENT_SIZE]) -> Self {
         let [disk, _, b0, b1, first @ ..] = bytes;
-        Self {
-            disk,
-            blocks: u16::from_le_bytes([b0, b1]),
-            first: u32::from_le_bytes(first),
-        }
+        let blocks = u16::from_le_bytes([b0, b1]);
+        Self::of_blocks(disk, u32::from_le_bytes(first), blocks)
     }
 
     /// What is said of one that is no part of a disk here.
     fn unknown(self, images: &[Image]) -> String {
         let Self {
             disk,
-            blocks,
+            sectors,
             first,
         } = self;
         let allowed = match images.iter().find(|image| image.disk == disk) {
@@ -132,19 +160,45 @@ impl Extent {
             ),
             None => "a disk that both sides have".into(),
         };
-        format!("{blocks} blocks of disk {disk} from block {first} on; allowed are {allowed}")
+        format!("{sectors} sectors of disk {disk} from sector {first} on; allowed are {allowed}")
     }
 
+    /// The sector behind it.
+    fn end(self) -> u64 {
+        self.first.saturating_add(u64::from(self.sectors))
+    }
+
+    /// How long it is, in bytes.
+    fn bytes(self) -> u64 {
+        u64::from(self.sectors) * SECTOR
+    }
+
+    /// The blocks that it is in.
     pub(crate) fn blocks(self) -> Range<u64> {
-        let first = u64::from(self.first);
-        first..first + u64::from(self.blocks)
+        self.first / BLOCK_SECTORS..self.end().div_ceil(BLOCK_SECTORS)
     }
 
-    /// The numbers of its blocks.
+    /// The numbers of those.
     pub(crate) fn numbers(self) -> RoaringBitmap {
-        let last = self.first.saturating_add(u32::from(self.blocks));
-        (self.first..last).collect()
+        let blocks = self.blocks();
+        (blocks.start as u32..blocks.end as u32).collect()
     }
+}
+
+/// Parts of a disk that hold all of `numbers`, which grow, and no others, of at most `longest`.
+fn parts_of_numbers(
+    numbers: impl Iterator<Item = u64>,
+    longest: u64,
+) -> impl Iterator<Item = Range<u64>> {
+    let mut numbers = numbers.peekable();
+    std::iter::from_fn(move || {
+        let first = numbers.next()?;
+        let mut end = first + 1;
+        while end - first < longest && numbers.next_if_eq(&end).is_some() {
+            end += 1;
+        }
+        Some(first..end)
+    })
 }
 
 /// Parts of disk `disk` that hold all of `blocks`, and no others, of at most `longest` blocks.
@@ -153,23 +207,48 @@ pub(crate) fn extents(
     blocks: &RoaringBitmap,
     longest: u16,
 ) -> impl Iterator<Item = Extent> {
-    let mut blocks = blocks.iter().peekable();
-    std::iter::from_fn(move || {
-        let first = blocks.next()?;
-        let mut count = 1;
-        while count < longest
-            && blocks
-                .next_if_eq(&first.wrapping_add(u32::from(count)))
-                .is_some()
-        {
-            count += 1;
-        }
-        Some(Extent {
-            disk,
-            blocks: count,
-            first,
-        })
+    let parts = parts_of_numbers(blocks.iter().map(u64::from), u64::from(longest));
+    parts
+        .map(move |part| Extent::of_blocks(disk, part.start as u32, (part.end - part.start) as u16))
+}
+
+/// Parts of disk `disk` that hold all of `sectors`, and no others.
+pub(crate) fn runs(disk: u8, sectors: &RoaringTreemap) -> impl Iterator<Item = Extent> {
+    let longest = u64::from(WRITTEN_BLOCKS) * BLOCK_SECTORS;
+    let parts = parts_of_numbers(sectors.iter(), longest);
+    parts.map(move |part| Extent {
+        disk,
+        sectors: (part.end - part.start) as u32,
+        first: part.start,
     })
+}
+
+/// Parts that hold all that was written, by disk.
+pub(crate) fn parts_of_written(
+    written: &[(u8, RoaringTreemap)],
+    grain: Grain,
+) -> Box<dyn Iterator<Item = Extent> + '_> {
+    let disks = written.iter();
+    match grain {
+        Grain::Sectors => Box::new(disks.flat_map(|(disk, sectors)| runs(*disk, sectors))),
+        Grain::Blocks => Box::new(disks.flat_map(|(disk, sectors)| {
+            let all: Vec<_> = extents(*disk, &blocks_of(sectors), WRITTEN_BLOCKS).collect();
+            all
+        })),
+    }
+}
+
+/// The blocks that `sectors` are in.
+pub(crate) fn blocks_of(sectors: &RoaringTreemap) -> RoaringBitmap {
+    let mut blocks = RoaringBitmap::new();
+    let mut last = None;
+    for sector in sectors {
+        let block = (sector / BLOCK_SECTORS) as u32;
+        if last.replace(block) != Some(block) {
+            blocks.insert(block);
+        }
+    }
+    blocks
 }
 
 /// An image of a disk.
@@ -271,11 +350,16 @@ impl Image {
 
     /// Where `extent` is in it, in bytes; none if it is not, or is no part of at most [`COPIED_BLOCKS`].
     fn range(&self, extent: Extent) -> Option<Range<u64>> {
-        let blocks = extent.blocks();
-        let end = (blocks.end * BLOCK).min(self.bytes);
-        let inside = extent.disk == self.disk && blocks.end <= self.bytes.div_ceil(BLOCK);
-        let is_part = (1..=COPIED_BLOCKS).contains(&extent.blocks);
-        (inside && is_part).then_some(blocks.start * BLOCK..end)
+        let (first, end) = (extent.first, extent.end());
+        let begins = first < self.bytes / SECTOR;
+        let inside = extent.disk == self.disk && begins && extent.blocks().end <= self.blocks();
+        let is_part = (1..=u64::from(COPIED_BLOCKS) * BLOCK).contains(&extent.bytes());
+        (inside && is_part).then(|| first * SECTOR..(end * SECTOR).min(self.bytes))
+    }
+
+    /// Its blocks, of which the last may not be whole.
+    fn blocks(&self) -> u64 {
+        self.bytes.div_ceil(BLOCK)
     }
 
     fn read(&self, extent: Extent, content: &mut Vec<u8>) -> io::Result<()> {

@@ -6,14 +6,15 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use roaring::RoaringBitmap;
+use roaring::{RoaringBitmap, RoaringTreemap};
 use tandem_devices::virtio::block::{DiskError, DiskFile};
 use tandem_vmm::migration::MigrationError;
 use tandem_vmm::migration::frame::{self, Kind};
 
+use super::asking::ask;
 use super::{
-    BLOCK, DIGEST_SIZE, EXTENT_SIZE, Extent, Image, LIST_MAX, PARTS_MAX, WRITTEN_BLOCKS, digest,
-    extents, image_of,
+    BLOCK, DIGEST_SIZE, EXTENT_SIZE, Extent, Grain, Image, LIST_MAX, PARTS_MAX, WRITTEN_BLOCKS,
+    blocks_of, digest, extents, image_of,
 };
 use crate::runtime::ProtectionError;
 
@@ -130,13 +131,19 @@ impl<F: FnMut(&Image, Extent, &[u8]) -> io::Result<()>> Receiving for F {
 pub(crate) fn answer(
     link: &mut (impl Read + Write),
     images: &[Image],
-    seed: u64,
+    (seed, grain): (u64, Grain),
     first: Option<Vec<u8>>,
-    own: Vec<(u8, RoaringBitmap)>,
+    own: Vec<(u8, RoaringTreemap)>,
     to: &mut impl Receiving,
 ) -> Result<(), ProtectionError> {
-    let answered = compare(link, images, seed, first, own, to)
-        .and_then(|wanted| fetch(link, images, &wanted, to));
+    let answered = match grain {
+        Grain::Sectors => ask(link, images, seed, first, own, to),
+        Grain::Blocks => {
+            let own = own.iter().map(|(disk, own)| (*disk, blocks_of(own)));
+            compare(link, images, seed, first, own.collect(), to)
+                .and_then(|wanted| fetch(link, images, &wanted, to))
+        }
+    };
     if let Err(ProtectionError::Disk(why)) = &answered {
         frame::refuse(link, why);
     }
@@ -211,7 +218,7 @@ fn compare(
             if digest(&content, seed) != theirs {
                 wanted.push(extent);
             }
-            forget(&mut own, extent);
+            forget_blocks(&mut own, extent);
             to.told(extent);
         }
         expect(link, Kind::Digests, &mut payload)?;
@@ -222,14 +229,24 @@ fn compare(
 }
 
 /// What the primary told of need not be asked for again.
-fn forget(own: &mut [(u8, RoaringBitmap)], extent: Extent) {
-    if let Some((_, blocks)) = own.iter_mut().find(|(disk, _)| *disk == extent.disk) {
-        let last = extent.first.saturating_add(u32::from(extent.blocks) - 1);
-        blocks.remove_range(extent.first..=last);
+pub(super) fn forget(own: &mut [(u8, RoaringTreemap)], extent: Extent) {
+    if let Some((_, sectors)) = own.iter_mut().find(|(disk, _)| *disk == extent.disk) {
+        sectors.remove_range(extent.first..extent.end());
     }
 }
 
-fn expect(link: &mut impl Read, kind: Kind, payload: &mut Vec<u8>) -> Result<(), ProtectionError> {
+fn forget_blocks(own: &mut [(u8, RoaringBitmap)], extent: Extent) {
+    if let Some((_, blocks)) = own.iter_mut().find(|(disk, _)| *disk == extent.disk) {
+        let told = extent.blocks();
+        blocks.remove_range(told.start as u32..told.end as u32);
+    }
+}
+
+pub(super) fn expect(
+    link: &mut impl Read,
+    kind: Kind,
+    payload: &mut Vec<u8>,
+) -> Result<(), ProtectionError> {
     match frame::receive(link, payload)? {
         found if found == kind => Ok(()),
         found => Err(garbled(&format!("{found:?} instead of {kind:?}"))),
@@ -251,13 +268,13 @@ fn content_of(payload: &[u8], image: &Image, extent: Extent) -> Result<Vec<u8>, 
     }
 }
 
-fn garbled(what: &str) -> ProtectionError {
+pub(super) fn garbled(what: &str) -> ProtectionError {
     let what = what.to_owned();
     MigrationError::Garbled { what }.into()
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "used as a map_err function")]
-fn failed(error: io::Error) -> ProtectionError {
+pub(super) fn failed(error: io::Error) -> ProtectionError {
     ProtectionError::Disk(format!("a replica failed: {error}"))
 }
 

@@ -1,15 +1,16 @@
 //! The primary's part of the conversation.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 
 use roaring::RoaringBitmap;
 use tandem_vmm::migration::MigrationError;
 use tandem_vmm::migration::frame::{self, Kind};
 
 use super::bitmap::Regions;
+use super::telling::tell;
 use super::{
-    COPIED_BLOCKS, DIGEST_SIZE, EXTENT_SIZE, Extent, Image, LIST_MAX, PARTS_MAX, digest, image_of,
-    is_zero,
+    COPIED_BLOCKS, DIGEST_SIZE, EXTENT_SIZE, Extent, Grain, Image, LIST_MAX, PARTS_MAX, digest,
+    image_of, is_zero,
 };
 use crate::runtime::ProtectionError;
 
@@ -22,10 +23,9 @@ pub(crate) fn parts_of<'a>(
     regions.iter().flat_map(move |region| {
         let blocks = division.blocks(region);
         let starts = blocks.clone().step_by(usize::from(COPIED_BLOCKS));
-        starts.map(move |first| Extent {
-            disk,
-            blocks: (blocks.end - first).min(u64::from(COPIED_BLOCKS)) as u16,
-            first: first as u32,
+        starts.map(move |first| {
+            let count = (blocks.end - first).min(u64::from(COPIED_BLOCKS));
+            Extent::of_blocks(disk, first as u32, count as u16)
         })
     })
 }
@@ -37,21 +37,33 @@ pub(crate) struct Traffic {
     pub(crate) compared: u64,
     /// Bytes of disks that were sent.
     pub(crate) sent: u64,
-    /// Bytes of all frames, both ways.
-    pub(crate) wire: u64,
+    /// Bytes of frames that tell of disks.
+    pub(crate) digests: u64,
+    /// Of those that ask for parts.
+    pub(crate) wishes: u64,
+    /// And of parts.
+    pub(crate) parts: u64,
 }
 
 impl Traffic {
-    fn frame(&mut self, payload: usize) {
-        self.wire += (frame::HEADER_SIZE + payload) as u64;
+    /// Bytes of all frames, both ways.
+    pub(crate) fn wire(&self) -> u64 {
+        self.digests + self.wishes + self.parts
     }
+}
+
+/// Bytes of a frame.
+fn framed(payload: usize) -> u64 {
+    (frame::HEADER_SIZE + payload) as u64
 }
 
 impl std::ops::AddAssign for Traffic {
     fn add_assign(&mut self, other: Self) {
         self.compared += other.compared;
         self.sent += other.sent;
-        self.wire += other.wire;
+        self.digests += other.digests;
+        self.wishes += other.wishes;
+        self.parts += other.parts;
     }
 }
 
@@ -64,9 +76,30 @@ impl std::ops::AddAssign for Traffic {
 pub(crate) fn reconcile(
     link: &mut (impl Read + Write),
     images: &[Image],
-    seed: u64,
+    (seed, grain): (u64, Grain),
     parts: impl Iterator<Item = Extent>,
     holds: impl Fn() -> bool,
+) -> Result<Traffic, ProtectionError> {
+    let mut traffic = match grain {
+        Grain::Sectors => tell(link, images, seed, parts),
+        Grain::Blocks => tell_blocks(link, images, seed, parts),
+    }?;
+    if !holds() {
+        return Err(ProtectionError::Disk(
+            "the guest wrote to its disk while that was copied".into(),
+        ));
+    }
+    traffic.digests += framed(0);
+    frame::send(link, Kind::Synced, &[])?;
+    Ok(traffic)
+}
+
+/// The same up to its end, by whole blocks.
+fn tell_blocks(
+    link: &mut (impl Read + Write),
+    images: &[Image],
+    seed: u64,
+    parts: impl Iterator<Item = Extent>,
 ) -> Result<Traffic, ProtectionError> {
     let mut traffic = Traffic::default();
     tell_digests(link, images, seed, parts, &mut traffic)?;
@@ -77,13 +110,6 @@ pub(crate) fn reconcile(
     if !wanted.is_empty() && !hear_wanted(link, images, &mut traffic)?.is_empty() {
         return Err(garbled("a wish after all wishes".into()));
     }
-    if !holds() {
-        return Err(ProtectionError::Disk(
-            "the guest wrote to its disk while that was copied".into(),
-        ));
-    }
-    traffic.frame(0);
-    frame::send(link, Kind::Synced, &[])?;
     Ok(traffic)
 }
 
@@ -97,7 +123,7 @@ fn tell_digests(
     let mut list = Vec::new();
     let mut content = Vec::new();
     let mut tell = |list: &[u8]| {
-        traffic.frame(list.len());
+        traffic.digests += framed(list.len());
         frame::send(link, Kind::Digests, list)
     };
     let mut compared = 0;
@@ -128,7 +154,7 @@ fn hear_wanted(
     let mut payload = Vec::new();
     loop {
         let kind = frame::receive(link, &mut payload)?;
-        traffic.frame(payload.len());
+        traffic.wishes += framed(payload.len());
         match kind {
             Kind::WantedBlocks if payload.is_empty() => return Ok(wanted),
             Kind::WantedBlocks => {}
@@ -166,18 +192,25 @@ fn send_part(
         payload.append(&mut content);
     }
     traffic.sent += (payload.len() - EXTENT_SIZE) as u64;
-    traffic.frame(payload.len());
+    traffic.parts += framed(payload.len());
     Ok(frame::send(link, Kind::Blocks, &payload)?)
 }
 
-fn read(images: &[Image], extent: Extent, content: &mut Vec<u8>) -> Result<(), ProtectionError> {
+pub(super) fn read(
+    images: &[Image],
+    extent: Extent,
+    content: &mut Vec<u8>,
+) -> Result<(), ProtectionError> {
     let image = image_of(images, extent);
     let image = image.ok_or_else(|| ProtectionError::Disk(format!("there is no {extent:?}")))?;
-    image.read(extent, content).map_err(|error| {
-        ProtectionError::Disk(format!("disk {} cannot be read: {error}", extent.disk))
-    })
+    let read = image.read(extent, content);
+    read.map_err(|error| unreadable(extent.disk, &error))
 }
 
-fn garbled(what: String) -> ProtectionError {
+pub(super) fn unreadable(disk: u8, error: &io::Error) -> ProtectionError {
+    ProtectionError::Disk(format!("disk {disk} cannot be read: {error}"))
+}
+
+pub(super) fn garbled(what: String) -> ProtectionError {
     MigrationError::Garbled { what }.into()
 }

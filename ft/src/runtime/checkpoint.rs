@@ -44,6 +44,7 @@
 //! | `modes` | checkpoints as a mode | both copies run |
 //! | `paced` | windows | checkpoints are sent as fast as the socket takes them |
 //! | `path`, `second` of a standby | second paths | there is one path |
+//! | `sectors` | groups | disks are compared, and sent, by parts of whole blocks |
 
 use std::io::Write;
 use std::sync::Arc;
@@ -61,7 +62,7 @@ use super::pair::PairCut;
 use super::shared::SharedOffer;
 use super::stored::Stored;
 use super::{Pair, ProtectionError, ResyncMode};
-use crate::mirror::Base;
+use crate::mirror::{Base, Grain};
 use crate::mode::Wish;
 use crate::pair::NUMBER_MAX;
 
@@ -103,6 +104,9 @@ pub struct Offer {
     /// By which path this is said, if there is a second one; none from a primary that knows of one path, or has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<u8>,
+    /// Whether sectors of disks are compared, many at once (see [`crate::mirror`]); not so by a primary that compares blocks.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sectors: bool,
     /// The guest.
     pub hello: Hello,
 }
@@ -117,6 +121,7 @@ impl Offer {
             Some("paced") => std::mem::take(&mut self.paced),
             Some("path") => self.path.take().is_some(),
             Some("second") => self.forget_seconds(),
+            Some("sectors") => std::mem::take(&mut self.sectors),
             _ => false,
         }
     }
@@ -125,6 +130,14 @@ impl Offer {
     fn forget_seconds(&mut self) -> bool {
         let seconds = self.standbys.iter_mut().map(|place| place.second.take());
         seconds.fold(false, |any, second| any | second.is_some())
+    }
+
+    /// How both sides know what of disks differs.
+    pub(super) fn grain(&self) -> Grain {
+        match self.sectors {
+            true => Grain::Sectors,
+            false => Grain::Blocks,
+        }
     }
 }
 
@@ -380,6 +393,7 @@ mod tests {
             store: None,
             paced: true,
             path: Some(0),
+            sectors: true,
             hello: Hello {
                 description: String::new(),
                 hardware,
@@ -404,12 +418,12 @@ mod tests {
     fn older_standbys_are_offered_what_they_know() {
         let wish = Some(Wish::of(Choice::Checkpoint));
         let left = taken_by::<Oldest>(offer(wish));
-        assert_eq!((left.modes, left.paced), (None, false));
+        assert_eq!((left.modes, left.paced, left.sectors), (None, false, false));
         assert_eq!((left.path, &left.standbys[0].second), (None, &None));
         let left = taken_by::<Older>(offer(wish));
         assert_eq!((left.modes, left.paced), (wish, false));
         let left = taken_by::<Offer>(offer(wish));
-        assert_eq!((left.modes, left.paced), (wish, true));
+        assert_eq!((left.modes, left.paced, left.sectors), (wish, true, true));
         assert_eq!(left.path, Some(0));
         assert!(left.standbys[0].second.is_some());
         // Nor does a checkpoint say anything of modes to one that knows none.

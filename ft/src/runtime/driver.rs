@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use roaring::RoaringBitmap;
+use roaring::RoaringTreemap;
 use tandem_devices::GuestMemory;
 use tandem_vmm::control::{ControlError, FreezeTimes, Frozen};
 use tandem_vmm::error::causes;
@@ -38,7 +38,7 @@ use crate::delta::{Ahead, Encoder, Staging};
 use crate::keeper::{Keeper, Verification};
 use crate::link::Kind;
 use crate::mirror::bitmap::Told;
-use crate::mirror::{self, Base, DISK_MAX, Image, Traffic};
+use crate::mirror::{self, Base, DISK_MAX, Grain, Image, Traffic};
 use crate::mode::Mode;
 use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
 
@@ -60,8 +60,8 @@ const STANDING_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// How often a checkpoint becomes one since which is known what changed: what is not written any more is not compared
 /// when a secondary comes back.
 const BASE_INTERVAL: Duration = Duration::from_secs(60);
-/// Blocks of disks that may be written between checkpoints, 1 GiB: each is read and compared then.
-const WRITTEN_BLOCKS_MAX: u64 = 256 << 10;
+/// Bytes of disks that may be written between checkpoints: all are read and compared then.
+const WRITTEN_MAX: u64 = 1 << 30;
 /// How long the secondary may take to load a checkpoint.
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a thread that waits looks whether it is to end.
@@ -105,6 +105,8 @@ struct Connected<'a> {
     images: Vec<Image>,
     /// The number of this pair of connections.
     token: u128,
+    /// How it knows what of its replicas differs.
+    grain: Grain,
     /// What the secondary said of its replicas, if it knows of bases.
     told: Option<Vec<Told>>,
     /// When the disks were made those of a base last.
@@ -252,6 +254,7 @@ impl<'a> Driver<'a> {
             store: core.pair.stored().cloned(),
             paced: true,
             path: to.second().map(|_| 0),
+            sectors: true,
             hello: Hello {
                 description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
@@ -302,6 +305,7 @@ impl<'a> Driver<'a> {
             checkpoints,
             images,
             token,
+            grain: offer.grain(),
             told,
             based: Instant::now(),
             orders,
@@ -488,7 +492,7 @@ impl<'a> Driver<'a> {
         let event = match self.core.state() {
             PrimaryState::Protected(_)
                 if last.elapsed() >= self.interval_max()
-                    || self.core.pair.blocks_written() > WRITTEN_BLOCKS_MAX =>
+                    || self.core.pair.bytes_written() > WRITTEN_MAX =>
             {
                 *last = Instant::now();
                 PrimaryEvent::BoundReached
@@ -541,6 +545,7 @@ impl<'a> Driver<'a> {
             checkpoints,
             images,
             token,
+            grain,
             told,
             ..
         } = connected;
@@ -560,8 +565,8 @@ impl<'a> Driver<'a> {
                     return Err(ControlError::Gone.into());
                 }
                 let window = parts.by_ref().take(mirror::WINDOW);
-                let seed = *token as u64;
-                let traffic = mirror::reconcile(checkpoints, images, seed, window, || true)?;
+                let alike = (*token as u64, *grain);
+                let traffic = mirror::reconcile(checkpoints, images, alike, window, || true)?;
                 copied.add(traffic);
             }
         }
@@ -591,6 +596,7 @@ impl<'a> Driver<'a> {
             encoder,
             images,
             token,
+            grain,
             told,
             based,
             ..
@@ -650,10 +656,10 @@ impl<'a> Driver<'a> {
         bytes += core.pair.send_covered(checkpoints)?;
         let rest = encode_rest(&stopped.frozen.state, &cut)?;
         checkpoints.write_all(&rest).map_err(frame::broken)?;
-        let mirrored = disks.reconcile(checkpoints, images, *token as u64)?;
+        let mirrored = disks.reconcile(checkpoints, images, (*token as u64, *grain))?;
         if let Some(mirror) = &mut core.pair.lock_status().mirror {
             mirror.written_bytes = disk_bytes;
-            mirror.wire_bytes += mirrored.wire;
+            mirror.wire_bytes += mirrored.wire();
         }
         drop(disks);
         staged.clear(STAGING_KEPT);
@@ -698,7 +704,7 @@ impl<'a> Driver<'a> {
 /// Disks that the guest does not write to, and what it wrote before.
 struct DisksStand<'a> {
     pair: &'a Pair,
-    written: Vec<(u8, RoaringBitmap)>,
+    written: Vec<(u8, RoaringTreemap)>,
 }
 
 impl<'a> DisksStand<'a> {
@@ -714,15 +720,13 @@ impl<'a> DisksStand<'a> {
         &self,
         link: &mut Paced,
         images: &[Image],
-        seed: u64,
+        alike: (u64, Grain),
     ) -> Result<Traffic, ProtectionError> {
         if images.is_empty() {
             return Ok(Traffic::default());
         }
-        let disks = self.written.iter();
-        let parts =
-            disks.flat_map(|(disk, blocks)| mirror::extents(*disk, blocks, mirror::WRITTEN_BLOCKS));
-        mirror::reconcile(link, images, seed, parts, || self.pair.disks_hold())
+        let parts = mirror::parts_of_written(&self.written, alike.1);
+        mirror::reconcile(link, images, alike, parts, || self.pair.disks_hold())
     }
 }
 

@@ -17,7 +17,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use roaring::RoaringBitmap;
+use roaring::RoaringTreemap;
 use tandem_devices::GuestMemory;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::Handle;
@@ -193,6 +193,7 @@ fn offer() -> Offer {
         store: None,
         paced: false,
         path: None,
+        sectors: false,
         hello: Hello {
             description: String::new(),
             hardware: HardwareState {
@@ -235,17 +236,29 @@ impl Write for Script<'_> {
     }
 }
 
+fn grain(by_sectors: bool) -> mirror::Grain {
+    match by_sectors {
+        true => mirror::Grain::Sectors,
+        false => mirror::Grain::Blocks,
+    }
+}
+
 /// What a primary makes of what a secondary says to digests of all of its one disk, the first `bytes` of `file`. Gives
 /// the bytes that it told.
 ///
 /// # Errors
 /// When that is not what a secondary says.
-pub fn serve_disks(file: File, bytes: u64, said: &[u8]) -> Result<u64, ProtectionError> {
+pub fn serve_disks(
+    file: File,
+    bytes: u64,
+    said: &[u8],
+    by_sectors: bool,
+) -> Result<u64, ProtectionError> {
     let images = [mirror::Image::new(0, Arc::new(file), bytes)];
     let mut script = Script::new(said);
     let regions = mirror::bitmap::Regions::of(bytes).all();
     let parts = mirror::parts_of(&images[0], &regions);
-    mirror::reconcile(&mut script, &images, 0, parts, || true)?;
+    mirror::reconcile(&mut script, &images, (0, grain(by_sectors)), parts, || true)?;
     Ok(script.told)
 }
 
@@ -259,17 +272,30 @@ pub fn take_disks(
     bytes: u64,
     own: &[u32],
     said: &[u8],
+    by_sectors: bool,
 ) -> Result<u64, ProtectionError> {
     let (_lock, image) = mirror::open(replica, 0, bytes)?;
     let images = [image];
-    let own = vec![(0, own.iter().copied().collect::<RoaringBitmap>())];
+    let blocks = own.iter().map(|block| u64::from(*block));
+    let sectors = blocks.flat_map(|block| {
+        let first = block * mirror::BLOCK_SECTORS;
+        first..first + mirror::BLOCK_SECTORS
+    });
+    let own = vec![(0, sectors.collect::<RoaringTreemap>())];
     let mut taken = 0;
     let mut script = Script::new(said);
     let mut take = |image: &mirror::Image, extent: mirror::Extent, part: &[u8]| {
         taken += part.len() as u64;
         image.write(extent, part)
     };
-    mirror::answer(&mut script, &images, 0, None, own, &mut take)?;
+    mirror::answer(
+        &mut script,
+        &images,
+        (0, grain(by_sectors)),
+        None,
+        own,
+        &mut take,
+    )?;
     Ok(taken)
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
-use roaring::RoaringBitmap;
+use roaring::RoaringTreemap;
 use serde::{Deserialize, Serialize};
 use tandem_devices::virtio::block::BlockBackend;
 use tandem_devices::virtio::net::NetBackend;
@@ -506,8 +506,8 @@ impl Pair {
         self.disks.iter().filter_map(|disk| disk.image()).collect()
     }
 
-    /// What the guest wrote to its disks since the last checkpoint.
-    pub(super) fn take_written(&self) -> Vec<(u8, RoaringBitmap)> {
+    /// Sectors that the guest wrote to its disks since the last checkpoint.
+    pub(super) fn take_written(&self) -> Vec<(u8, RoaringTreemap)> {
         let disks = (0..).zip(&self.disks);
         disks
             .map(|(number, disk)| (number, disk.take_written()))
@@ -541,8 +541,8 @@ impl Pair {
         self.disks.iter().for_each(|disk| disk.let_go());
     }
 
-    /// Blocks of disks that were written since the last checkpoint.
-    pub(super) fn blocks_written(&self) -> u64 {
+    /// Bytes of disks that were written since the last checkpoint.
+    pub(super) fn bytes_written(&self) -> u64 {
         self.disks.iter().map(|disk| disk.count_written()).sum()
     }
 

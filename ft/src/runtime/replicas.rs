@@ -15,7 +15,7 @@ use super::checkpoint::Offer;
 use super::pair::PairCut;
 use super::{Pair, ProtectionError};
 use crate::mirror::bitmap::{Regions, Told};
-use crate::mirror::{self, Base, Extent, Image, Receiving, Staging};
+use crate::mirror::{self, Base, Extent, Grain, Image, Receiving, Staging};
 
 /// How often it is kept what was copied: a copy that ends early goes on from there.
 const KEPT_EVERY: Duration = Duration::from_secs(1);
@@ -27,6 +27,7 @@ pub(super) struct Replicas {
     locks: Vec<DiskFile>,
     staging: Option<Staging>,
     token: u128,
+    grain: Grain,
     /// The bases of the primary's disks, if it knows of bases.
     bases: Option<Vec<(u8, Vec<Base>)>>,
     /// Disks of which it said what may differ.
@@ -78,6 +79,7 @@ impl Replicas {
             locks,
             staging,
             token: offer.token,
+            grain: offer.grain(),
             bases: offer.bases.clone(),
             planned: Vec::new(),
             kept: Instant::now(),
@@ -85,8 +87,9 @@ impl Replicas {
         })
     }
 
-    fn seed(&self) -> u64 {
-        self.token as u64
+    /// What both sides know what differs by.
+    fn alike(&self) -> (u64, Grain) {
+        (self.token as u64, self.grain)
     }
 
     fn base(&self, number: u64) -> Option<Base> {
@@ -165,10 +168,10 @@ impl Replicas {
             return Ok(());
         }
         self.plan_rest(pair)?;
-        let seed = self.seed();
+        let alike = self.alike();
         let copied = &mut self.copied;
         let mut filling = Filling { pair, copied };
-        mirror::answer(link, &self.opened, seed, first, Vec::new(), &mut filling)?;
+        mirror::answer(link, &self.opened, alike, first, Vec::new(), &mut filling)?;
         match self.kept.elapsed() < KEPT_EVERY {
             true => Ok(()),
             false => self.keep_copied(pair),
@@ -210,7 +213,7 @@ impl Replicas {
         pair: &Pair,
         link: &mut (impl Read + Write),
     ) -> Result<(), ProtectionError> {
-        let seed = self.seed();
+        let alike = self.alike();
         let Some(staging) = &mut self.staging else {
             return Ok(());
         };
@@ -219,7 +222,8 @@ impl Replicas {
         let stored = pair.stored().is_some();
         let changed = &mut self.changed;
         if stored {
-            changed.extend(own.iter().cloned());
+            let own = own.iter();
+            changed.extend(own.map(|(disk, sectors)| (*disk, mirror::blocks_of(sectors))));
         }
         let mut take = |image: &Image, extent: Extent, content: &[u8]| {
             if stored {
@@ -227,7 +231,7 @@ impl Replicas {
             }
             staging.put(extent, content)
         };
-        mirror::answer(link, &pair.images(), seed, None, own, &mut take)
+        mirror::answer(link, &pair.images(), alike, None, own, &mut take)
     }
 
     /// Writes what was put aside to the replicas: they are those of the checkpoint of `cut` then.

@@ -60,6 +60,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         store: None,
         paced: true,
         path: None,
+        sectors: false,
         hello: Hello {
             description: "kernel = '/k'\n".into(),
             hardware: state().hardware,
@@ -234,7 +235,40 @@ pub(super) fn mirror() -> Vec<Seed> {
         .map(|(first, blocks)| (FrameKind::Blocks, block(0, first, blocks, &[])))
         .to_vec();
     let page = [6; PAGE];
+    // Its own are blocks 1 to 4, and 200; this is block 9, and half of block 10.
+    let group = [&[1, 0, 1, 72, 12][..], &[9; 16]].concat();
+    let units = [&[2][..], &[5; BLOCK], &[1, 1, 1, 1, 1]].concat();
     vec![
+        (
+            "groups",
+            say(
+                5,
+                &[
+                    (FrameKind::Digests, &group),
+                    (FrameKind::Blocks, &units),
+                    (FrameKind::Blocks, &[1]),
+                    (FrameKind::Synced, &[]),
+                ],
+            ),
+        ),
+        (
+            "wishes-for-groups",
+            say(
+                4,
+                &[
+                    (
+                        FrameKind::WantedBlocks,
+                        &[
+                            &[1, 1, 0, 1, 72, 12][..],
+                            &[9; 32],
+                            &[2, 0, 2, 8, 8, 100, 1],
+                        ]
+                        .concat(),
+                    ),
+                    (FrameKind::WantedBlocks, &[1]),
+                ],
+            ),
+        ),
         (
             "wishes",
             say(
