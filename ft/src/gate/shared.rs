@@ -25,6 +25,11 @@
 //! more it changes nothing, as it is the newest content of each sector by the secondary's guest, and the image has no
 //! other. It is written before the guest's outputs leave.
 //!
+//! *An image that cannot be written.* What the guest was told is done is never given up: a primary that is alone then, and a
+//! secondary that takes over, try it again for as long as it takes (`runtime::owed`). Outputs wait meanwhile, further writes
+//! wait behind those, and soon the guest stands. What was not told is done is another matter: the host does it, or
+//! the guest sees the error, as that of any disk.
+//!
 //! *Discards* are hints, and are not carried out while there is a copy.
 //!
 //! # What fences the primary
@@ -76,6 +81,8 @@ pub(crate) const HELD_MAX: usize = 64 << 20;
 #[derive(Debug)]
 enum Side {
     Alone,
+    /// Alone, and the host cannot write what the guest was told is done.
+    Owing(Overlay),
     Primary(Box<Primary>),
     Secondary(Box<Secondary>),
 }
@@ -85,6 +92,7 @@ impl Side {
     fn owed(&self) -> Option<Overlay> {
         match self {
             Self::Alone => None,
+            Self::Owing(owed) => Some(owed.clone()),
             Self::Primary(primary) => Some(primary.owed()),
             Self::Secondary(copy) => Some(copy.overlay.clone()),
         }
@@ -195,6 +203,7 @@ impl SharedGate {
     pub(crate) fn memory_bytes(&self) -> usize {
         match &self.lock().side {
             Side::Alone => 0,
+            Side::Owing(owed) => owed.bytes(),
             Side::Primary(primary) => primary.covered.bytes() + primary.pending.bytes(),
             Side::Secondary(copy) => copy.overlay.bytes() + copy.staged.bytes(),
         }
@@ -226,6 +235,7 @@ impl SharedGate {
         let mut state = self.lock();
         match &mut state.side {
             Side::Alone => Turn::Pass,
+            Side::Owing(_) => Turn::Wait,
             Side::Primary(primary) if primary.mode == Mode::Lockstep => {
                 if new {
                     primary.writes.primary(now, io.token, self.parts_of(io));
@@ -274,6 +284,7 @@ impl SharedGate {
         let mut state = self.lock();
         match &mut state.side {
             Side::Alone => return false,
+            Side::Owing(owed) => put(owed, io, 0, io.len, 0),
             Side::Primary(primary) => {
                 primary.writes.done(io.token);
                 put(&mut primary.pending, io, 0, io.len, 0);
@@ -315,6 +326,7 @@ impl SharedGate {
     pub(super) fn patches(&self, io: &BlockIo) -> Vec<Patch> {
         match &self.lock().side {
             Side::Alone => Vec::new(),
+            Side::Owing(owed) => owed.patches(io.offset, io.len),
             Side::Primary(primary) => {
                 let mut patches = primary.covered.patches(io.offset, io.len);
                 patches.extend(primary.pending.patches(io.offset, io.len));
@@ -326,7 +338,7 @@ impl SharedGate {
 
     /// Whether the guest has a copy, or is one.
     pub(super) fn has_copy(&self) -> bool {
-        !matches!(self.lock().side, Side::Alone)
+        !matches!(self.lock().side, Side::Alone | Side::Owing(_))
     }
 
     /// Whether this guest is a copy, which does nothing to the image.
@@ -376,6 +388,8 @@ impl SharedGate {
             image.write(&left, || true)?;
             state.side = Side::Alone;
         }
+        drop(state);
+        self.wake();
         Ok(())
     }
 }

@@ -25,6 +25,7 @@ use super::calls::{call, call_of};
 use super::checkpoint::{Greeting, Offer, encode_rest, greet};
 use super::copying::{self, Copied};
 use super::modes::Made;
+use super::owed::{self, Debtor};
 use super::pacing::Paced;
 use super::paths::dial::dial;
 use super::paths::{Connections, carry};
@@ -402,6 +403,15 @@ impl<'a> Driver<'a> {
         *lock(&self.core.orders) = None;
         self.core.pair.permit().wake();
         drop(connected.thread.join());
+        self.pay();
+    }
+
+    /// Tries again to write what the guest was told is written, if it is alone and that could not be.
+    fn pay(&self) {
+        let pair = &self.core.pair;
+        if self.core.state() == PrimaryState::Alone && pair.disks_owe() {
+            owed::pay(pair, self, || pair.open_outputs());
+        }
     }
 
     /// Whether the guest may be this one's, with a secondary.
@@ -698,6 +708,21 @@ impl<'a> Driver<'a> {
             status.count_sent(pages, bytes, rest);
         }
         Ok(())
+    }
+}
+
+impl Debtor for Driver<'_> {
+    fn lives(&self) -> bool {
+        !self.shared.stop.load(Ordering::SeqCst)
+    }
+
+    fn stand(&self) {
+        // It may have ended.
+        drop(self.core.handle.halt());
+    }
+
+    fn run_on(&self) {
+        drop(self.core.handle.resume());
     }
 }
 

@@ -31,6 +31,7 @@ mod image;
 mod late;
 mod link_thread;
 mod modes;
+mod owed;
 mod pacing;
 mod pair;
 mod paths;

@@ -439,15 +439,25 @@ impl Pair {
         nets.chain(disks).chain(self.console.deadline()).min()
     }
 
-    /// Nobody compares any more: all that is held leaves.
+    /// Nobody compares any more: all that is held leaves, once images have what it tells of.
     pub(super) fn open(&self) {
         self.paired.store(false, Ordering::SeqCst);
         self.outbox.disconnect();
-        // First what outputs tell of.
-        self.open_disks();
-        self.console.open();
         self.disks.iter().for_each(|disk| disk.open());
+        if let Err(error) = self.open_outputs() {
+            tracing::error!(%error, "writes that completed are not in a shared image: outputs wait");
+        }
+    }
+
+    /// What is held leaves, after it is done what it tells of.
+    ///
+    /// # Errors
+    /// When that cannot be done.
+    pub(super) fn open_outputs(&self) -> io::Result<()> {
+        self.open_disks()?;
+        self.console.open();
         self.nets.iter().for_each(|net| net.open());
+        Ok(())
     }
 
     /// Disks with the bases that they have.

@@ -26,6 +26,7 @@ use super::follower::follow;
 use super::image::Image;
 use super::late;
 use super::link_thread::{Talk, listen};
+use super::owed::{self, Debtor};
 use super::pair::PairCut;
 use super::paths::dial::answer;
 use super::paths::{Connections, carry};
@@ -539,9 +540,7 @@ impl Core {
         let begun = Instant::now();
         let heard = *lock(&self.heard);
         self.restore_standing();
-        if let Err(error) = self.pair.take_disks_over() {
-            tracing::error!(%error, "the guest's shared disks cannot be taken over: it ends");
-            self.pair.lock_status().reason = format!("its shared disks: {error}");
+        if !owed::pay(&self.pair, self, || self.pair.take_disks_over()) {
             return self.stop();
         }
         let kept = self.pair.go_live(heard);
@@ -662,6 +661,24 @@ impl Core {
             let waited = self.marked.wait_timeout(mark, left);
             mark = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+impl Debtor for Core {
+    fn lives(&self) -> bool {
+        let stats = self.handle.get().map(Handle::stats);
+        !matches!(stats, Some(Err(ControlError::Gone)))
+    }
+
+    fn stand(&self) {
+        if let Some(handle) = self.handle.get() {
+            // It stands already in the mode `checkpoint`.
+            drop(handle.halt());
+        }
+    }
+
+    fn run_on(&self) {
+        // Who lets it go live does.
     }
 }
 

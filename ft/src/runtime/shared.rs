@@ -195,12 +195,17 @@ impl Pair {
         }
     }
 
-    /// The guest has no copy any more, and nobody else writes to its images.
-    pub(super) fn open_disks(&self) {
+    /// The guest has no copy any more, and nobody else writes to its images: what it was told is done gets done.
+    ///
+    /// # Errors
+    /// When an image cannot be written to: outputs wait until this is called once more and was not in vain.
+    pub(super) fn open_disks(&self) -> io::Result<()> {
         // That may take long, and nobody waits for it.
         self.watchdog.rest();
-        self.shared.iter().for_each(|disk| disk.open());
-        self.permit().owe(false);
+        let opened = self.shared.iter().map(|disk| disk.open());
+        let failed = opened.fold(Ok(()), Result::and);
+        self.permit().owe(failed.is_err());
+        failed
     }
 
     /// The secondary wrote to disk `device` what `message` says. Whether that does not match.

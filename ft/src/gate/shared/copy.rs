@@ -116,8 +116,6 @@ impl SharedGate {
             }
             std::thread::sleep(LOCK_LOOK);
         }
-        self.write_owed()?;
-        self.wake();
-        Ok(())
+        self.write_owed()
     }
 }

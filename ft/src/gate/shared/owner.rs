@@ -78,6 +78,10 @@ impl SharedGate {
         };
         match std::mem::replace(&mut state.side, Side::Alone) {
             Side::Alone => state.failure = None,
+            Side::Owing(owed) => {
+                state.failure = None;
+                next.covered = owed;
+            }
             Side::Primary(before) => {
                 next.covered = before.covered;
                 next.covered.add(before.pending);
@@ -108,6 +112,7 @@ impl SharedGate {
     /// Whether writes completed that are not done.
     pub(crate) fn owes(&self) -> bool {
         match &self.lock().side {
+            Side::Owing(_) => true,
             Side::Primary(primary) => !primary.covered.is_empty() || !primary.pending.is_empty(),
             _ => false,
         }
@@ -248,14 +253,29 @@ impl SharedGate {
 
     /// The guest has no copy any more, and is this one's: what completed is written to the image, and all that waits
     /// may be done.
-    pub(crate) fn open(&self) {
+    ///
+    /// # Errors
+    /// When the image cannot be written to. All but reads waits then, until this is called once more and was not in vain.
+    pub(crate) fn open(&self) -> io::Result<()> {
         let _writer = self.lock_writer();
-        if let Err(error) = self.write_owed() {
-            // The guest was told that these are done, and goes on with them for as long as it can.
-            tracing::error!(disk = self.number, %error, "writes that completed are not in the image");
-            self.fail(&error);
-            return;
+        if self.is_copy() {
+            return Ok(());
         }
-        self.wake();
+        let written = self.write_owed();
+        if written.is_err() {
+            let mut state = self.lock();
+            if let Some(owed) = state.side.owed() {
+                state.side = Side::Owing(owed);
+            }
+            drop(state);
+            self.wake();
+        }
+        written
+    }
+
+    /// Bytes that completed and are not done.
+    pub(crate) fn owed_bytes(&self) -> usize {
+        let owed = self.lock().side.owed();
+        owed.map_or(0, |owed| owed.bytes())
     }
 }

@@ -223,7 +223,7 @@ fn a_guest_without_its_copy_goes_on_with_all_it_was_told() {
     host.write(1, 12);
     host.write(2, 22);
     assert!(host.done().is_empty());
-    host.gate.open();
+    host.gate.open().unwrap();
     assert_eq!(in_image(&image, 1), 11);
     assert_eq!(host.done(), [1, 2]);
     assert_eq!((in_image(&image, 1), in_image(&image, 2)), (12, 22));
@@ -280,4 +280,68 @@ fn messages_that_are_no_writes_to_the_disk_are_refused() {
         .secondary_write(&host.told(1, u64::MAX / BLOCK, 1))
         .unwrap_err();
     host.gate.secondary_write(&good).unwrap();
+}
+
+/// There is no room for what the gate writes to the image.
+fn fill(host: &Host) {
+    let full = File::options().read(true).write(true).open("/dev/full");
+    set_image(host, full.unwrap());
+}
+
+fn mend(host: &Host, image: &tempfile::NamedTempFile) {
+    set_image(host, image.reopen().unwrap());
+}
+
+fn set_image(host: &Host, file: File) {
+    host.gate.set_image(SharedImage {
+        file: Arc::new(file),
+        bytes: BYTES,
+    });
+}
+
+#[test]
+fn what_a_guest_was_told_is_done_is_kept_until_its_image_can_be_written() {
+    let image = image();
+    let mut host = primary(&image, Mode::Checkpoint);
+    host.write(1, 11);
+    assert_eq!(host.done(), [1]);
+    fill(&host);
+    let error = host.gate.open().unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+    assert!(host.gate.owes() && !host.gate.has_copy());
+    assert_eq!(host.read(1), 11);
+    host.write(1, 12);
+    host.write(2, 22);
+    assert!(host.done().is_empty(), "nothing passes what is owed");
+    host.gate.open().unwrap_err();
+    // The guest is saved, for which its writes have to complete.
+    host.disk.wait().unwrap();
+    assert_eq!(host.done(), [1, 2]);
+    assert_eq!(
+        (host.read(1), host.read(2), in_image(&image, 1)),
+        (12, 22, 0)
+    );
+    host.write(3, 33);
+    mend(&host, &image);
+    host.gate.open().unwrap();
+    assert!(!host.gate.owes());
+    assert_eq!((in_image(&image, 1), in_image(&image, 2)), (12, 22));
+    assert_eq!(host.done(), [3]);
+    assert_eq!(in_image(&image, 3), 33);
+}
+
+#[test]
+fn a_takeover_that_cannot_write_is_tried_again() {
+    let image = image();
+    let mut host = copy(&image);
+    host.write(1, 11);
+    fill(&host);
+    host.gate.take_over(|_| {}).unwrap_err();
+    host.write(2, 22);
+    assert_eq!(host.done(), [1, 2]);
+    assert!(host.gate.is_copy() && host.gate.owed_bytes() == 2 * BLOCK_SIZE);
+    mend(&host, &image);
+    host.gate.take_over(|_| {}).unwrap();
+    assert_eq!((in_image(&image, 1), in_image(&image, 2)), (11, 22));
+    assert!(!host.gate.is_copy());
 }
