@@ -373,12 +373,12 @@ fn a_replica_that_somebody_uses_is_refused() {
 }
 
 /// A file system with little room; unmounted when dropped.
-struct LittleRoom {
+pub(super) struct LittleRoom {
     place: TempDir,
 }
 
 impl LittleRoom {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let place = tempfile::tempdir().unwrap();
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", &format!("size={ROOM}"), "tmpfs"]);
@@ -387,12 +387,12 @@ impl LittleRoom {
         Self { place }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.place.path().join(name)
     }
 
     /// Takes all room that is left.
-    fn fill(&self) {
+    pub(super) fn fill(&self) {
         let mut file = File::create(self.path("filler")).unwrap();
         let error = loop {
             if let Err(error) = file.write_all(&[1; 4096]) {
@@ -400,6 +400,11 @@ impl LittleRoom {
             }
         };
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+    }
+
+    /// Gives it back.
+    pub(super) fn empty(&self) {
+        fs::remove_file(self.path("filler")).unwrap();
     }
 }
 

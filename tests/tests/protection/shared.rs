@@ -16,8 +16,8 @@ use tempfile::TempDir;
 
 use super::clients::Chance;
 use super::disks::{
-    LOAD, SMALL, STORE, STORE_PORT, add_journal, disk, expect_logged, expect_reports, expect_sound,
-    find_each, guest, has_printed, kill, make, reaches, set_each,
+    LOAD, LittleRoom, SMALL, STORE, STORE_PORT, add_journal, disk, expect_logged, expect_reports,
+    expect_sound, find_each, guest, has_printed, kill, make, reaches, set_each,
 };
 use crate::{ATTEMPTS, RESYNC_WATCHED, RESYNCS};
 
@@ -31,8 +31,12 @@ struct Image {
 
 impl Image {
     fn new() -> Self {
+        Self::in_place(&std::env::temp_dir())
+    }
+
+    fn in_place(place: &Path) -> Self {
         let image = Self {
-            directory: tempfile::tempdir().unwrap(),
+            directory: tempfile::tempdir_in(place).unwrap(),
         };
         make(&image.path(), SMALL);
         image
@@ -192,6 +196,39 @@ fn a_planned_takeover_leaves_the_image_to_the_copy() {
         asked.status.success()
     }));
     expect_survivor(&image, pair, Side::Primary);
+}
+
+/// Storage has no room for what the guest was told is written, when its copy takes over or it is left alone: whoever has
+/// the guest waits for room, and the guest stands and sees no error.
+#[test]
+fn what_was_promised_waits_for_room() {
+    if must_skip(&[Need::Kvm, Need::Root, Need::Program("mount")]) {
+        return;
+    }
+    for owner in Side::BOTH {
+        let room = LittleRoom::new();
+        let image = Image::in_place(&room.path(""));
+        let mut pair = image.start_protected("checkpoint", "");
+        if owner == Side::Primary {
+            pair.freeze(Side::Secondary);
+        }
+        room.fill();
+        let stands = |status: &Value| {
+            let reason = status["reason"].as_str().unwrap_or_default();
+            reason.contains("No space left") && reason.contains("it stands")
+        };
+        pair.wait_status(owner, stands);
+        room.empty();
+        assert_eq!(pair.wait_alone(), owner);
+        let events = pair.side(owner).succeed(&["events", "guest"]);
+        for event in ["disk-failing", "disk-works"] {
+            assert!(events.contains(event), "{events}");
+        }
+        if owner == Side::Primary {
+            pair.thaw(Side::Secondary);
+        }
+        expect_survivor(&image, pair, owner.other());
+    }
 }
 
 /// A guest that ends has all its writes in the image, also those that only a checkpoint would have covered.
