@@ -327,21 +327,6 @@ mod tests {
     use crate::mode::Choice;
     use crate::runtime::Place;
 
-    /// What versions took that knew of lockstep alone, and of no pace.
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    #[expect(dead_code, reason = "only whether it is taken matters")]
-    struct Oldest {
-        token: u128,
-        keeper: bool,
-        disks: Vec<(u8, u64)>,
-        term: u64,
-        standbys: Vec<OldPlace>,
-        here: u64,
-        mode: ResyncMode,
-        hello: Hello,
-    }
-
     /// Where one listens that has one address.
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -351,20 +336,33 @@ mod tests {
         name: Option<String>,
     }
 
-    /// What one took that knew of all modes.
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    #[expect(dead_code, reason = "only whether it is taken matters")]
-    struct Older {
-        token: u128,
-        keeper: bool,
-        disks: Vec<(u8, u64)>,
-        term: u64,
-        standbys: Vec<OldPlace>,
-        here: u64,
-        mode: ResyncMode,
-        modes: Option<Wish>,
-        hello: Hello,
+    /// What a version took that knew of this besides what the first one did.
+    macro_rules! taken_before {
+        ($(#[$what:meta])* $name:ident { $($field:ident: $type:ty)? }) => {
+            $(#[$what])*
+            #[derive(Deserialize)]
+            #[serde(deny_unknown_fields)]
+            #[expect(dead_code, reason = "only whether it is taken matters")]
+            struct $name {
+                token: u128,
+                keeper: bool,
+                disks: Vec<(u8, u64)>,
+                term: u64,
+                standbys: Vec<OldPlace>,
+                here: u64,
+                mode: ResyncMode,
+                $($field: $type,)?
+                hello: Hello,
+            }
+        };
+    }
+    taken_before! {
+        /// One that knew of lockstep alone, and of no pace.
+        Oldest {}
+    }
+    taken_before! {
+        /// One that knew of all modes.
+        Older { modes: Option<Wish> }
     }
 
     fn offer(modes: Option<Wish>) -> Offer {

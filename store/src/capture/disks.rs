@@ -13,12 +13,11 @@ use tandem_ft::mirror::Image;
 use tandem_ft::runtime::Pair;
 use tandem_vmm::migration::pages::Batch;
 
+use super::ROUNDS_MAX;
 use crate::{PAGE, StoreError};
 
 /// Blocks that may be read while the guest's writes wait: 4 MiB.
 const LEFT_BLOCKS_MAX: u64 = 1024;
-/// Rounds of copying while it writes, at most.
-const ROUNDS_MAX: u32 = 8;
 
 /// The guest's disks.
 pub(super) struct Disks {

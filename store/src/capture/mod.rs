@@ -15,6 +15,7 @@
 //! One that fails is made again, with all of its pages, less often the longer that lasts; the guest runs on. Who is
 //! told that another owns the guest ends it here: two live copies would be worse than one.
 
+mod attempt;
 mod captor;
 pub mod disks;
 mod sink;
@@ -55,6 +56,12 @@ const SECTION_VERSION: u32 = 1;
 const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last outputs may take then to be written.
 const LAST_OUTPUTS_PATIENCE: Duration = Duration::from_secs(1);
+/// Pages that are left to be copied while the guest stands, if it does not write too fast for that.
+const LEFT_PAGES_MAX: u64 = 512;
+/// Rounds of copying while it runs, before it stands: it may write faster than is copied.
+const ROUNDS_MAX: u32 = 8;
+/// How often it is looked whether the guest has ended, or is another's, while something is waited for.
+const LOOK: Duration = Duration::from_millis(100);
 /// Stack of the thread that captures, in bytes.
 const THREAD_STACK: usize = 1 << 20;
 

@@ -17,26 +17,20 @@ use tandem_ft::runtime::{Feed, FeedCut, Pair, ProtectionError, Side};
 use tandem_vmm::dirty::PageSet;
 use tandem_vmm::migration::pages::{BATCH_PAGES, Batch};
 
-use super::captor::{drain, sections, wait_end};
+use super::attempt::{Content, Source, attempt, drain, sections};
 use super::disks::{blocks_of, copy_blocks, image_name};
 use super::sink::{give, gone};
 use super::tally::Made;
-use super::{Captured, Plan, Shared};
+use super::{Captured, LEFT_PAGES_MAX, LOOK, Plan, ROUNDS_MAX, Shared};
 use crate::frames::Frames;
 use crate::manifest::MEMORY;
-use crate::upload::{End, Job, Uploads};
+use crate::upload::{Job, Uploads};
 use crate::{CheckpointId, StoreError};
 
-/// Pages that are left for the cut, if the guest does not write too fast for that.
-const LEFT_PAGES_MAX: u64 = 512;
-/// The same of blocks of disks.
+/// Blocks of disks that are left for the cut, if the guest does not write too fast for that.
 const LEFT_BLOCKS_MAX: u64 = 256;
-/// Rounds of copying before a cut is asked for.
-const ROUNDS_MAX: u32 = 8;
 /// Cuts of which too much was left, until the checkpoint is given up.
 const CUTS_MAX: u32 = 4;
-/// How often it is looked whether the guest is still a copy's.
-const LOOK: Duration = Duration::from_millis(100);
 /// How often the primary is asked for a checkpoint: it may have been busy with one that came too early.
 const ASK_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -96,7 +90,7 @@ impl<'a> Streamer<'a> {
 
     /// Makes a checkpoint, and waits until it is complete.
     pub(super) fn checkpoint(&mut self) -> Result<Made, StoreError> {
-        let made = self.try_checkpoint();
+        let made = attempt(self);
         let blocks = std::mem::take(&mut self.handed_blocks);
         match &made {
             Ok(_) => self.whole = false,
@@ -109,61 +103,12 @@ impl<'a> Streamer<'a> {
         made
     }
 
-    fn try_checkpoint(&mut self) -> Result<Made, StoreError> {
-        self.give(Job::Begin(self.images.clone()))?;
-        let cut = match self.capture() {
-            Ok(cut) => cut,
-            Err(error) => {
-                self.give(Job::Abandon)?;
-                wait_end(&self.uploads, self.shared)?;
-                return Err(error);
-            }
-        };
-        let stood = Instant::now();
-        let mut left = 0;
-        for batch in split(&cut.pages) {
-            left += self.hand_frames(batch)?;
-        }
-        for (disk, batch) in cut.blocks {
-            let numbers = batch.pages().map(|(number, _)| number as u32);
-            self.handed_blocks.push((disk, numbers.collect()));
-            self.hand_blocks(disk, batch)?;
-        }
-        self.give(Job::Commit {
-            description: self.guest.description.clone(),
-            sections: sections(&self.plan, cut.state, Some(cut.outputs))?,
-        })?;
-        match wait_end(&self.uploads, self.shared)? {
-            End::Complete(committed) => {
-                self.last = Some(committed.id);
-                Ok(Made {
-                    committed,
-                    stood,
-                    pause: None,
-                    left,
-                })
-            }
-            End::Failed { error, last } => {
-                self.note(last?);
-                Err(error)
-            }
-            End::Abandoned => Err(gone()),
-        }
-    }
-
-    /// One failed, and `last` is the newest in the store all the same.
-    fn note(&mut self, last: Option<CheckpointId>) {
-        // What another has is not known; what this one tried and failed with is handed over again anyway.
-        self.whole |= last != self.last;
-        self.last = last;
-    }
-
     fn give(&self, job: Job) -> Result<(), StoreError> {
         give(&self.uploads, self.shared, job)
     }
 
     /// Hands over what there is, until a cut says that the rest is all.
-    fn capture(&mut self) -> Result<FeedCut, StoreError> {
+    fn capture_cut(&mut self) -> Result<FeedCut, StoreError> {
         if self.whole {
             self.begin_whole()?;
         }
@@ -289,6 +234,43 @@ impl<'a> Streamer<'a> {
                 return Err(gone());
             }
         }
+    }
+}
+
+impl Source for Streamer<'_> {
+    fn line(&self) -> (&Uploads, &Shared) {
+        (&self.uploads, self.shared)
+    }
+
+    fn images(&self) -> Vec<(String, u64)> {
+        self.images.clone()
+    }
+
+    fn capture(&mut self) -> Result<Content, StoreError> {
+        let cut = self.capture_cut()?;
+        let stood = Instant::now();
+        let mut left = 0;
+        for batch in split(&cut.pages) {
+            left += self.hand_frames(batch)?;
+        }
+        for (disk, batch) in cut.blocks {
+            let numbers = batch.pages().map(|(number, _)| number as u32);
+            self.handed_blocks.push((disk, numbers.collect()));
+            self.hand_blocks(disk, batch)?;
+        }
+        Ok(Content {
+            description: self.guest.description.clone(),
+            sections: sections(&self.plan, cut.state, Some(cut.outputs))?,
+            stood,
+            pause: None,
+            left,
+        })
+    }
+
+    fn note(&mut self, last: Option<CheckpointId>, failed: bool) {
+        // What another has is not known; what this one tried and failed with is handed over again anyway.
+        self.whole |= failed && last != self.last;
+        self.last = last;
     }
 }
 

@@ -15,7 +15,7 @@ use super::captor::Captor;
 use super::stream::Streamer;
 use super::tally::{Made, Tally};
 use super::watch::{fence, is_foreign, is_kins};
-use super::{Begin, Captured, Owned, Plan, Shared};
+use super::{Begin, Captured, LOOK, Owned, Plan, Shared};
 use crate::backend::BackendError;
 use crate::frames::Frames;
 use crate::manifest::Manifest;
@@ -35,9 +35,6 @@ const RESET_PAUSE: Duration = Duration::from_millis(20);
 const KEPT: usize = 16;
 /// How many are made until those that are too many are removed.
 const PRUNE_EVERY: u64 = 32;
-
-/// How often it is looked who is to make checkpoints.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// Makes checkpoints until the guest ends or is lost to another owner.
 pub(super) fn run(
