@@ -18,8 +18,8 @@ use tandem_vmm::migration::{Address, Addresses};
 use tracing::level_filters::LevelFilter;
 
 pub use stores::{
-    CheckpointsArgs, ExportArgs, ImportArgs, InspectArgs, PruneArgs, StoreArgs, StoreVerb,
-    VerifyArgs,
+    BucketArgs, CheckpointsArgs, ExportArgs, ImportArgs, InspectArgs, PruneArgs, StoreArgs,
+    StoreVerb, VerifyArgs,
 };
 
 use crate::exit;
@@ -327,6 +327,9 @@ pub enum Verb {
     },
     /// Print the version
     Version,
+    /// Speak to a bucket for the VMM that has the other end of standard input
+    #[command(hide = true)]
+    Bucket(BucketArgs),
     /// Write the manual pages into a directory
     #[command(hide = true)]
     Man {
@@ -518,7 +521,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", value_parser = value::path, help_heading = "Protection")]
     pub tls: Option<PathBuf>,
     /// Make checkpoints of the guest in this store, from which any host that reaches it lets the guest go on by
-    /// `tandem resume`: a directory that hosts share; the last few are kept
+    /// `tandem resume`: a directory that hosts share, or s3://BUCKET/PREFIX; the last few are kept
     #[arg(long, value_name = "STORE", value_parser = value::store, help_heading = "Checkpoints")]
     pub checkpoint: Option<Place>,
     /// How often, such as 500ms or 10s: what is lost at most with the guest, and how long outputs wait with --commit

@@ -13,6 +13,7 @@ use tandem_store::{Options, Place, Store, StoreError};
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::machine::Machine;
 
+use crate::bucket::{self, Bounds};
 use crate::failure::Failure;
 use crate::output;
 use crate::run::Beside;
@@ -27,12 +28,20 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Opens the store of `checkpoints`, and guest `name` in it.
+    /// Opens the store of `checkpoints`, and guest `name` in it, whose VMM will be within `bounds`.
     ///
     /// # Errors
     /// When it cannot be a store, or its key does not fit.
-    pub(crate) fn open(checkpoints: &Checkpoints, name: &str) -> Result<Self, Failure> {
-        let store = Store::open_at(&checkpoints.store, options(checkpoints)?)?;
+    pub(crate) fn open(
+        checkpoints: &Checkpoints,
+        name: &str,
+        bounds: Bounds,
+    ) -> Result<Self, Failure> {
+        let (place, options) = (&checkpoints.store, options(checkpoints)?);
+        let store = match place.directory() {
+            Some(_) => Store::open_at(place, options)?,
+            None => Store::open_on(bucket::start(place, bounds)?, options)?,
+        };
         Self::of(&store, name)
     }
 
@@ -40,8 +49,16 @@ impl Opened {
     ///
     /// # Errors
     /// As that, and when there is none.
-    pub(crate) fn find(checkpoints: &Checkpoints, name: &str) -> Result<Self, Failure> {
-        let store = Store::open_unraced(&checkpoints.store, options(checkpoints)?)?;
+    pub(crate) fn find(
+        checkpoints: &Checkpoints,
+        name: &str,
+        bounds: Bounds,
+    ) -> Result<Self, Failure> {
+        let (place, options) = (&checkpoints.store, options(checkpoints)?);
+        let store = match place.directory() {
+            Some(_) => Store::open_unraced(place, options)?,
+            None => Store::read_on(bucket::start(place, bounds)?, options)?,
+        };
         let opened = Self::of(&store, name)?;
         Ok(Self {
             unraced: Some(store),

@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod args;
+mod bucket;
 mod checkpoints;
 pub mod client;
 mod confine;

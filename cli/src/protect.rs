@@ -17,6 +17,7 @@ use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::Machine;
 use tandem_vmm::migration::{Addresses, Peer, Route};
 
+use crate::bucket::Bounds;
 use crate::checkpoints::{self, Opened};
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -48,7 +49,14 @@ pub(crate) fn run(
         None => None,
     };
     let store = match &launch.checkpoints {
-        Some(checkpoints) => Some((Opened::open(checkpoints, &name)?, checkpoints.clone())),
+        Some(checkpoints) => {
+            let bounds = Bounds {
+                confine: launch.confine,
+                user: launch.user,
+            };
+            let opened = Opened::open(checkpoints, &name, bounds)?;
+            Some((opened, checkpoints.clone()))
+        }
         None => None,
     };
     let started = context.started;

@@ -20,6 +20,7 @@ use tandem_vmm::memory;
 use tandem_vmm::memory_image::Loader;
 
 use crate::args::ResumeArgs;
+use crate::bucket::Bounds;
 use crate::checkpoints::{self, Opened};
 use crate::exit::Exit;
 use crate::failure::Failure;
@@ -38,7 +39,11 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
         key: args.store_key.clone(),
         plan: Plan::default(),
     };
-    let opened = Opened::find(&store, &args.guest)?;
+    let bounds = Bounds {
+        confine: args.place.confine.unwrap_or_default(),
+        user: args.place.user,
+    };
+    let opened = Opened::find(&store, &args.guest, bounds)?;
     // Nothing is taken from anybody before it is known that the guest can go on here.
     let newest = opened.newest()?;
     let launch = plan(args, from, &opened, &newest.manifest)?;

@@ -22,6 +22,7 @@ use tandem_vmm::migration::MigrationError;
 use tandem_vmm::migration::tls::Keys;
 
 use crate::args::StandbyArgs;
+use crate::bucket::Bounds;
 use crate::checkpoints::{self, Opened};
 use crate::client::Client;
 use crate::exit::Exit;
@@ -97,7 +98,7 @@ fn problem(key: &str, message: String, file: Option<PathBuf>) -> Failure {
 }
 
 /// The descriptor of standard input, which is nothing from now on.
-fn take_input() -> io::Result<std::os::fd::OwnedFd> {
+pub(crate) fn take_input() -> io::Result<std::os::fd::OwnedFd> {
     let taken = io::stdin().as_fd().try_clone_to_owned()?;
     let nothing = std::fs::File::open("/dev/null")?;
     rustix::stdio::dup2_stdin(&nothing)?;
@@ -227,7 +228,11 @@ fn prepare(
     let store = match &invitation.offer.store {
         Some(stored) => {
             let told = checkpoints::told(stored)?;
-            let opened = Opened::find(&told, &name)?;
+            let bounds = Bounds {
+                confine: launch.confine,
+                user: launch.user,
+            };
+            let opened = Opened::find(&told, &name, bounds)?;
             launch.checkpoints = Some(told);
             Some(opened.follow(stored.kin)?)
         }

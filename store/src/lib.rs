@@ -62,7 +62,7 @@ pub use error::StoreError;
 pub use guest::Guest;
 pub use names::{CheckpointId, ObjectId};
 pub use place::Place;
-pub use store::{Options, Store};
+pub use store::{Options, Store, open_bucket};
 
 /// Bytes of a page: of guest memory, and of what of a disk is kept together.
 pub const PAGE: usize = tandem_vmm::migration::pages::PAGE;

@@ -129,7 +129,7 @@ impl Store {
 
     fn begin(place: &Place, options: Options) -> Result<Self, StoreError> {
         let Some(path) = place.directory() else {
-            return Ok(Self::unchecked(bucket(place)?, options, None));
+            return Ok(Self::unchecked(open_bucket(place)?, options, None));
         };
         let backend = Arc::new(Directory::open(path)?);
         Ok(Self::unchecked(backend, options, Some(path.to_owned())))
@@ -277,13 +277,21 @@ fn place_of(address: &str) -> Result<Place, StoreError> {
     })
 }
 
+/// The bucket `place`, as the environment says that it is reached.
+///
+/// # Errors
+/// When it is no bucket, something is missing in the environment, or this program was built without S3.
 #[cfg(feature = "s3")]
-fn bucket(place: &Place) -> Result<Arc<dyn Backend>, StoreError> {
+pub fn open_bucket(place: &Place) -> Result<Arc<dyn Backend>, StoreError> {
     Ok(Arc::new(crate::backend::ObjectBackend::bucket(place)?))
 }
 
+/// The bucket `place`, as the environment says that it is reached.
+///
+/// # Errors
+/// Always: this program was built without S3.
 #[cfg(not(feature = "s3"))]
-fn bucket(place: &Place) -> Result<Arc<dyn Backend>, StoreError> {
+pub fn open_bucket(place: &Place) -> Result<Arc<dyn Backend>, StoreError> {
     Err(StoreError::Foreign {
         place: format!("`{place}`"),
         what: "this Tandem was built without S3; build it with `--features s3`".to_owned(),

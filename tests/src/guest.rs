@@ -85,6 +85,7 @@ pub struct GuestBuilder {
     /// The tap of the guest's copy.
     copy_tap: Option<String>,
     trace: Option<PathBuf>,
+    environment: Vec<(&'static str, String)>,
     runtime: TempDir,
 }
 
@@ -163,8 +164,16 @@ impl GuestBuilder {
             namespace: None,
             copy_tap: None,
             trace: None,
+            environment: Vec::new(),
             runtime: temporary(),
         }
+    }
+
+    /// Gives the command a part of its environment.
+    #[must_use]
+    pub fn env(mut self, name: &'static str, value: &str) -> Self {
+        self.environment.push((name, value.to_owned()));
+        self
     }
 
     /// Adds an argument of `tandem run` or `tandem restore`.
@@ -193,6 +202,11 @@ impl GuestBuilder {
             words.push("strace".into());
             words.extend(trace::OPTIONS.iter().map(Into::into));
             words.extend(["-o".into(), trace.into()]);
+        }
+        if !self.environment.is_empty() {
+            words.push("env".into());
+            let environment = self.environment.iter();
+            words.extend(environment.map(|(name, value)| format!("{name}={value}").into()));
         }
         words
     }

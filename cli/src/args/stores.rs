@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{ArgGroup, Args, Subcommand};
 use tandem_store::Place;
+use tandem_vmm::confinement::{Enforcement, User};
 
 use super::ChangeArgs;
 use crate::settings::value::{self, Chosen};
@@ -202,6 +203,20 @@ pub struct ImportArgs {
     /// Take the guest from whoever has it in the store; its checkpoints there do not count any more
     #[arg(long)]
     pub replace: bool,
+}
+
+/// The flags of `tandem bucket`, which users do not see.
+#[derive(Debug, Args)]
+pub struct BucketArgs {
+    /// The bucket
+    #[arg(value_parser = value::store)]
+    pub place: Place,
+    /// As the VMM's
+    #[arg(long, value_parser = value::confine)]
+    pub confine: Option<Enforcement>,
+    /// As the VMM's
+    #[arg(long, value_parser = value::user)]
+    pub user: Option<User>,
 }
 
 /// What `tandem store` can do.

@@ -143,7 +143,6 @@ fn checkpoints_need_a_store_and_nothing_that_others_have_too() {
             format!("{both}\nresync = 'stopped'"),
             "resync: the copy makes the checkpoints",
         ),
-        ("checkpoint = 's3://bucket/x'".to_owned(), "--confine off"),
     ] {
         let found = problems(&text).expect_err(&text);
         assert!(found.contains(told), "{text}: {found}");

@@ -11,7 +11,7 @@ use rustix::thread::{CpuSet, sched_getaffinity};
 use tandem_ft::runtime::{ResyncMode, STANDBYS_MAX};
 use tandem_store::seal::Key;
 use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
-use tandem_vmm::confinement::{Enforcement, credentials};
+use tandem_vmm::confinement::credentials;
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::tls::Keys;
 
@@ -386,12 +386,6 @@ fn checkpoints(settings: &Settings, problems: &mut Problems) {
     if let Some(path) = store.value.directory().filter(|path| !path.is_dir()) {
         let path = path.display();
         let message = format!("`{path}` is no directory; it must be there before");
-        problems.add(store.at, "checkpoint", message);
-    }
-    let confined = settings.confine.as_ref().map(|confine| confine.value);
-    if store.value.directory().is_none() && confined != Some(Enforcement::Off) {
-        let message =
-            "a VMM that is confined cannot reach a bucket yet; allowed with `--confine off`";
         problems.add(store.at, "checkpoint", message);
     }
     if let Some(key) = &settings.store_key

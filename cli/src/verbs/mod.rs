@@ -17,6 +17,7 @@ use tandem_ft::mode::LATENCY_BUDGET;
 
 use crate::api::types::{ModeBody, PaceBody};
 use crate::args::{Cli, Format, InspectArgs, StoreArgs, StoreVerb, Verb};
+use crate::bucket;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
@@ -78,6 +79,7 @@ fn carry_out(cli: Cli, started: Instant) -> Result<Exit, Failure> {
             return run::run(*args, &context);
         }
         Verb::Check { file } => return show::check(&file, style),
+        Verb::Bucket(args) => return bucket::speak(&args),
         Verb::List => show::list(&root()?, style)?,
         Verb::Info { name } => show::info(&root()?.find(&name)?, style)?,
         Verb::Top(args) => top::top(&root()?, &args, style.format)?,

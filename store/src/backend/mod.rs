@@ -8,6 +8,7 @@ mod directory;
 mod files;
 #[cfg(feature = "s3")]
 mod object;
+pub mod proxy;
 mod race;
 
 use std::fmt::Debug;

@@ -9,6 +9,7 @@ mod golden;
 mod guests;
 mod owners;
 mod plain;
+mod proxied;
 mod pruning;
 mod roundtrip;
 #[cfg(feature = "s3")]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::process::Signal;
+use tandem_store::testing::S3Server;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
 use tandem_tests::keys::Authority;
 use tandem_tests::network::{CMDLINE, GUEST, Network};
@@ -21,7 +22,7 @@ type Run = fn(Prepare<'_>);
 const FRAME_LEN: u32 = 60;
 
 /// All of them, by name.
-pub(crate) const ALL: [(&str, Run); 24] = [
+pub(crate) const ALL: [(&str, Run); 25] = [
     ("reset", reset),
     ("console", console),
     ("verbs", verbs),
@@ -40,6 +41,7 @@ pub(crate) const ALL: [(&str, Run); 24] = [
     ("checkpoint", checkpoint),
     ("checkpoint-end", checkpoint_end),
     ("resume", resume),
+    ("bucket", bucket),
     ("migrate-tls", migrate_encrypted),
     ("protect-tls", protect_encrypted),
     ("standby-tls", standby_encrypted),
@@ -262,6 +264,32 @@ fn resume(prepare: Prepare<'_>) {
     guest.signal(Signal::KILL);
     drop(guest);
     let mut guest = prepare(GuestBuilder::resumed(store.path())).start();
+    guest.wait_for("sum");
+    await_checkpoints(&guest, 2);
+    stop(guest);
+}
+
+/// A guest with checkpoints in a bucket that goes on from there, where there is a server.
+fn bucket(prepare: Prepare<'_>) {
+    let Some(server) = S3Server::start() else {
+        return;
+    };
+    let store = Path::new("s3://bucket/prefix");
+    let reached = |guest: GuestBuilder| {
+        let settings = server.settings();
+        let each = settings.iter();
+        each.fold(guest, |guest, (name, value)| guest.env(name, value))
+    };
+    let mut guest = prepare(reached(stored("spin", "iters=0 report=1", store))).start();
+    let mut resumed = GuestBuilder::resumed(store);
+    for _ in 0..2 {
+        guest.wait_for("spin:");
+        await_checkpoints(&guest, 3);
+        guest.signal(Signal::KILL);
+        drop(guest);
+        guest = prepare(reached(resumed)).start();
+        resumed = GuestBuilder::resumed(store);
+    }
     guest.wait_for("sum");
     await_checkpoints(&guest, 2);
     stop(guest);

@@ -38,6 +38,7 @@ fn kind_of(name: &str) -> Option<ThreadKind> {
         "keeper" => Some(ThreadKind::Keeper),
         "checkpoint" | "store-watch" => Some(ThreadKind::Checkpoints),
         "store-faults" | "store-ahead" => Some(ThreadKind::StoreLoader),
+        "bucket" => Some(ThreadKind::Bucket),
         _ => None,
     }
 }
@@ -102,7 +103,9 @@ impl Usage {
     /// Calls that no rule allows, rules that no guest needed, and kinds that were not there.
     pub(crate) fn complaints(self) -> Vec<String> {
         let kinds = ThreadKind::ALL.into_iter();
-        let absent = kinds.filter(|kind| !self.kinds.contains(kind));
+        // Not all have a server for buckets.
+        let here = |kind: &ThreadKind| self.kinds.contains(kind) || *kind == ThreadKind::Bucket;
+        let absent = kinds.filter(|kind| !here(kind));
         let absent = absent.map(|kind| format!("no thread was a {}", kind.name()));
         let mut unused = BTreeSet::new();
         for rule in ThreadKind::ALL.iter().flat_map(|kind| kind.rules()) {

@@ -42,7 +42,8 @@ fn kept(kind: ThreadKind) -> CapabilitySet {
         | ThreadKind::Protection
         | ThreadKind::Keeper
         | ThreadKind::Checkpoints
-        | ThreadKind::StoreLoader => CapabilitySet::empty(),
+        | ThreadKind::StoreLoader
+        | ThreadKind::Bucket => CapabilitySet::empty(),
     }
 }
 

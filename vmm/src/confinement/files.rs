@@ -70,6 +70,8 @@ pub(super) enum Reach<'a> {
     Nothing,
     /// What is granted, and no network.
     Grants(&'a [Grant]),
+    /// What is granted, and other hosts.
+    Hosts(&'a [Grant]),
     /// Files to save a guest in, wherever its user says; other hosts to send it to.
     Saves,
 }
@@ -83,7 +85,7 @@ pub(super) fn restrict(reach: Reach<'_>) -> Result<bool, ConfinementError> {
 
 fn try_restrict(reach: Reach<'_>) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
     let network = match reach {
-        Reach::Saves => AccessNet::BindTcp.into(),
+        Reach::Saves | Reach::Hosts(_) => AccessNet::BindTcp.into(),
         Reach::Nothing | Reach::Grants(_) => AccessNet::from_all(NEWEST),
     };
     let mut ruleset = Ruleset::default()
@@ -94,7 +96,7 @@ fn try_restrict(reach: Reach<'_>) -> Result<bool, Box<dyn std::error::Error + Se
         .create()?;
     match reach {
         Reach::Nothing => {}
-        Reach::Grants(grants) => {
+        Reach::Grants(grants) | Reach::Hosts(grants) => {
             for grant in grants {
                 let place = PathFd::new(&grant.place)?;
                 ruleset = ruleset.add_rule(PathBeneath::new(place, grant.what.access()))?;

@@ -61,11 +61,13 @@ pub enum ThreadKind {
     Checkpoints,
     /// Loads the memory of a guest that goes on from a store.
     StoreLoader,
+    /// Speaks to the bucket that a guest's checkpoints are in, in a process of its own, with the threads that it starts.
+    Bucket,
 }
 
 impl ThreadKind {
     /// All kinds.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::DeviceLoop,
         Self::Vcpu,
         Self::BlockWorker,
@@ -75,6 +77,7 @@ impl ThreadKind {
         Self::Keeper,
         Self::Checkpoints,
         Self::StoreLoader,
+        Self::Bucket,
     ];
 
     /// The kind in words.
@@ -89,13 +92,16 @@ impl ThreadKind {
             Self::Keeper => "keeper",
             Self::Checkpoints => "checkpoints",
             Self::StoreLoader => "store loader",
+            Self::Bucket => "bucket",
         }
     }
 
     /// Whether threads of this kind start others.
     fn starts_threads(self) -> bool {
         match self {
-            Self::DeviceLoop | Self::Api | Self::Protection | Self::Checkpoints => true,
+            Self::DeviceLoop | Self::Api | Self::Protection | Self::Checkpoints | Self::Bucket => {
+                true
+            }
             Self::Vcpu
             | Self::BlockWorker
             | Self::MemoryLoader
@@ -134,7 +140,7 @@ pub struct Plan {
     pub enforcement: Enforcement,
     /// The user to run as from the loops on.
     pub user: Option<User>,
-    /// What the device loop may still do with files.
+    /// What the device loop, or who speaks to a bucket, may still do with files.
     pub grants: Vec<Grant>,
     /// The directory of the store that checkpoints of the guest are in, if there is one.
     pub store: Option<PathBuf>,
@@ -273,6 +279,7 @@ impl Entry {
                     ThreadKind::DeviceLoop => Reach::Grants(&plan.grants),
                     ThreadKind::Api | ThreadKind::Protection => Reach::Saves,
                     ThreadKind::Checkpoints | ThreadKind::StoreLoader => Reach::Grants(&stored),
+                    ThreadKind::Bucket => Reach::Hosts(&plan.grants),
                     ThreadKind::Vcpu
                     | ThreadKind::BlockWorker
                     | ThreadKind::MemoryLoader

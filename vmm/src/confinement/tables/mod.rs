@@ -6,6 +6,7 @@
 //! [`Rule::rare`].
 
 mod api;
+mod bucket;
 mod devices;
 mod kvm;
 mod machine;
@@ -102,6 +103,12 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             devices::LOADER,
             devices::STOP_LOADING,
             store::READ,
+        ],
+        ThreadKind::Bucket => &[
+            runtime::EVERY_THREAD,
+            runtime::STARTS_THREADS,
+            bucket::NAMES,
+            bucket::REQUESTS,
         ],
     }
 }

@@ -1,5 +1,5 @@
-//! What a store of checkpoints in a directory takes. Landlock lets its threads reach that directory, and nothing
-//! else.
+//! What a store of checkpoints takes. Landlock lets its threads reach the directory that it is in, and nothing
+//! else; of a bucket they have lines to the process that speaks to it.
 
 use syscalls::Sysno;
 
@@ -10,6 +10,11 @@ use super::super::rules::{Rule, allow, allow_if};
 pub(super) const READ: &[Rule] = &[
     allow(Sysno::openat, "objects of a store, and its directories"),
     allow(Sysno::statx, "how long an object is"),
+    allow(
+        Sysno::recvfrom,
+        "what the process answers that speaks to a bucket",
+    )
+    .rare("only for a store in a bucket, of which tests need a server that not all have"),
 ];
 
 /// Objects that are made, and removed when no checkpoint needs them; pages of the guest.
