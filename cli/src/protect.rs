@@ -11,7 +11,7 @@ use tandem_ft::runtime::{
     Claims, Desk, Guest, Pair, Protect, ProtectionError, Protector, Standbys,
 };
 use tandem_store::capture::Begin;
-use tandem_vmm::config::MachineConfig;
+use tandem_vmm::config::{MacAddr, MachineConfig};
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::gates::Surroundings;
 use tandem_vmm::machine::Machine;
@@ -121,6 +121,16 @@ pub(crate) fn expect_whole(machine: &MachineConfig, incomplete: bool) -> Result<
         .map_err(ProtectionError::from)?;
     }
     Ok(())
+}
+
+/// The addresses of a guest's interfaces, by which the network is told where it is.
+pub(crate) fn macs(config: &MachineConfig) -> Vec<[u8; 6]> {
+    let nets = config.nets.iter().enumerate();
+    nets.map(|(index, net)| {
+        let derived = || MacAddr::derived(&config.name, index);
+        net.mac.unwrap_or_else(derived).0
+    })
+    .collect()
 }
 
 /// The guest that `machine` runs, as what protects it knows it: with its gates and its description.

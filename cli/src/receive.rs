@@ -37,6 +37,7 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
     let ran = run_machine(launch, context, |config, confinement, place| {
         let made = (protect::pair(&config, false)?, describe(&config));
         let surroundings = protect::surroundings(confinement, &made.0);
+        let (pair, macs) = (made.0.clone(), protect::macs(&config));
         let memory = memory::allocate(config.memory, config.hugepages)?;
         let received = match offer.take() {
             Some(offer) => offer.accept(&memory)?,
@@ -47,7 +48,11 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         match Machine::restore(config, &received.state, memory, surroundings, started) {
             Ok(machine) => {
                 let guest = protect::guest(&machine, made, confinement, place, None);
-                let beside = protect::beside(guest, None, |_| received.announce())?;
+                let beside = protect::beside(guest, None, move |_| {
+                    received.announce();
+                    // Those who have its addresses know the interfaces, which are the same ones.
+                    pair.announce(&macs);
+                })?;
                 Ok::<_, Failure>((machine, beside))
             }
             Err(error) => {

@@ -49,10 +49,12 @@ pub fn restore(args: &RestoreArgs, context: &RunContext) -> Result<Exit, Failure
             });
             SavedMemory::OnDemand(guest_memory, start)
         };
+        let macs = protect::macs(&config);
         let mut machine = Machine::restore(config, &state, saved, surroundings, context.started)?;
         if paused {
             machine.start_paused();
         }
+        made.0.announce(&macs);
         let guest = protect::guest(&machine, made, confinement, place, None);
         Ok::<_, Failure>((machine, protect::beside(guest, None, |_| {})?))
     })

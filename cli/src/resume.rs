@@ -8,13 +8,14 @@ use tandem_devices::GuestMemory;
 use tandem_ft::mirror;
 use tandem_ft::runtime::ProtectionError;
 use tandem_store::capture::disks::image_name;
-use tandem_store::capture::{Begin, Owned, Plan, outputs_of};
+use tandem_store::capture::{Begin, Owned, Plan, addresses_of, outputs_of};
 use tandem_store::disk;
 use tandem_store::manifest::Manifest;
 use tandem_store::memory::{SavedMemory as StoredMemory, state_of};
 use tandem_store::{Place, StoreError};
-use tandem_vmm::config::{MacAddr, MachineConfig};
+use tandem_vmm::config::MachineConfig;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
+use tandem_vmm::error::causes;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
 use tandem_vmm::memory_image::Loader;
@@ -67,7 +68,7 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
             true => SavedMemory::Loaded(room),
             false => on_demand(&owned, &manifest, room, confinement)?,
         };
-        let macs = macs(&config);
+        let macs = protect::macs(&config);
         let started = context.started;
         let mut machine =
             Machine::restore_on(resources, config, &state, saved, surroundings, started)?;
@@ -76,6 +77,12 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
             .go_on_from(outputs_of(&manifest))
             .map_err(|error| Failure::Protection(Box::new(error)))?;
         checkpoints::tell_copies(&made.0, &settings, &owned);
+        if let Some(addresses) = addresses_of(&manifest)
+            && let Err(error) = made.0.know_addresses(addresses)
+        {
+            // It is found by the addresses of its interfaces, and by what it sends.
+            tracing::warn!(why = %causes(&error), "the guest's addresses are not announced");
+        }
         made.0.announce(&macs);
         tell(&owned, &manifest, context.quiet);
         let description = made.1.clone();
@@ -170,16 +177,6 @@ fn on_demand(
     let to = Arc::clone(&room);
     let start = Box::new(move |on_failure| Loader::start_from(stored, to, on_failure, begin));
     Ok(SavedMemory::OnDemand(room, start))
-}
-
-/// The addresses of a guest's interfaces.
-fn macs(config: &MachineConfig) -> Vec<[u8; 6]> {
-    let nets = config.nets.iter().enumerate();
-    nets.map(|(index, net)| {
-        let derived = || MacAddr::derived(&config.name, index);
-        net.mac.unwrap_or_else(derived).0
-    })
-    .collect()
 }
 
 /// Says from when the guest goes on.

@@ -16,6 +16,8 @@ const ARP: [u8; 2] = [0x08, 0x06];
 const RARP: [u8; 2] = [0x80, 0x35];
 const IPV6: [u8; 2] = [0x86, 0xdd];
 const BROADCAST: [u8; 6] = [0xff; 6];
+/// Bytes of a frame that are looked at, its virtio-net header among them: as far as an IPv6 source.
+pub const LOOKED_AT: usize = HEADER_SIZE + ETHERNET_SIZE + 24;
 /// All nodes on the link, by Ethernet and by IPv6.
 const ALL_NODES_MAC: [u8; 6] = [0x33, 0x33, 0, 0, 0, 1];
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
@@ -30,7 +32,7 @@ pub struct Announcer {
 }
 
 impl Announcer {
-    /// Looks at a frame of the guest, which begins with a virtio-net header.
+    /// Looks at a frame of the guest, which begins with a virtio-net header; [`LOOKED_AT`] bytes do.
     pub fn see(&mut self, frame: &[u8]) {
         let Some(ethernet) = frame.get(HEADER_SIZE..) else {
             return;

@@ -21,7 +21,7 @@ use protection::history::Recording;
 use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
-use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::network::{CMDLINE, GUEST, Network};
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
 use tempfile::TempDir;
@@ -475,6 +475,44 @@ fn an_owner_that_wakes_up_later_ends_and_harms_nothing() {
     load.finish();
     let checkpoints = wait_checkpoints(&new, |checkpoints| checkpoints["failing"].is_null());
     assert_eq!(checkpoints["term"], 2);
+}
+
+#[test]
+fn neighbours_learn_where_a_resumed_guest_is_before_it_says_anything() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let guest = shared.serve(&["--every", "50ms"]);
+    // It answers, so that it is known to have this address.
+    assert_eq!(counted(&shared.network), 0);
+    let mac = neighbour(&shared.network).expect("it is known");
+    let seen = wait_checkpoints(&guest, |_| true);
+    wait_checkpoints(&guest, |checkpoints| {
+        completed(checkpoints) > completed(&seen) + 1
+    });
+    kill(guest);
+    let elsewhere = "02:00:00:00:00:99";
+    let words = format!("neigh replace {GUEST} lladdr {elsewhere} dev br0 nud stale");
+    let words: Vec<&str> = words.split(' ').collect();
+    shared.network.run("ip", &words);
+    assert_eq!(neighbour(&shared.network).as_deref(), Some(elsewhere));
+    // It stands.
+    let _guest = shared.resume(&["--paused"]);
+    let deadline = Instant::now() + PATIENCE;
+    while neighbour(&shared.network).as_ref() != Some(&mac) {
+        let known = neighbour(&shared.network);
+        assert!(Instant::now() < deadline, "{known:?}");
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// Whose the guest's address is, as the network's host knows it.
+fn neighbour(network: &Network) -> Option<String> {
+    let text = network.run("ip", &["neigh", "show", GUEST]);
+    let mut words = text.split_whitespace();
+    words.find(|word| *word == "lladdr");
+    words.next().map(str::to_owned)
 }
 
 #[test]

@@ -552,11 +552,23 @@ impl NetGate {
         count
     }
 
+    /// What the guest's own frames showed of it.
+    pub fn addresses(&self) -> Announcer {
+        self.lock().announcer.clone()
+    }
+
+    /// The guest's frames showed this of it where it was before.
+    pub fn know(&self, addresses: &Announcer) {
+        self.lock().announcer.learn(addresses);
+    }
+
     /// Tells the network where the guest is that has this address, by a frame of its own (RFC 903; switches learn from it
-    /// whatever they think of its content).
+    /// whatever they think of its content), and by those for all addresses that it is known to use.
     pub fn announce(&self, mac: [u8; 6]) {
         let mut state = self.lock();
+        let known = state.announcer.announcements();
         state.blocked.push_back(announce::reverse_arp(mac));
+        state.blocked.extend(known);
         state.send_blocked();
         if let Some(outside) = &mut state.outside {
             outside.flush();
@@ -682,6 +694,11 @@ impl State {
             }
         }
         true
+    }
+
+    /// Looks at the beginning of a frame that leaves as it is.
+    pub(super) fn see(&mut self, first: &[u8]) {
+        self.announcer.see(first);
     }
 
     /// Takes a frame of the guest.

@@ -8,6 +8,7 @@ use tandem_devices::virtio::buffers::Buffers;
 use tandem_devices::virtio::net::{NetBackend, Offloads, Transmit};
 
 use super::NetGate;
+use crate::announce::LOOKED_AT;
 
 /// The backend of a network device that has a gate.
 pub(crate) struct GatedBackend {
@@ -79,10 +80,13 @@ impl NetBackend for GatedBackend {
 
     fn transmit(&mut self, head: u16, frame: &Buffers) -> Transmit {
         let mut state = self.gate.lock();
-        if state.is_open()
-            && let Some(outside) = &mut state.outside
-        {
-            return outside.transmit(head, frame);
+        if state.is_open() {
+            let mut first = [0; LOOKED_AT];
+            let length = frame.read_at(0, &mut first);
+            state.see(&first[..length]);
+            if let Some(outside) = &mut state.outside {
+                return outside.transmit(head, frame);
+            }
         }
         state.transmit(&self.gate, frame.to_vec())
     }

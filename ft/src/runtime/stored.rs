@@ -19,6 +19,7 @@ use super::checkpoint::{decode, encode};
 use super::feed::Begun;
 use super::pair::{Pair, PairCut};
 use super::status::{Checkpoints, Role};
+use crate::announce::Announcer;
 use crate::arbiter::Term;
 use crate::link::Kind;
 
@@ -27,6 +28,9 @@ const STORE_PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Bytes of frames that a checkpoint in a store keeps, of those that may not be out: networks may lose frames, and
 /// whoever misses them asks again.
 const FRAMES_KEPT: usize = 1 << 20;
+/// Bytes of the addresses of a guest, at most.
+const ADDRESSES_LENGTH_MAX: usize = 64 << 10;
+
 
 /// How checkpoints of a guest go to a store: what a secondary is told of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,7 +149,33 @@ impl Pair {
         Ok(())
     }
 
-    /// Tells the network that the guest is here, by the addresses of its interfaces.
+    /// The addresses that the guest's frames showed so far, as bytes for [`Pair::know_addresses`]. They are few.
+    ///
+    /// # Errors
+    /// When they cannot be encoded.
+    pub fn addresses(&self) -> Result<Vec<u8>, ProtectionError> {
+        let all = self.nets().iter().map(|net| net.addresses());
+        encode(&all.collect::<Vec<Announcer>>())
+    }
+
+    /// The guest had these addresses where it was before.
+    ///
+    /// # Errors
+    /// When they are none, or too many.
+    pub fn know_addresses(&self, bytes: &[u8]) -> Result<(), ProtectionError> {
+        if bytes.len() > ADDRESSES_LENGTH_MAX {
+            let length = bytes.len();
+            let what = format!("addresses in {length} bytes; allowed are {ADDRESSES_LENGTH_MAX}");
+            return Err(ProtectionError::Garbled(what));
+        }
+        let all: Vec<Announcer> = decode(bytes, "addresses")?;
+        for (net, addresses) in self.nets().iter().zip(&all) {
+            net.know(addresses);
+        }
+        Ok(())
+    }
+
+    /// Tells the network that the guest is here, by the addresses of its interfaces and those that it is known to use.
     pub fn announce(&self, macs: &[[u8; 6]]) {
         for (net, mac) in self.nets().iter().zip(macs) {
             net.announce(*mac);
@@ -308,6 +338,32 @@ mod store_tests {
         assert_eq!(elsewhere.wire().sent.len(), 1);
         assert!(marks(&outside).is_empty());
         assert!(next.go_on_from(Some(b"nothing")).is_err());
+    }
+
+    #[test]
+    fn who_goes_on_announces_the_addresses_that_the_guest_used() {
+        let (pair, mut device, _outside) = guest();
+        // An IPv4 packet, whose source is looked at.
+        let mut packet = frame(0);
+        packet[HEADER_SIZE + 12..].copy_from_slice(&[8, 0, 0x45]);
+        packet.extend([0; 40]);
+        packet[HEADER_SIZE + 26..HEADER_SIZE + 30].copy_from_slice(&[10, 0, 0, 9]);
+        device.send(&packet);
+        let addresses = pair.addresses().unwrap();
+        let (next, _device, elsewhere) = guest();
+        next.know_addresses(&addresses).unwrap();
+        next.announce(&[GUEST]);
+        let sent = std::mem::take(&mut elsewhere.wire().sent);
+        assert_eq!(sent.len(), 2, "one for its interface, one for its address");
+        let arp = &sent[1][HEADER_SIZE..];
+        assert_eq!(
+            (&arp[6..12], &arp[28..32]),
+            (&GUEST[..], &[10, 0, 0, 9][..])
+        );
+        assert!(next.know_addresses(b"nothing").is_err());
+        let many = vec![0xc0; ADDRESSES_LENGTH_MAX + 1];
+        let told = next.know_addresses(&many).unwrap_err().to_string();
+        assert!(told.contains("allowed are"), "{told}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use tandem_ft::runtime::Outputs;
 
 use super::sink::{give, gone};
 use super::tally::Made;
-use super::{LOOK, OUTPUTS, PLAN, Plan, SECTION_VERSION, Shared};
+use super::{ADDRESSES, Captured, LOOK, OUTPUTS, PLAN, Plan, SECTION_VERSION, Shared};
 use crate::manifest::{STATE, Section};
 use crate::plain::STATE_VERSION;
 use crate::upload::{End, Job, Uploads};
@@ -99,6 +99,7 @@ fn wait_end(source: &impl Source) -> Result<End, StoreError> {
 
 /// What is in a checkpoint besides pages and blocks.
 pub(super) fn sections(
+    guest: &Captured,
     plan: &Plan,
     state: Vec<u8>,
     outputs: Option<Outputs>,
@@ -106,9 +107,11 @@ pub(super) fn sections(
     let plan = rmp_serde::to_vec_named(plan).map_err(|error| StoreError::Ended {
         what: error.to_string(),
     })?;
+    let addresses = guest.pair.addresses().map_err(Box::new)?;
     let mut sections = vec![
         Section::new(STATE, STATE_VERSION, state),
         Section::new(PLAN, SECTION_VERSION, plan),
+        Section::new(ADDRESSES, SECTION_VERSION, addresses),
     ];
     if let Some(outputs) = outputs {
         let outputs = outputs.to_bytes().map_err(Box::new)?;

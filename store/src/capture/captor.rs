@@ -187,7 +187,12 @@ impl Source for Captor<'_> {
         }
         Ok(Content {
             description: self.guest.description.clone(),
-            sections: sections(&self.plan, stopped.frozen.state.to_bytes()?, outputs)?,
+            sections: sections(
+                self.guest,
+                &self.plan,
+                stopped.frozen.state.to_bytes()?,
+                outputs,
+            )?,
             stood: stand.from,
             pause: Some(stand.until - stand.from),
             left: stopped.pages,

@@ -50,7 +50,9 @@ pub const INTERVAL_MAX: Duration = Duration::from_secs(24 * 3600);
 pub const OUTPUTS: &str = "outputs";
 /// Name of the section that says how checkpoints are made.
 pub const PLAN: &str = "plan";
-/// Version of both sections.
+/// Name of the section that says which addresses the guest was seen to use.
+pub const ADDRESSES: &str = "addresses";
+/// Version of these sections.
 const SECTION_VERSION: u32 = 1;
 /// How long the last operations of the store may take when the guest has ended.
 const FINISH_TIMEOUT: Duration = Duration::from_secs(10);
@@ -91,9 +93,8 @@ impl Default for Plan {
 impl Plan {
     /// How those of a guest were made, as its checkpoint says; the default if it does not.
     pub fn of(manifest: &Manifest) -> Self {
-        let section = manifest.section(PLAN);
-        let section = section.filter(|section| section.version == SECTION_VERSION);
-        let plan = section.and_then(|section| rmp_serde::from_slice::<Self>(&section.bytes).ok());
+        let bytes = bytes_of(manifest, PLAN);
+        let plan = bytes.and_then(|bytes| rmp_serde::from_slice::<Self>(bytes).ok());
         plan.filter(|plan| (INTERVAL_MIN..=INTERVAL_MAX).contains(&plan.interval))
             .unwrap_or_default()
     }
@@ -101,7 +102,16 @@ impl Plan {
 
 /// What a checkpoint says of outputs that may not be out, if it was made with [`Plan::commit`].
 pub fn outputs_of(manifest: &Manifest) -> Option<&[u8]> {
-    let section = manifest.section(OUTPUTS)?;
+    bytes_of(manifest, OUTPUTS)
+}
+
+/// What a checkpoint says of the guest's addresses; those of earlier versions say nothing.
+pub fn addresses_of(manifest: &Manifest) -> Option<&[u8]> {
+    bytes_of(manifest, ADDRESSES)
+}
+
+fn bytes_of<'a>(manifest: &'a Manifest, name: &str) -> Option<&'a [u8]> {
+    let section = manifest.section(name)?;
     (section.version == SECTION_VERSION).then_some(section.bytes.as_slice())
 }
 

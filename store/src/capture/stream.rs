@@ -260,7 +260,7 @@ impl Source for Streamer<'_> {
         }
         Ok(Content {
             description: self.guest.description.clone(),
-            sections: sections(&self.plan, cut.state, Some(cut.outputs))?,
+            sections: sections(self.guest, &self.plan, cut.state, Some(cut.outputs))?,
             stood,
             pause: None,
             left,
