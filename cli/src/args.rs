@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use tandem_ft::mode::Choice;
 use tandem_ft::runtime::ResyncMode;
 use tandem_store::Place;
+use tandem_store::capture::Every;
 use tandem_vmm::config::{BootProtocol, ConsoleConfig, DiskConfig, NetConfig, Pace, VsockConfig};
 use tandem_vmm::confinement::{Enforcement, User};
 use tandem_vmm::migration::{Address, Addresses};
@@ -524,10 +525,11 @@ pub struct RunArgs {
     /// `tandem resume`: a directory that hosts share, or s3://BUCKET/PREFIX; the last few are kept
     #[arg(long, value_name = "STORE", value_parser = value::store, help_heading = "Checkpoints")]
     pub checkpoint: Option<Place>,
-    /// How often, such as 500ms or 10s: what is lost at most with the guest, and how long outputs wait with --commit
-    /// [default: 1s]
-    #[arg(long, value_name = "TIME", value_parser = value::interval, help_heading = "Checkpoints")]
-    pub every: Option<Duration>,
+    /// How often, such as 500ms or 10s: what is lost at most with the guest, and how long outputs wait with --commit; or
+    /// auto[,pause=PERCENT][,bandwidth=SIZE]: from every 100ms to every 60s, so that the guest stands for no more of its
+    /// time and no more goes to the store per second (1% and 32MiB, where nothing is said) [default: 1s]
+    #[arg(long, value_name = "TIME|auto", value_parser = value::every, help_heading = "Checkpoints")]
+    pub every: Option<Every>,
     /// Hold what the guest sends and prints until a checkpoint that explains it is complete, so that a guest that goes
     /// on from there contradicts nothing; without, outputs leave at once
     #[arg(long, value_name = "BOOL", value_parser = value::boolean, help_heading = "Checkpoints")]
@@ -613,9 +615,9 @@ pub struct ResumeArgs {
     /// passed over for the one before it
     #[arg(long, requires = "from")]
     pub eager: bool,
-    /// How often checkpoints are made [default: as before]
-    #[arg(long, value_name = "TIME", value_parser = value::interval, requires = "from")]
-    pub every: Option<Duration>,
+    /// How often checkpoints are made, as for `tandem run` [default: as before]
+    #[arg(long, value_name = "TIME|auto", value_parser = value::every, requires = "from")]
+    pub every: Option<Every>,
     /// Whether outputs wait for a checkpoint that explains them [default: as before]
     #[arg(long, value_name = "BOOL", value_parser = value::boolean, requires = "from")]
     #[arg(num_args = 0..=1, default_missing_value = "true", require_equals = true)]

@@ -65,7 +65,7 @@ fn a_guest_is_resumed_from_a_store_or_where_it_stands() {
     assert_eq!((change.name.as_str(), change.dry_run), ("web", true));
     let lost = resume(&["--from", "/s", "--every", "2m", "--pin", "0"]).expect("flags");
     assert_eq!(lost.from, Some(Place::Directory("/s".into())));
-    assert_eq!(lost.every, Some(Duration::from_secs(120)));
+    assert_eq!(lost.every, Some(Every::Fixed(Duration::from_secs(120))));
     assert!(resume(&["--every", "1s"]).is_err());
     let placed = resume(&["--pin", "0"]).expect("flags").change();
     let told = placed.expect_err("there is no store").report();
@@ -175,7 +175,7 @@ fn flags(settings: &Settings) -> Vec<String> {
     let store = settings.checkpoint.as_ref();
     flag(&mut all, "checkpoint", store, Place::to_string);
     flag(&mut all, "every", settings.every.as_ref(), |every| {
-        value::time(*every)
+        value::every_text(*every)
     });
     flag(
         &mut all,

@@ -166,6 +166,7 @@ pub(crate) fn tell_copies(pair: &Pair, checkpoints: &Checkpoints, owned: &Owned)
         key: key.as_deref().map(absolute),
         kin: kin_of(&owned.owner),
         every_ms: plan.interval.as_millis() as u64,
+        budget: plan.budget,
     });
 }
 
@@ -186,6 +187,7 @@ pub(crate) fn told(stored: &Stored) -> Result<Checkpoints, Failure> {
         plan: Plan {
             interval,
             commit: false,
+            budget: stored.budget,
         },
     })
 }

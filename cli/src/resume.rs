@@ -113,7 +113,7 @@ fn plan(
     }
     settings.checkpoint = Some(Located::flag(from.clone()));
     settings.store_key = args.store_key.clone().map(Located::flag);
-    settings.every = Some(Located::flag(args.every.unwrap_or(before.interval)));
+    settings.every = Some(Located::flag(args.every.unwrap_or(before.every())));
     settings.commit = Some(Located::flag(args.commit.unwrap_or(before.commit)));
     accept(settings.launch_restored(args.guest.clone()), problems, None)
 }

@@ -102,7 +102,7 @@ pub(crate) fn print_plan(launch: Launch, format: Format) -> Result<Exit, Failure
             "arbiter": launch.protection.as_ref().map(|p| &p.arbiter),
             "tls": launch.protection.as_ref().and_then(|p| p.tls.as_ref()),
             "checkpoint": launch.checkpoints.as_ref().map(|c| c.store.to_string()),
-            "every": launch.checkpoints.as_ref().map(|c| value::time(c.plan.interval)),
+            "every": launch.checkpoints.as_ref().map(|c| value::every_text(c.plan.every())),
             "commit": launch.checkpoints.as_ref().map(|c| c.plan.commit),
             "store_key": launch.checkpoints.as_ref().and_then(|c| c.key.as_ref()),
         })),

@@ -15,9 +15,9 @@ use tandem_cli::client::{Client, ClientError};
 use tandem_cli::control::Control;
 use tandem_cli::settings::file;
 use tandem_ft::mode::Wish;
-use tandem_ft::runtime::ResyncMode;
 use tandem_ft::runtime::events::Event;
 use tandem_ft::runtime::status::{Checkpoints, Mirror, Status};
+use tandem_ft::runtime::{Budget, ResyncMode};
 use tandem_vmm::config::Pace;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::control::{
@@ -115,6 +115,8 @@ impl Control for Fake {
         status.checkpoints = Some(Checkpoints {
             store: "/shared".into(),
             last: Some("1-7".into()),
+            budget: Some(Budget::default()),
+            spent: Some(Budget::default()),
             ..Checkpoints::default()
         });
         status

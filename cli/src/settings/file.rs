@@ -120,7 +120,7 @@ fn settings(root: &mut Section<'_, '_>) -> Settings {
         latency_budget: root.text("latency-budget", value::latency_budget),
         tls: root.text("tls", value::path),
         checkpoint: root.text("checkpoint", value::store),
-        every: root.text("every", value::interval),
+        every: root.text("every", value::every),
         commit: root.boolean("commit"),
         store_key: root.text("store-key", value::path),
         disks: root.tables("disk", disk),

@@ -16,7 +16,7 @@ use std::time::Duration;
 use tandem_ft::mode::{Choice, LATENCY_BUDGET, Wish};
 use tandem_ft::runtime::ResyncMode;
 use tandem_store::Place;
-use tandem_store::capture::{INTERVAL_DEFAULT, Plan};
+use tandem_store::capture::{Every, INTERVAL_DEFAULT, Plan};
 use tandem_vmm::config::{
     BootConfig, BootProtocol, ConsoleConfig, DiskConfig, MacAddr, MachineConfig, NetBackendConfig,
     NetConfig, VsockConfig,
@@ -106,7 +106,7 @@ pub struct Settings {
     pub latency_budget: Option<Located<Duration>>,
     pub tls: Option<Located<PathBuf>>,
     pub checkpoint: Option<Located<Place>>,
-    pub every: Option<Located<Duration>>,
+    pub every: Option<Located<Every>>,
     pub commit: Option<Located<bool>>,
     pub store_key: Option<Located<PathBuf>>,
     pub disks: Vec<DiskSetting>,
@@ -370,10 +370,10 @@ impl Settings {
             checkpoints: self.checkpoint.map(|store| Checkpoints {
                 store: store.value,
                 key: value(self.store_key),
-                plan: Plan {
-                    interval: value(self.every).unwrap_or(INTERVAL_DEFAULT),
-                    commit: value(self.commit).unwrap_or_default(),
-                },
+                plan: Plan::new(
+                    value(self.every).unwrap_or(Every::Fixed(INTERVAL_DEFAULT)),
+                    value(self.commit).unwrap_or_default(),
+                ),
             }),
         })
     }

@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use tandem_ft::mode::Choice;
-use tandem_ft::runtime::ResyncMode;
+use tandem_ft::runtime::{Budget, ResyncMode};
 use tandem_vmm::config::{DiskEngine, MacAddr, Pace};
 
 use super::*;
@@ -119,9 +119,16 @@ fn checkpoints_need_a_store_and_nothing_that_others_have_too() {
         (Duration::from_millis(50), true)
     );
     assert_eq!(problems("").expect("nothing is said"), None);
+    let bucket = problems("checkpoint = 's3://bucket/x'\nevery = 'auto'").expect("they fit");
+    let plan = bucket.expect("there is a store").plan;
+    assert_eq!(plan.budget, Some(Budget::default()));
     let both = format!("checkpoint = '{there}'\nprotect = 'h:1'\narbiter = '{there}'");
     assert!(problems(&both).expect("they fit").is_some());
     for (text, told) in [
+        (
+            "every = 'auto,pause=1%'".to_owned(),
+            "every: there are no checkpoints",
+        ),
         (
             "checkpoint = '/no/such/place'".to_owned(),
             "checkpoint: `/no/such/place` is no directory",
@@ -450,6 +457,17 @@ fn some_net() -> impl Strategy<Value = NetSetting> {
     })
 }
 
+fn some_every() -> impl Strategy<Value = Every> {
+    let fixed = (10u64..86_400_000).prop_map(|ms| Every::Fixed(Duration::from_millis(ms)));
+    let auto = (100u32..=500_000, 64u64 << 10..=1 << 40).prop_map(|(pause_ppm, bandwidth)| {
+        Every::Auto(Budget {
+            pause_ppm,
+            bandwidth,
+        })
+    });
+    prop_oneof![fixed, auto]
+}
+
 prop_compose! {
     pub(crate) fn some_settings()(
         name in proptest::option::of("[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,62}"),
@@ -483,7 +501,7 @@ prop_compose! {
         latency_budget in proptest::option::of(1..=1000u64),
         tls in proptest::option::of(some_path()),
         checkpoint in proptest::option::of("/[a-z]{1,9}|s3://[a-z]{3,9}/[a-z]{1,9}"),
-        every_ms in proptest::option::of(10u64..86_400_000),
+        every in proptest::option::of(some_every()),
         commit in proptest::option::of(any::<bool>()),
         store_key in proptest::option::of(some_path()),
         disks in proptest::collection::vec(some_disk(), 0..3),
@@ -516,7 +534,7 @@ prop_compose! {
             latency_budget: latency_budget.map(|ms| Located::flag(Duration::from_millis(ms))),
             tls: tls.map(Located::flag),
             checkpoint: checkpoint.map(|place| Located::flag(place.parse().expect("a place"))),
-            every: every_ms.map(|ms| Located::flag(Duration::from_millis(ms))),
+            every: every.map(Located::flag),
             commit: commit.map(Located::flag),
             store_key: store_key.map(Located::flag),
             disks,

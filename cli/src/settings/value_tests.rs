@@ -7,6 +7,41 @@ fn message<T: std::fmt::Debug>(result: Result<T, ValueError>) -> String {
 }
 
 #[test]
+fn intervals_are_times_or_follow_a_budget() {
+    let auto = |pause_ppm, mib: u64| {
+        Ok(Every::Auto(Budget {
+            pause_ppm,
+            bandwidth: mib << 20,
+        }))
+    };
+    assert_eq!(every("50ms"), Ok(Every::Fixed(Duration::from_millis(50))));
+    assert_eq!(every("auto"), auto(10_000, 32));
+    assert_eq!(every("auto,pause=2.5%"), auto(25_000, 32));
+    assert_eq!(every("auto,bandwidth=8MiB,pause=0.01%"), auto(100, 8));
+    assert_eq!(
+        every_text(Every::Auto(Budget::default())),
+        "auto,pause=1%,bandwidth=32MiB"
+    );
+    assert_eq!(
+        (percent(100), percent(500_000)),
+        ("0.01%".into(), "50%".into())
+    );
+    for (bad, told) in [
+        ("auto,", "auto[,pause=PERCENT]"),
+        ("auto,rate=1", "auto[,pause=PERCENT]"),
+        ("auto,pause=2", "0.01% to 50%"),
+        ("auto,pause=51%", "0.01% to 50%"),
+        ("auto,pause=0.001%", "0.01% to 50%"),
+        ("auto,pause=1.00001%", "0.01% to 50%"),
+        ("auto,pause=+1%", "0.01% to 50%"),
+        ("auto,bandwidth=1KiB", "64KiB to 1TiB"),
+        ("1ms", "10ms to 1440m"),
+    ] {
+        assert!(message(every(bad)).contains(told), "{bad}");
+    }
+}
+
+#[test]
 fn memory_reads_sizes_and_refuses_the_rest() {
     assert_eq!(memory("512MiB"), Ok(512 << 20));
     assert_eq!(memory("2GiB"), Ok(2 << 30));
@@ -191,6 +226,6 @@ proptest! {
         let _ = (disk(&text), net(&text), vsock(&text), pin(&text), mac(&text));
         let _ = (control_key(&text), disk_id(&text), tap(&text), log_level(&text), cid(&text));
         let _ = (user(&text), confine(&text), pace(&text), safepoint(&text));
-        let _ = (age(&text), checkpoint(&text), keep(&text), store(&text));
+        let _ = (age(&text), checkpoint(&text), keep(&text), store(&text), every(&text));
     }
 }

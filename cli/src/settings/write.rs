@@ -117,7 +117,7 @@ impl Settings {
         out.path("tls", self.tls.as_ref().map(|p| p.value.as_path()));
         let store = self.checkpoint.as_ref().map(|s| s.value.to_string());
         out.text("checkpoint", store.as_deref());
-        let every = self.every.as_ref().map(|e| value::time(e.value));
+        let every = self.every.as_ref().map(|e| value::every_text(e.value));
         out.text("every", every.as_deref());
         out.plain("commit", self.commit.as_ref());
         let key = self.store_key.as_ref().map(|p| p.value.as_path());
@@ -203,7 +203,7 @@ impl From<Launch> for Settings {
                 .and_then(|p| p.tls.clone())
                 .map(Located::flag),
             arbiter: launch.protection.map(|p| Located::flag(p.arbiter)),
-            every: checkpoints.map(|c| Located::flag(c.plan.interval)),
+            every: checkpoints.map(|c| Located::flag(c.plan.every())),
             commit: checkpoints.map(|c| Located::flag(c.plan.commit)),
             store_key: checkpoints.and_then(|c| c.key.clone()).map(Located::flag),
             checkpoint: checkpoints.map(|c| Located::flag(c.store.clone())),

@@ -23,6 +23,7 @@ use crate::failure::Failure;
 use crate::output;
 use crate::receive::tell_of_plain_link;
 use crate::runtime_dir::{Guest, KEEPER_SOCKET};
+use crate::settings::value;
 
 /// Time between two looks at a guest whose protection changes.
 const LOOK: Duration = Duration::from_millis(50);
@@ -355,7 +356,7 @@ fn checkpoint_rows(stored: &Checkpoints) -> [(&'static str, String); 8] {
     };
     [
         ("checkpoints in", stored.store.clone()),
-        ("every", format!("{} ms", stored.every_ms)),
+        ("every", every_text(stored)),
         ("outputs", outputs.to_owned()),
         ("last checkpoint", last),
         (
@@ -377,6 +378,22 @@ fn path_rows(status: &Status) -> impl Iterator<Item = (&'static str, String)> {
     ["first path", "second path"]
         .into_iter()
         .zip(status.paths.iter().map(text))
+}
+
+/// How often they are made, and what that costs.
+fn every_text(stored: &Checkpoints) -> String {
+    let every = format!("{} ms", stored.every_ms);
+    let Some(budget) = stored.budget else {
+        return every;
+    };
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20));
+    let share = value::percent;
+    let (most, rate) = (share(budget.pause_ppm), mib(budget.bandwidth));
+    let spent = stored.spent.map_or_else(String::new, |spent| {
+        let (stood, sent) = (share(spent.pause_ppm), mib(spent.bandwidth));
+        format!("; the last one took {stood} and {sent}/s")
+    });
+    format!("{every}, for {most} of the guest's time and {rate}/s{spent}")
 }
 
 fn status_table(status: &Status) -> String {

@@ -122,6 +122,10 @@ impl Offer {
             Some("path") => self.path.take().is_some(),
             Some("second") => self.forget_seconds(),
             Some("sectors") => std::mem::take(&mut self.sectors),
+            Some("budget") => {
+                let stored = self.store.as_mut();
+                stored.is_some_and(|stored| stored.budget.take().is_some())
+            }
             _ => false,
         }
     }
@@ -325,7 +329,7 @@ mod tests {
 
     use super::*;
     use crate::mode::Choice;
-    use crate::runtime::Place;
+    use crate::runtime::{Budget, Place};
 
     /// Where one listens that has one address.
     #[derive(Deserialize)]
@@ -363,6 +367,21 @@ mod tests {
     taken_before! {
         /// One that knew of all modes.
         Older { modes: Option<Wish> }
+    }
+
+    taken_before! {
+        /// One that knew of stores, and of no budgets.
+        Storing { store: Option<StoredAt> }
+    }
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only whether it is taken matters")]
+    struct StoredAt {
+        place: String,
+        key: Option<std::path::PathBuf>,
+        kin: u64,
+        every_ms: u64,
     }
 
     fn offer(modes: Option<Wish>) -> Offer {
@@ -427,6 +446,25 @@ mod tests {
         // Nor does a checkpoint say anything of modes to one that knows none.
         let cut = encode(&PairCut::default()).unwrap();
         assert!(!cut.windows(5).any(|part| part == b"modes"));
+    }
+
+    #[test]
+    fn older_standbys_make_checkpoints_for_a_store_at_an_interval() {
+        let stored = Stored {
+            place: "/shared".into(),
+            key: None,
+            kin: 1,
+            every_ms: 1000,
+            budget: Some(Budget::default()),
+        };
+        let offered = || Offer {
+            store: Some(stored.clone()),
+            ..offer(None)
+        };
+        let left = taken_by::<Storing>(offered()).store.unwrap();
+        assert_eq!((left.budget, left.every_ms), (None, 1000));
+        let left = taken_by::<Offer>(offered()).store.unwrap();
+        assert_eq!(left.budget, stored.budget);
     }
 
     #[test]

@@ -57,7 +57,7 @@ pub use protector::{Desk, Guest, Protect, Protector, ResyncMode};
 pub use secondary::{Invitation, Joined, Standby};
 pub use shared::{SharedError, SharedOffer};
 pub use standbys::{Place, STANDBYS_MAX, Standbys};
-pub use stored::{Outputs, Side, Stored};
+pub use stored::{Budget, Outputs, Side, Stored};
 
 /// Locks what no panic leaves half done.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::modes::Modes;
 use super::paths::PathStatus;
+use super::stored::Budget;
 use crate::gate::NetFigures;
 use crate::mode::cost::Costs;
 use crate::mode::{Choice, Mode};
@@ -136,6 +137,12 @@ pub struct Checkpoints {
     pub store: String,
     /// How often one is wanted, in milliseconds.
     pub every_ms: u64,
+    /// What they may cost, if how often is chosen by that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
+    /// What the last one cost, of the time since the one before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spent: Option<Budget>,
     /// Whether outputs wait until a checkpoint that explains them is complete.
     pub commit: bool,
     /// Number of the owner in the store.

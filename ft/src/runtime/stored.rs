@@ -31,6 +31,25 @@ const FRAMES_KEPT: usize = 1 << 20;
 /// Bytes of the addresses of a guest, at most.
 const ADDRESSES_LENGTH_MAX: usize = 64 << 10;
 
+/// What checkpoints in a store may cost, by which their interval is chosen; or what they did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Budget {
+    /// Share of its time for which the guest stands, in millionths.
+    pub pause_ppm: u32,
+    /// Bytes per second that go to the store.
+    pub bandwidth: u64,
+}
+
+impl Default for Budget {
+    /// A hundredth of the guest's time, and 32 MiB per second.
+    fn default() -> Self {
+        Self {
+            pause_ppm: 10_000,
+            bandwidth: 32 << 20,
+        }
+    }
+}
 
 /// How checkpoints of a guest go to a store: what a secondary is told of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +63,9 @@ pub struct Stored {
     pub kin: u64,
     /// How often checkpoints are made, in milliseconds.
     pub every_ms: u64,
+    /// What they may cost, if how often is chosen by that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
 }
 
 /// What a host has of a guest whose checkpoints go to a store.

@@ -16,6 +16,7 @@
 //! told that another owns the guest ends it here: two live copies would be worse than one.
 
 mod attempt;
+mod cadence;
 mod captor;
 pub mod disks;
 mod sink;
@@ -23,6 +24,8 @@ mod stream;
 mod tally;
 mod thread;
 mod watch;
+
+pub use cadence::{AUTO_MAX, AUTO_MIN, Every};
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -32,7 +35,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tandem_ft::arbiter::{Owner, Tenure};
-use tandem_ft::runtime::Pair;
+use tandem_ft::runtime::{Budget, Pair};
 use tandem_vmm::confinement::Entry;
 use tandem_vmm::control::{Handle, Outcome};
 
@@ -79,6 +82,9 @@ pub struct Plan {
     pub interval: Duration,
     /// Outputs wait until a checkpoint that explains them is complete.
     pub commit: bool,
+    /// What they may cost, if how often is chosen by that; the interval is the first one then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub budget: Option<Budget>,
 }
 
 impl Default for Plan {
@@ -86,11 +92,30 @@ impl Default for Plan {
         Self {
             interval: INTERVAL_DEFAULT,
             commit: false,
+            budget: None,
         }
     }
 }
 
 impl Plan {
+    /// So often, with outputs that wait if it is to `commit`.
+    pub fn new(every: Every, commit: bool) -> Self {
+        let (interval, budget) = match every {
+            Every::Fixed(interval) => (interval, None),
+            Every::Auto(budget) => (INTERVAL_DEFAULT, Some(budget)),
+        };
+        Self {
+            interval,
+            commit,
+            budget,
+        }
+    }
+
+    /// How often.
+    pub fn every(&self) -> Every {
+        self.budget.map_or(Every::Fixed(self.interval), Every::Auto)
+    }
+
     /// How those of a guest were made, as its checkpoint says; the default if it does not.
     pub fn of(manifest: &Manifest) -> Self {
         let bytes = bytes_of(manifest, PLAN);

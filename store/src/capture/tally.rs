@@ -9,6 +9,7 @@ use tandem_ft::runtime::Pair;
 use tandem_ft::runtime::status::Checkpoints;
 use tandem_vmm::error::causes;
 
+use super::cadence::spent;
 use super::{Owned, Plan};
 use crate::write::Committed;
 use crate::{CheckpointId, StoreError};
@@ -38,6 +39,7 @@ impl Tally {
         let told = Checkpoints {
             store: owned.place.clone(),
             every_ms: plan.interval.as_millis() as u64,
+            budget: plan.budget,
             commit: plan.commit,
             term: owned.tenure.as_ref().map_or(0, |tenure| tenure.term.0),
             last: base.map(|base| base.id.to_string()),
@@ -60,13 +62,18 @@ impl Tally {
         self.pair.tell_checkpoints(told);
     }
 
-    /// A checkpoint is complete.
-    pub(super) fn made(&mut self, made: &Made) {
+    /// A checkpoint is complete, and the next one is wanted after `interval`.
+    pub(super) fn made(&mut self, made: &Made, interval: Duration) {
         let (id, counts) = (made.committed.id, made.committed.counts);
         if let Some(pause) = made.pause {
             self.pauses.add(pause);
         }
         self.times.add(made.stood.elapsed());
+        self.told.every_ms = interval.as_millis() as u64;
+        self.told.spent = self.told.stood.map(|before| {
+            let since = made.stood.saturating_duration_since(before);
+            spent(made.pause, counts.stored_bytes, since)
+        });
         self.told.stood = Some(made.stood);
         self.told.last = Some(id.to_string());
         self.told.completed += 1;

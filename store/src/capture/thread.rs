@@ -11,6 +11,7 @@ use tandem_vmm::error::causes;
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::Session;
 
+use super::cadence::Cadence;
 use super::captor::Captor;
 use super::stream::Streamer;
 use super::tally::{Made, Tally};
@@ -62,6 +63,7 @@ pub(super) fn run(
         plan,
         shared,
         stopped,
+        cadence: Cadence::new(&plan),
         back_off: plan.interval.max(BACK_OFF_MIN),
         left_to: None,
     };
@@ -113,6 +115,7 @@ struct Thread<'a> {
     shared: &'a Shared,
     stopped: &'a Receiver<()>,
     tally: Tally,
+    cadence: Cadence,
     back_off: Duration,
     /// Which copy of the guest makes checkpoints.
     left_to: Option<u64>,
@@ -158,7 +161,7 @@ impl<'a> Thread<'a> {
             if self.leaves() {
                 return Ok(Ceased::Left);
             }
-            let due = Instant::now() + self.plan.interval;
+            let due = Instant::now() + self.cadence.interval();
             match captor.checkpoint() {
                 Ok(complete) => {
                     self.made(&complete, &mut made);
@@ -186,8 +189,10 @@ impl<'a> Thread<'a> {
 
     /// A checkpoint is complete.
     fn made(&mut self, complete: &Made, made: &mut u64) {
-        self.tally.made(complete);
-        self.back_off = self.plan.interval.max(BACK_OFF_MIN);
+        let bytes = complete.committed.counts.stored_bytes;
+        self.cadence.made(complete.pause, bytes);
+        self.tally.made(complete, self.cadence.interval());
+        self.back_off = self.cadence.interval().max(BACK_OFF_MIN);
         *made += 1;
         if (*made).is_multiple_of(PRUNE_EVERY) {
             remove_old(&self.owned.guest);
@@ -334,7 +339,7 @@ impl<'a> Thread<'a> {
         };
         let mut made = 0;
         while self.follows() {
-            let due = Instant::now() + self.plan.interval;
+            let due = Instant::now() + self.cadence.interval();
             match streamer.checkpoint() {
                 Ok(complete) => {
                     self.made(&complete, &mut made);

@@ -3,13 +3,14 @@
 use std::fs;
 use std::time::Duration;
 
+use tandem_ft::runtime::Budget;
 use tandem_vmm::memory;
 use tandem_vmm::memory_image::MemorySource;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::capture::disks::image_name;
-use crate::capture::{PLAN, Plan};
+use crate::capture::{Every, PLAN, Plan};
 use crate::disk;
 use crate::manifest::{MEMORY, Manifest, STATE, Section};
 use crate::memory::SavedMemory;
@@ -103,8 +104,11 @@ fn a_checkpoint_says_how_they_were_made() {
     let plan = Plan {
         interval: Duration::from_millis(250),
         commit: true,
+        budget: None,
     };
     assert_eq!(Plan::of(&stored(Some(plan)).2), plan);
+    let auto = Plan::new(Every::Auto(Budget::default()), true);
+    assert_eq!(Plan::of(&stored(Some(auto)).2), auto);
     assert_eq!(Plan::of(&stored(None).2), Plan::default());
     // One that nobody could have asked for.
     let never = Plan {
