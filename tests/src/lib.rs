@@ -14,5 +14,6 @@ pub mod keys;
 pub mod link;
 pub mod network;
 pub mod pair;
+pub mod rounds;
 pub mod skip;
 pub mod trace;

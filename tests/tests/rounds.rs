@@ -1,0 +1,323 @@
+//! Guests with checkpoints in a store are lost and resumed round after round, with clients that write down what they were
+//! told: with `--commit` nothing is lost or contradicted, without it no more than what came after the last checkpoint that
+//! was complete. In some rounds two race for the guest, in some the old owner only stands still, and wakes later.
+//!
+//! `TANDEM_ROUNDS` says how many rounds there are, which is what such tests are for; the suite has a few.
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
+#[allow(
+    dead_code,
+    reason = "clients and histories are those of protected guests, which need more of them"
+)]
+mod protection {
+    pub(crate) mod clients;
+    pub(crate) mod history;
+}
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use protection::clients::{KV, Kv, Load, NATIVE};
+use protection::history::Recording;
+use rustix::process::Signal;
+use serde_json::Value;
+use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::rounds::rounds;
+use tandem_tests::skip::{Need, must_skip};
+use tempfile::TempDir;
+
+/// Taps that hosts have in turn: a host that was lost a few rounds ago surely let go of its own.
+const TAPS: usize = 8;
+/// Images that hosts have in turn.
+const IMAGES: usize = 3;
+/// Bytes of a disk.
+const DISK_BYTES: u64 = 16 << 20;
+/// How often checkpoints without `--commit` are made.
+const INTERVAL: Duration = Duration::from_millis(100);
+/// By how much later than that one may be complete on a busy machine.
+const LATE: Duration = Duration::from_secs(5);
+/// What the age of a checkpoint is rounded by, and what it takes to tell it.
+const ROUNDED: Duration = Duration::from_millis(2);
+/// Pause before something is looked at again.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// How a guest's owner is lost.
+#[derive(Clone, Copy, Debug)]
+enum Loss {
+    /// It is killed.
+    Killed,
+    /// It is killed, and two resume the guest at once.
+    Raced,
+    /// It stands still, and wakes when another has the guest.
+    Woken,
+}
+
+impl Loss {
+    fn of(round: usize) -> Self {
+        match round % 4 {
+            1 => Self::Raced,
+            3 => Self::Woken,
+            _ => Self::Killed,
+        }
+    }
+}
+
+/// A store, a network, and hosts on both.
+struct Shared {
+    store: TempDir,
+    network: Network,
+    taps: BTreeSet<usize>,
+    hosts: usize,
+}
+
+impl Shared {
+    fn new() -> Self {
+        Self {
+            store: tempfile::tempdir().unwrap(),
+            network: Network::new(),
+            taps: BTreeSet::new(),
+            hosts: 0,
+        }
+    }
+
+    fn serve(&self, how: &[&str]) -> Guest {
+        let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(&self.network);
+        let guest = guest.arg("--checkpoint").arg(self.store.path());
+        let mut guest = how.iter().fold(guest, GuestBuilder::arg).start();
+        guest.wait_for("kv: ready");
+        wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 0);
+        guest
+    }
+
+    /// The tap of the next host.
+    fn next_tap(&mut self) -> String {
+        self.hosts += 1;
+        let number = self.hosts % TAPS;
+        match self.taps.insert(number) {
+            true => self.network.nth_tap(number),
+            false => format!("tap{number}"),
+        }
+    }
+
+    fn resume(&mut self) -> Guest {
+        let tap = format!("tap={}", self.next_tap());
+        let guest = GuestBuilder::resumed(self.store.path());
+        let guest = guest.in_namespace(self.network.namespace());
+        guest.arg("--net").arg(tap).start()
+    }
+
+    /// Loses the owner of the guest, which goes on elsewhere.
+    fn lose(&mut self, guest: Guest, loss: Loss) -> Guest {
+        match loss {
+            Loss::Killed => {
+                kill(guest);
+                let guest = self.resume();
+                wait_resumed(&guest);
+                guest
+            }
+            Loss::Raced => {
+                kill(guest);
+                let guest = winner([self.resume(), self.resume()]);
+                wait_resumed(&guest);
+                guest
+            }
+            Loss::Woken => {
+                guest.signal(Signal::STOP);
+                let next = self.resume();
+                wait_resumed(&next);
+                guest.signal(Signal::CONT);
+                let said = wait_end(guest);
+                assert!(said.contains("goes on elsewhere"), "{said}");
+                next
+            }
+        }
+    }
+}
+
+/// Which of two that resume one guest has it; the other ends by itself.
+fn winner(mut both: [Guest; 2]) -> Guest {
+    let deadline = Instant::now() + PATIENCE;
+    let first_won = loop {
+        match both.each_mut().map(Guest::runs) {
+            [true, false] => break true,
+            [false, true] => break false,
+            [true, true] if Instant::now() < deadline => std::thread::sleep(LOOK),
+            run => panic!("{run:?} {} {}", both[0].log(), both[1].log()),
+        }
+    };
+    let [first, second] = both;
+    let (winner, loser) = match first_won {
+        true => (first, second),
+        false => (second, first),
+    };
+    let said = wait_end(loser);
+    let lost = [
+        "was taken by",
+        "goes on elsewhere",
+        "does not count any more",
+    ];
+    assert!(lost.iter().any(|text| said.contains(text)), "{said}");
+    winner
+}
+
+fn completed(checkpoints: &Value) -> u64 {
+    checkpoints["completed"].as_u64().unwrap()
+}
+
+/// Waits until the guest's checkpoints are as `wanted`.
+fn wait_checkpoints(guest: &Guest, wanted: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let status = guest.protection().unwrap_or_default();
+        let found = &status["checkpoints"];
+        if found.is_object() && wanted(found) {
+            return found.clone();
+        }
+        assert!(Instant::now() < deadline, "{found} {}", guest.log());
+        std::thread::sleep(LOOK);
+    }
+}
+
+fn wait_resumed(guest: &Guest) {
+    wait_checkpoints(guest, |checkpoints| completed(checkpoints) > 0);
+}
+
+fn kill(guest: Guest) {
+    guest.signal(Signal::KILL);
+    drop(guest);
+}
+
+/// What a guest's process said that ended by itself.
+fn wait_end(mut guest: Guest) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    while guest.runs() {
+        assert!(Instant::now() < deadline, "{}", guest.log());
+        std::thread::sleep(LOOK);
+    }
+    guest.wait().messages.join("\n")
+}
+
+fn cannot_run() -> bool {
+    must_skip(&[Need::Kvm, Need::Root, Need::Program("ip")])
+}
+
+#[test]
+fn with_commit_no_round_loses_or_contradicts_what_clients_of_kv_were_told() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let mut guest = shared.serve(&["--every", "20ms", "--commit"]);
+    // Its counters go on through all rounds, on the same connections.
+    let load = Load::start(&shared.network, KV, NATIVE);
+    let rounds = rounds(5);
+    for round in 0..rounds {
+        let began = Instant::now();
+        let recording = Recording::start_next(&shared.network, round);
+        load.expect_progress();
+        let loss = Loss::of(round);
+        guest = shared.lose(guest, loss);
+        load.expect_progress();
+        recording.finish().expect_linearizable();
+        println!("kv, round {round}: {loss:?}, {:?}", began.elapsed());
+    }
+    load.finish();
+    let last = wait_checkpoints(&guest, |checkpoints| checkpoints["failing"].is_null());
+    assert!(last["term"].as_u64() > Some(rounds as u64), "{last}");
+}
+
+#[test]
+fn without_commit_no_round_loses_more_than_came_after_the_last_checkpoint() {
+    if cannot_run() {
+        return;
+    }
+    let mut shared = Shared::new();
+    let mut guest = shared.serve(&["--every", "100ms"]);
+    let mut lost_most = Duration::ZERO;
+    for round in 0..rounds(4) {
+        let told = count_up(&shared.network, INTERVAL * 5);
+        let looked = Instant::now();
+        let last = wait_checkpoints(&guest, |checkpoints| checkpoints["age_ms"].is_u64());
+        let age = Duration::from_millis(last["age_ms"].as_u64().unwrap());
+        kill(guest);
+        let killed = Instant::now();
+        guest = shared.resume();
+        wait_resumed(&guest);
+        let found = counted(&shared.network);
+        // What it stood for then is complete, and perhaps more is.
+        let kept = |at: &Instant| *at + age + ROUNDED < looked;
+        let least = told.iter().rev().find(|(_, at)| kept(at));
+        let least = least.map_or(0, |(count, _)| *count);
+        let most = told.last().unwrap().0;
+        assert!((least..=most).contains(&found), "{least} {found} {most}");
+        let first_lost = told.iter().find(|(count, _)| *count > found);
+        let lost = first_lost.map_or(Duration::ZERO, |(_, at)| killed - *at);
+        assert!(lost <= INTERVAL + LATE, "{lost:?}");
+        lost_most = lost_most.max(lost);
+        println!("loss, round {round}: {lost:?}, at most so far {lost_most:?}");
+    }
+}
+
+/// What the guest has counted up to.
+fn counted(network: &Network) -> u64 {
+    let connection = network.connect(KV.port);
+    let found = Kv::new(&connection).ask(&["GET", "count"]).unwrap();
+    found.map_or(0, |text| text.parse().unwrap())
+}
+
+/// Counts up for a while; what the guest said, and when.
+fn count_up(network: &Network, time: Duration) -> Vec<(u64, Instant)> {
+    let connection = network.connect(KV.port);
+    let mut kv = Kv::new(&connection);
+    let end = Instant::now() + time;
+    let mut told = Vec::new();
+    while Instant::now() < end {
+        let count = kv.ask(&["INCR", "count"]).unwrap().unwrap();
+        told.push((count.parse().unwrap(), Instant::now()));
+    }
+    told
+}
+
+#[test]
+fn in_no_round_a_disk_is_another_than_its_guest_wrote() {
+    if cannot_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path().join("store");
+    fs::create_dir(&store).unwrap();
+    let image = |host: usize| directory.path().join(format!("{}.img", host % IMAGES));
+    let flag = |host| format!("path={}", image(host).display());
+    let file = fs::File::create(image(0)).unwrap();
+    file.set_len(DISK_BYTES).unwrap();
+    // It knows what it wrote, and looks at it again and again.
+    let cmdline = "blocks=1024 ops=0 depth=8 write=60 flush=16 report=50";
+    let guest = GuestBuilder::image("disk", cmdline);
+    let guest = guest.arg("--checkpoint").arg(&store);
+    let guest = guest.arg("--every").arg("50ms");
+    let mut guest = guest.arg("--disk").arg(flag(0)).start();
+    guest.wait_for("disk: ready");
+    for round in 0..rounds(4) {
+        wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 2);
+        expect_sound(&mut guest);
+        kill(guest);
+        // In every other round its console waits for checkpoints too.
+        let commit = format!("--commit={}", round % 2 == 1);
+        let guest_again = GuestBuilder::resumed(&store).arg("--disk");
+        guest = guest_again.arg(flag(round + 1)).arg(commit).start();
+        expect_sound(&mut guest);
+        println!("disk, round {round}");
+    }
+}
+
+/// Waits until a guest with a disk has done more, and found nothing wrong.
+fn expect_sound(guest: &mut Guest) {
+    guest.console_lines();
+    let line = guest.wait_for("errors=");
+    assert!(line.contains("errors=0"), "{line}");
+    let wrong = ["CORRUPT", "FAILED", "PANIC"];
+    let is_wrong = |line: &&String| wrong.iter().any(|w| line.contains(w));
+    assert_eq!(guest.console_seen().iter().find(is_wrong), None);
+}
