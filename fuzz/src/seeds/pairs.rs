@@ -235,9 +235,9 @@ pub(super) fn mirror() -> Vec<Seed> {
         .map(|(first, blocks)| (FrameKind::Blocks, block(0, first, blocks, &[])))
         .to_vec();
     let page = [6; PAGE];
-    // Its own are blocks 1 to 4, and 200; this is block 9, and half of block 10.
+    // Its own are blocks 1 to 3, and 200; this is block 9, and half of block 10.
     let group = [&[1, 0, 1, 72, 12][..], &[9; 16]].concat();
-    let units = [&[2][..], &[5; BLOCK], &[1, 1, 1, 1, 1]].concat();
+    let units = [&[2][..], &[5; BLOCK], &[1]].concat();
     vec![
         (
             "groups",
@@ -246,7 +246,7 @@ pub(super) fn mirror() -> Vec<Seed> {
                 &[
                     (FrameKind::Digests, &group),
                     (FrameKind::Blocks, &units),
-                    (FrameKind::Blocks, &[1]),
+                    (FrameKind::Blocks, &[1; 4]),
                     (FrameKind::Synced, &[]),
                 ],
             ),
