@@ -62,12 +62,14 @@ is one that `tandem pause` stopped, and no other flags apply.";
 const RECEIVE: &str = "\
 Description: the source says where the guest's disks, interfaces and sockets are; flags win over \
 it. --disk and --net, if given, take the place of all disks or interfaces there, in their order. \
-Disks must be the same storage on both sides.";
+Disks must be the same storage on both sides, and so must be the files FILE.tandem beside them of a guest that is protected. \
+Links to its standbys are verified by the keys of --tls too.";
 
 const MIGRATION: &str = "\
 Safety: the guest runs on one side, whatever fails. If nothing is heard of a target that was given \
 the guest, the guest stands at the source: `tandem resume` lets it go on there if it does not run at \
-the target, `tandem stop --force` ends it. By HOST:PORT the connection is neither encrypted nor authenticated \
+the target, `tandem stop --force` ends it. A protected guest stays protected until it goes on at the target, which is \
+decided by its arbiter, and is protected there by the same standbys. By HOST:PORT the connection is neither encrypted nor authenticated \
 without --tls.";
 
 const STANDBY: &str = "\
@@ -639,6 +641,13 @@ pub struct ReceiveArgs {
     /// Take only who is verified by the keys in this directory: see `tandem keys --help`
     #[arg(long, value_name = "DIR", value_parser = value::path)]
     pub tls: Option<PathBuf>,
+    /// For a protected guest: the directory that decides who owns it, if it is at another path here than at the source
+    #[arg(long, value_name = "DIR", value_parser = value::path)]
+    pub arbiter: Option<PathBuf>,
+    /// For a protected guest: where others stand by for it, instead of where its source has them: HOST:PORT, or the
+    /// path of a unix socket; repeatable
+    #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
+    pub protect: Vec<Address>,
     /// Where the guest goes on.
     #[command(flatten)]
     pub place: PlaceArgs,

@@ -173,8 +173,9 @@ impl Control for Commander {
         description: &str,
         budget: Duration,
     ) -> Result<MigrationReport, MigrationError> {
-        let moves = self.desk.may_move().map_err(ControlError::Failed);
-        moves.map_err(SnapshotError::from)?;
-        Ok(source::migrate(&self.handle, &to.open()?, description, budget)?.into())
+        let moves = self.desk.begin_move().map_err(ControlError::Failed);
+        let mut mover = moves.map_err(SnapshotError::from)?;
+        let to = to.open()?;
+        Ok(source::migrate(&self.handle, &to, description, budget, &mut mover)?.into())
     }
 }

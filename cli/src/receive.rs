@@ -4,6 +4,7 @@ use std::error::Error;
 use std::path::Path;
 use std::time::Instant;
 
+use tandem_ft::runtime::{Heir, Pair, Protect, Standbys};
 use tandem_vmm::error::causes;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
@@ -16,7 +17,7 @@ use crate::args::{PlaceArgs, ReceiveArgs};
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::output;
-use crate::protect;
+use crate::protect::{self, keeper, routes};
 use crate::run::{RunContext, accept, run_machine};
 use crate::settings::{Launch, describe, file};
 
@@ -26,8 +27,8 @@ use crate::settings::{Launch, describe, file};
 /// When no guest comes, it cannot run here, or does not end well.
 pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure> {
     let offer = wait_for_source(args, context.quiet)?;
-    let launch = match plan(&args.place, &offer.hello) {
-        Ok(launch) => launch,
+    let (launch, heir) = match prepare(args, &offer.hello) {
+        Ok(prepared) => prepared,
         Err(failure) => {
             offer.refuse(&failure.report());
             return Err(failure);
@@ -35,28 +36,36 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
     };
     let mut offer = Some(offer);
     let ran = run_machine(launch, context, |config, confinement, place| {
-        let made = (protect::pair(&config, false)?, describe(&config));
+        let keeper = match &heir {
+            // As long as this process has one thread.
+            Some(_) => Some(keeper(confinement)?),
+            None => None,
+        };
+        let made = (protect::pair(&config, heir.is_some())?, describe(&config));
         let surroundings = protect::surroundings(confinement, &made.0);
         let (pair, macs) = (made.0.clone(), protect::macs(&config));
         let memory = memory::allocate(config.memory, config.hugepages)?;
-        let received = match offer.take() {
+        let mut received = match offer.take() {
             Some(offer) => offer.accept(&memory)?,
             None => return Err(MigrationError::Closed.into()),
         };
         let started = Instant::now();
         let memory = SavedMemory::Loaded(memory);
-        match Machine::restore(config, &received.state, memory, surroundings, started) {
-            Ok(machine) => {
-                let guest = protect::guest(&machine, made, confinement, place, None);
-                let beside = protect::beside(guest, None, move |_| {
+        let outputs = received.outputs.take();
+        let restored = Machine::restore(config, &received.state, memory, surroundings, started)
+            .map_err(Failure::from)
+            .and_then(|machine| Ok((machine, own(args, heir, &made.0, outputs.as_deref())?)));
+        match restored {
+            Ok((machine, protect)) => {
+                let guest = protect::guest(&machine, made, confinement, place, keeper);
+                let beside = protect::beside(guest, protect, move |_| {
                     received.announce();
                     // Those who have its addresses know the interfaces, which are the same ones.
                     pair.announce(&macs);
                 })?;
                 Ok::<_, Failure>((machine, beside))
             }
-            Err(error) => {
-                let failure = Failure::from(error);
+            Err(failure) => {
                 received.refuse(&failure.report());
                 Err(failure)
             }
@@ -66,6 +75,44 @@ pub fn receive(args: &ReceiveArgs, context: &RunContext) -> Result<Exit, Failure
         offer.refuse(&failure.report());
     }
     ran
+}
+
+/// What the guest needs here, and who may own it next if it is protected.
+fn prepare(args: &ReceiveArgs, hello: &Hello) -> Result<(Launch, Option<Heir>), Failure> {
+    let launch = plan(&args.place, hello)?;
+    protect::expect_whole(&launch.machine, false)?;
+    let Some(company) = &hello.company else {
+        return Ok((launch, None));
+    };
+    let told = Heir::told(company)?;
+    let name = &hello.hardware.name;
+    let heir = Heir::find(told, args.arbiter.as_deref(), name)?;
+    Ok((launch, Some(heir)))
+}
+
+/// All of the guest is here, and nothing is missing: it is this host's from now on, if it can be had, and what its source
+/// held leaves. How it is to be protected, if it is.
+fn own(
+    args: &ReceiveArgs,
+    heir: Option<Heir>,
+    pair: &Pair,
+    outputs: Option<&[u8]>,
+) -> Result<Option<Protect>, Failure> {
+    let standbys = match &args.protect[..] {
+        [] => None,
+        places => Some(Standbys::new(routes(places, args.tls.as_deref())?)),
+    };
+    let keys = keys(args.tls.as_deref())?;
+    let protect = heir.map(|heir| heir.inherit(standbys, keys.as_ref()));
+    let protect = protect.transpose()?;
+    pair.go_on_from(outputs)?;
+    Ok(protect)
+}
+
+/// The keys in `tls`, if it is given.
+pub(crate) fn keys(tls: Option<&Path>) -> Result<Option<Keys>, Failure> {
+    let keys = tls.map(Keys::open).transpose();
+    Ok(keys.map_err(MigrationError::from)?)
 }
 
 fn wait_for_source(args: &ReceiveArgs, quiet: bool) -> Result<Offer, Failure> {
@@ -82,9 +129,7 @@ fn wait_for_source(args: &ReceiveArgs, quiet: bool) -> Result<Offer, Failure> {
 /// Listens at `to`, for whom the keys in `tls` verify if it is given.
 pub(crate) fn listen(to: &Address, tls: Option<&Path>, quiet: bool) -> Result<Listener, Failure> {
     tell_of_plain_link(to, tls, quiet);
-    let keys = tls.map(Keys::open).transpose();
-    let keys = keys.map_err(MigrationError::from)?;
-    Ok(to.listen()?.verifying(keys))
+    Ok(to.listen()?.verifying(keys(tls)?))
 }
 
 /// Says what a link by TCP without TLS is not.

@@ -18,8 +18,6 @@ use tandem_vmm::confinement::ThreadKind;
 use tandem_vmm::error::causes;
 use tandem_vmm::machine::{Machine, SavedMemory};
 use tandem_vmm::memory;
-use tandem_vmm::migration::MigrationError;
-use tandem_vmm::migration::tls::Keys;
 
 use crate::args::StandbyArgs;
 use crate::bucket::Bounds;
@@ -28,7 +26,7 @@ use crate::client::Client;
 use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::protect::{self, keeper, routes, surroundings};
-use crate::receive::listen;
+use crate::receive::{keys, listen};
 use crate::run::{RunContext, accept, run_machine};
 use crate::runtime_dir::{PlaceError, Root};
 use crate::settings::{Launch, Located, Origin, Problem, Settings, describe, file, value};
@@ -51,7 +49,7 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
     if args.handed {
         let taker = Taker::new(
             take_input().map_err(Failure::host("take what was handed over"))?,
-            keys(args)?,
+            keys(args.tls.as_deref())?,
         );
         let deadline = Some(Instant::now() + CALLS_TIMEOUT);
         let invitation = Invitation::hear(taker.next(deadline, None)?)?;
@@ -75,12 +73,6 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
         }
     };
     one(args, context, invitation, Box::new(listener))
-}
-
-/// The keys of links, if there are some.
-fn keys(args: &StandbyArgs) -> Result<Option<Keys>, Failure> {
-    let keys = args.tls.as_deref().map(Keys::open).transpose();
-    Ok(keys.map_err(MigrationError::from)?)
 }
 
 /// The console of several guests cannot be one terminal.
@@ -143,7 +135,7 @@ fn one(
         let standby = Standby {
             claims,
             standbys,
-            keys: keys(args)?,
+            keys: keys(args.tls.as_deref())?,
             disks: config.disks.iter().map(|disk| disk.path.clone()).collect(),
             confinement: confinement.entry(ThreadKind::Protection),
         };

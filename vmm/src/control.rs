@@ -139,8 +139,8 @@ pub enum Command {
     Thaw(SaveId),
     /// Follow writes no longer for a save.
     EndSave(SaveId),
-    /// Let a frozen guest's disks, taps and sockets go; this is its state. Nobody else may save it.
-    Release(Box<GuestState>),
+    /// Let a frozen guest's disks, taps and sockets go; this is its state. So many others may save it.
+    Release(Box<GuestState>, usize),
     /// Take them again.
     Reacquire,
     /// Leave a released guest as it is, for the user to resume or to stop.
@@ -445,12 +445,14 @@ impl Handle {
         self.request(Command::EndSave(save)).map(drop)
     }
 
-    /// Lets a frozen guest's disks, taps and sockets go.
+    /// Lets a frozen guest's disks, taps and sockets go. `others` that save it know that, and begin anew if the guest
+    /// goes on here.
     ///
     /// # Errors
-    /// As [`Handle::request`].
-    pub fn release(&self, state: GuestState) -> Result<(), ControlError> {
-        self.request(Command::Release(Box::new(state))).map(drop)
+    /// As [`Handle::request`], and when more save it.
+    pub fn release(&self, state: GuestState, others: usize) -> Result<(), ControlError> {
+        self.request(Command::Release(Box::new(state), others))
+            .map(drop)
     }
 
     /// Takes a released guest's disks, taps and sockets again.

@@ -152,6 +152,19 @@ impl ConsoleGate {
         unwritten.copied().collect()
     }
 
+    /// The guest stands, and is to go on elsewhere: what did not leave here leaves there. As [`ConsoleGate::cut`] for a
+    /// guest with a copy, but what is being written out here still is; nothing at all for one without.
+    pub fn pack(&self, patience: Duration, mode: Mode) -> Vec<u8> {
+        if !matches!(*self.lock(), Side::Primary(_)) {
+            return Vec::new();
+        }
+        self.cut(patience, mode);
+        match &*self.lock() {
+            Side::Primary(primary) => primary.covered.clone(),
+            _ => Vec::new(),
+        }
+    }
+
     /// The checkpoint is loaded: the output that it explains leaves.
     pub fn commit(&self, now: Instant) {
         if let Side::Primary(primary) = &mut *self.lock() {

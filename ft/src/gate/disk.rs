@@ -337,6 +337,7 @@ pub(crate) type GatedDisk = Front<Mirrored>;
 /// What is in front of the outside of a mirrored disk.
 pub(crate) struct Mirrored {
     gate: Arc<DiskGate>,
+    image: Arc<File>,
     /// Requests that wait, oldest first; the device's queue bounds them.
     held: VecDeque<BlockIo>,
     /// Requests that the outside has.
@@ -351,9 +352,10 @@ impl GatedDisk {
         if let Some(changes) = gate.changes() {
             changes.begin(Arc::clone(&image), bytes);
         }
-        gate.lock().image = Some((image, bytes));
+        gate.lock().image = Some((Arc::clone(&image), bytes));
         let mirrored = Mirrored {
             gate,
+            image,
             held: VecDeque::new(),
             in_flight: 0,
         };
@@ -436,6 +438,10 @@ impl Drop for Mirrored {
             // The image is locked until the backend is gone.
             changes.end(self.in_flight == 0);
         }
+        // Another process may be waiting for its lock.
+        let mut state = self.gate.lock();
+        let own = |(image, _): &mut (Arc<File>, u64)| Arc::ptr_eq(image, &self.image);
+        drop(state.image.take_if(own));
     }
 }
 

@@ -285,6 +285,27 @@ impl NetGate {
         }
     }
 
+    /// The guest stands, and is to go on elsewhere: all that is held here leaves there. As [`NetGate::cut`] for a guest
+    /// with a copy, and nothing at all for one without.
+    pub fn pack(&self, patience: Duration, mode: Mode) -> NetCut {
+        let alone = matches!(self.lock().side, Side::Alone);
+        let mut cut = match alone {
+            true => NetCut {
+                mapping: self.lock().mapper.state(),
+                ..NetCut::default()
+            },
+            false => self.cut(patience, mode),
+        };
+        cut.addresses = Some(self.lock().announcer.clone());
+        cut
+    }
+
+    /// Whether the guest's connections are other ones for the outside than for itself, which is to be known where it
+    /// goes on.
+    pub fn is_mapped(&self) -> bool {
+        !self.lock().mapper.is_empty()
+    }
+
     /// Outputs that wait for a checkpoint and for nothing else.
     pub fn waiting(&self) -> Option<Waiting> {
         match &self.lock().side {

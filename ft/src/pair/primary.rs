@@ -45,6 +45,11 @@ pub enum PrimaryEvent {
     Claimed(Term, Outcome),
     /// The comparator lets outputs go, and the gate did not.
     OutputsQueued,
+    /// The guest was handed to another process, which was to win the next term, and nothing is known of that: this side
+    /// asks for it. The guest stands.
+    Doubted,
+    /// Who won the next term, this one, is dead and never ran the guest: it counts as this side's own.
+    HeirDied(Term),
     /// The guest powered off, or was told to end.
     GuestEnded,
 }
@@ -202,6 +207,9 @@ impl Primary {
         match (self.over, &self.session) {
             (Some(Over::Fenced), _) => PrimaryState::Fenced,
             (Some(Over::Ended), _) => PrimaryState::Ended,
+            (None, None) if self.asking.is_some() => {
+                PrimaryState::Deciding(self.term.next(), Loss::GivenUp)
+            }
             (None, None) => PrimaryState::Alone,
             (None, Some(session)) => self.shared_state(session),
         }
@@ -216,11 +224,18 @@ impl Primary {
         }
     }
 
+    /// Whether no checkpoint was sent that is not loaded, and nobody is asked whose the guest is.
+    pub fn is_even(&self) -> bool {
+        let session = self.session.as_ref();
+        let sent = |s: &Session| s.resync.as_ref().is_some_and(|resync| resync.sent);
+        self.asking.is_none() && !session.is_some_and(sent)
+    }
+
     /// Whether outputs that the comparator lets go may leave. To be asked, with the time, before each.
     pub fn gate(&self) -> Gate {
         match (self.over, &self.session) {
             (Some(_), _) => Gate::Shut,
-            (None, None) => Gate::Open,
+            (None, None) => self.gate_alone(),
             (None, Some(session)) => session.gate(),
         }
     }
@@ -230,8 +245,16 @@ impl Primary {
     pub fn guest(&self) -> Gate {
         match (self.over, &self.session) {
             (Some(_), _) => Gate::Shut,
-            (None, None) => Gate::Open,
+            (None, None) => self.gate_alone(),
             (None, Some(session)) => session.guest(),
+        }
+    }
+
+    /// Who is alone asks only whether the guest is still its own.
+    fn gate_alone(&self) -> Gate {
+        match self.asking {
+            Some(_) => Gate::Shut,
+            None => Gate::Open,
         }
     }
 
@@ -273,6 +296,8 @@ impl Primary {
                 self.claimed(now, term, outcome, &mut actions);
             }
             PrimaryEvent::OutputsQueued => self.waiting = true,
+            PrimaryEvent::Doubted => self.doubted(&mut actions),
+            PrimaryEvent::HeirDied(term) => self.heir_died(term),
             PrimaryEvent::GuestEnded => self.end(Over::Ended, Ending::GuestEnded, &mut actions),
         }
         self.release(now, &mut actions);
@@ -281,7 +306,7 @@ impl Primary {
     }
 
     fn joined(&mut self, now: Instant, actions: &mut Actions) {
-        if self.session.is_some() {
+        if self.session.is_some() || self.asking.is_some() {
             return;
         }
         self.epoch = self.epoch.next();
@@ -332,6 +357,25 @@ impl Primary {
         }
         if self.asking.is_none() {
             self.asking = Some(Asking::begin(self.term.next(), actions));
+        }
+    }
+
+    /// Another may have the guest: only the arbiter knows, whatever the secondary has.
+    fn doubted(&mut self, actions: &mut Actions) {
+        if let Some(session) = self.session.as_mut().filter(|s| s.is_linked()) {
+            session.lost = Some(Loss::GivenUp);
+        }
+        let next = self.term.next();
+        actions.push(Action::Report(Notice::Deciding(next, Loss::GivenUp)));
+        if self.asking.is_none() {
+            self.asking = Some(Asking::begin(next, actions));
+        }
+    }
+
+    fn heir_died(&mut self, term: Term) {
+        // A question for this term that is under way is answered by the arbiter: this side is fenced then.
+        if self.asking.is_none() && term == self.term.next() {
+            self.term = term;
         }
     }
 
@@ -438,14 +482,14 @@ impl Primary {
     fn won(&mut self, term: Term, actions: &mut Actions) {
         assert_eq!(term, self.term.next(), "terms grow by one");
         self.term = term;
-        let session = self
-            .session
-            .as_ref()
-            .expect("terms are asked for because of one");
-        if session.lost.is_some() {
-            self.go_alone(actions);
-        } else {
-            actions.push(Action::TellTerm(term));
+        match &self.session {
+            // It is alone, and the guest its own after all.
+            None => {
+                self.waiting = true;
+                actions.push(Action::Report(Notice::Alone(term)));
+            }
+            Some(session) if session.lost.is_some() => self.go_alone(actions),
+            Some(_) => actions.push(Action::TellTerm(term)),
         }
     }
 
@@ -483,7 +527,8 @@ impl Primary {
     /// What must hold after each event.
     fn check(&self) {
         let Some(session) = &self.session else {
-            assert!(self.asking.is_none(), "asks though it is alone or over");
+            let asks = self.asking.is_some();
+            assert!(!asks || self.over.is_none(), "asks though it is over");
             return;
         };
         assert!(self.over.is_none(), "has a secondary though it is over");

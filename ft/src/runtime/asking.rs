@@ -1,6 +1,6 @@
 //! Asking the arbiter, which blocks on storage: on a thread of its own.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::{ProtectionError, lock};
@@ -15,6 +15,8 @@ pub struct Claims {
     arbiter: Arc<Mutex<Box<dyn Arbiter>>>,
     guest: String,
     owner: Owner,
+    /// Where that is for others, if it is a directory.
+    place: Option<PathBuf>,
 }
 
 /// Host name when the host has none that can be told.
@@ -26,13 +28,30 @@ impl Claims {
     /// # Errors
     /// When the directory cannot be one that decides.
     pub fn open(arbiter: &Path, guest: &str) -> Result<Self, ProtectionError> {
-        let arbiter = DirectoryArbiter::open(arbiter)?;
         let claimant = Claimant::random();
+        let claimant = claimant.map_err(ProtectionError::host("draw a random number"))?;
+        Self::open_as(claimant, arbiter, guest)
+    }
+
+    /// As [`Claims::open`], as `claimant`, whom nobody else is.
+    ///
+    /// # Errors
+    /// As that.
+    pub fn open_as(
+        claimant: Claimant,
+        arbiter: &Path,
+        guest: &str,
+    ) -> Result<Self, ProtectionError> {
+        let place = std::path::absolute(arbiter).ok();
+        let arbiter = DirectoryArbiter::open(arbiter)?;
         let owner = Owner {
-            claimant: claimant.map_err(ProtectionError::host("draw a random number"))?,
+            claimant,
             host: host_name(),
         };
-        Ok(Self::new(Box::new(arbiter), guest, owner))
+        Ok(Self {
+            place,
+            ..Self::new(Box::new(arbiter), guest, owner)
+        })
     }
 
     /// Claims terms of `guest` for `owner`.
@@ -41,7 +60,18 @@ impl Claims {
             arbiter: Arc::new(Mutex::new(arbiter)),
             guest: guest.to_owned(),
             owner,
+            place: None,
         }
+    }
+
+    /// Who claims.
+    pub fn claimant(&self) -> Claimant {
+        self.owner.claimant
+    }
+
+    /// The directory that decides, if one does.
+    pub fn place(&self) -> Option<&Path> {
+        self.place.as_deref()
     }
 
     /// Claims a term. Blocks on storage.

@@ -414,6 +414,7 @@ mod tests {
             hello: Hello {
                 description: String::new(),
                 hardware,
+                company: None,
             },
         }
     }

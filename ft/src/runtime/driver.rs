@@ -73,6 +73,8 @@ const ROLLING_INTERVAL: Duration = Duration::from_secs(1);
 /// Pages that it may have written until they are copied while it runs: copying them takes 4 ms or so while it
 /// stands.
 const ROLLING_PAGES: u64 = 4 << 10;
+/// How often it is looked whether a guest that is being moved still is.
+const MOVING_LOOK: Duration = Duration::from_millis(5);
 /// How often a guest that stands until its secondary has loaded a checkpoint is looked after.
 const LOADED_LOOK: Duration = Duration::from_micros(50);
 
@@ -87,11 +89,11 @@ enum Copying {
 }
 
 pub(super) struct Driver<'a> {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     standbys: Standbys,
     mode: ResyncMode,
     guest: &'a Guest,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 /// A secondary that is connected.
@@ -117,6 +119,15 @@ struct Connected<'a> {
 }
 
 impl Connected<'_> {
+    /// Lets go of what else than the guest has its disks and taps. How many save the guest meanwhile.
+    fn let_go(&mut self, guest: &Guest) -> usize {
+        self.images.clear();
+        if let Some(keeper) = &guest.keeper {
+            keeper.release();
+        }
+        1
+    }
+
     /// Says what memory it takes.
     fn count_memory(&self, core: &Core) {
         let bytes = self.staged.batch().memory_bytes() + self.encoder.memory_bytes();
@@ -136,6 +147,7 @@ impl<'a> Driver<'a> {
         let pair = Arc::clone(&guest.pair);
         let core = Core::alone(pair, guest.handle.clone(), claims, term);
         shared.dismiss.store(false, Ordering::SeqCst);
+        *lock(&shared.plan) = Some((standbys.clone(), mode));
         *lock(&shared.core) = Some(Arc::clone(&core));
         guest.pair.modes().ask(Instant::now(), wish);
         let mut status = guest.pair.lock_status();
@@ -216,11 +228,13 @@ impl<'a> Driver<'a> {
             pair.happened("trying", format!("a secondary is looked for at {place}"));
         }
         while !self.stopped() {
+            self.stand_aside(&mut || 0);
             let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return true;
+            match self.shared.moves() {
+                true => std::thread::sleep(MOVING_LOOK),
+                false if left.is_zero() => return true,
+                false => std::thread::sleep(left.min(LOOK)),
             }
-            std::thread::sleep(left.min(LOOK));
         }
         false
     }
@@ -259,6 +273,7 @@ impl<'a> Driver<'a> {
             hello: Hello {
                 description: self.guest.description.clone(),
                 hardware: session.saving().hardware.clone(),
+                company: None,
             },
         };
         let (way, mut checkpoints) = invite_by_any(to, &mut offer)?;
@@ -367,7 +382,11 @@ impl<'a> Driver<'a> {
         let mut last = Instant::now();
         let mut rolled = last;
         loop {
+            while self.shared.has_turn() && !self.stopped() {
+                self.stand_aside(&mut || connected.let_go(self.guest));
+            }
             match connected.orders.recv_timeout(LOOK) {
+                Ok(Order::Look) => {}
                 Ok(Order::Resync(epoch, cause)) => {
                     if let Err(error) = self.checkpoint(&mut connected, epoch, cause) {
                         let why = causes(&error);

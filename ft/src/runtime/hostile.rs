@@ -203,6 +203,7 @@ fn offer() -> Offer {
                 memory: 1 << 20,
                 devices: Vec::new(),
             },
+            company: None,
         },
     }
 }

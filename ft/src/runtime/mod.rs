@@ -31,6 +31,7 @@ mod image;
 mod late;
 mod link_thread;
 mod modes;
+mod moving;
 mod owed;
 mod pacing;
 mod pair;
@@ -51,6 +52,7 @@ pub use calls::{CALL_SIZE, CALLS_TIMEOUT, Calls, Giver, Taker, handing_over, tok
 pub use checkpoint::{Offer, encode_outputs, load_outputs};
 pub use error::ProtectionError;
 pub use feed::{Feed, FeedCut, TooMuch};
+pub use moving::{Heir, Mover, Moving};
 pub use pair::Pair;
 pub use paths::PathStatus;
 pub use protector::{Desk, Guest, Protect, Protector, ResyncMode};

@@ -331,6 +331,18 @@ impl Pair {
         }
     }
 
+    /// What did not leave of a guest that stands and is to go on elsewhere, as a checkpoint would say.
+    pub(super) fn cut_to_move(&self, patience: Duration) -> PairCut {
+        let mode = self.modes().mode();
+        let nets = self.nets.iter().map(|net| net.pack(patience, mode));
+        PairCut {
+            epoch: self.epoch() + 1,
+            nets: nets.collect(),
+            console: self.console.pack(patience, mode),
+            ..PairCut::default()
+        }
+    }
+
     /// Outputs that wait for a checkpoint and for nothing else.
     pub(super) fn waiting(&self) -> Option<Waiting> {
         let nets = self.nets.iter().filter_map(|net| net.waiting());

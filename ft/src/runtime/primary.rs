@@ -27,12 +27,16 @@ use crate::pair::{
 
 /// How often a thread that waits looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
+/// How long the last of the console may take to be written out when the guest has gone elsewhere.
+const LAST_OUTPUTS: Duration = Duration::from_millis(100);
 
 /// What the thread that makes checkpoints is to do.
 pub(super) enum Order {
     Resync(Epoch, Cause),
     /// Writes that the loaded checkpoint covers are to be done.
     Write,
+    /// There is something else to look at.
+    Look,
     /// There is no secondary any more.
     Alone,
 }
@@ -52,6 +56,8 @@ pub(super) struct Core {
     suspended: AtomicBool,
     /// The secondary is to take over: nothing is said to anybody any more.
     left: AtomicBool,
+    /// The guest stands and is being moved elsewhere: nothing leaves, whatever the lease says.
+    shut: AtomicBool,
 }
 
 impl Core {
@@ -70,6 +76,7 @@ impl Core {
             flow: Arc::default(),
             suspended: AtomicBool::new(false),
             left: AtomicBool::new(false),
+            shut: AtomicBool::new(false),
         })
     }
 
@@ -86,11 +93,58 @@ impl Core {
             return false;
         }
         let actions = machine.handle(Instant::now(), event);
-        self.pair.permit().set(machine.gate(), machine.guest());
+        self.permit(&machine);
         self.pair.lock_status().term = machine.term().0;
         let send = self.carry_out(actions);
         drop(machine);
         send
+    }
+
+    fn permit(&self, machine: &pair::Primary) {
+        let outputs = match self.shut.load(Ordering::SeqCst) {
+            true => pair::Gate::Shut,
+            false => machine.gate(),
+        };
+        self.pair.permit().set(outputs, machine.guest());
+    }
+
+    /// From now on nothing leaves, or it may again.
+    pub(super) fn shut(&self, shut: bool) {
+        let machine = lock(&self.machine);
+        self.shut.store(shut, Ordering::SeqCst);
+        self.permit(&machine);
+        drop(machine);
+        if !shut {
+            self.pair.release();
+            self.pair.permit().wake();
+        }
+    }
+
+    /// Tells the core that it is time, if it is.
+    pub(super) fn look_at_clock(&self) {
+        let due = lock(&self.machine).deadline();
+        if due.is_some_and(|due| Instant::now() >= due) {
+            self.event(PrimaryEvent::Timer);
+        }
+    }
+
+    /// Whether no checkpoint was sent that is not loaded, and nobody is asked whose the guest is.
+    pub(super) fn is_even(&self) -> bool {
+        lock(&self.machine).is_even()
+    }
+
+    /// Who asks for terms of the guest.
+    pub(super) fn claims(&self) -> &Claims {
+        &self.claims
+    }
+
+    /// Another process has the guest: the secondary is told that it is not needed, and nothing else is said or decided
+    /// here any more.
+    pub(super) fn hand_on(&self) {
+        self.leave();
+        self.pair.outbox().put(Kind::End, 0, &[]);
+        self.pair.outbox().flush();
+        self.pair.drain_console(LAST_OUTPUTS);
     }
 
     pub(super) fn state(&self) -> PrimaryState {
@@ -197,7 +251,7 @@ impl Core {
         }
     }
 
-    fn order(&self, order: Order) {
+    pub(super) fn order(&self, order: Order) {
         if let Some(orders) = &*lock(&self.orders) {
             // It may have ended.
             drop(orders.send(order));

@@ -14,6 +14,7 @@ use tandem_vmm::error::causes;
 
 use super::asking::Claims;
 use super::driver::Driver;
+use super::moving::{Mover, Turn};
 use super::primary::Core;
 use super::standbys::Standbys;
 use super::status::Role;
@@ -108,6 +109,12 @@ pub(super) struct Shared {
     /// It is not to be protected any more.
     pub(super) dismiss: AtomicBool,
     pub(super) core: Mutex<Option<Arc<Core>>>,
+    /// How it is protected, while it is or is to be.
+    pub(super) plan: Mutex<Option<(Standbys, ResyncMode)>>,
+    /// It is being moved to another process: no secondary joins.
+    pub(super) moving: AtomicBool,
+    /// Who moves it waits until no checkpoint is under way.
+    pub(super) turn: Mutex<Option<Turn>>,
 }
 
 /// Protects a guest when it is asked to, for as long as the guest lives.
@@ -119,8 +126,8 @@ pub struct Protector {
 /// Where protection is asked for. Cheap to clone.
 #[derive(Clone)]
 pub struct Desk {
-    pair: Arc<Pair>,
-    shared: Arc<Shared>,
+    pub(super) pair: Arc<Pair>,
+    pub(super) shared: Arc<Shared>,
     requests: Sender<Request>,
 }
 
@@ -134,6 +141,9 @@ impl Protector {
             stop: AtomicBool::new(false),
             dismiss: AtomicBool::new(false),
             core: Mutex::new(None),
+            plan: Mutex::new(None),
+            moving: AtomicBool::new(false),
+            turn: Mutex::new(None),
         });
         let (requests, incoming) = channel();
         let desk = Desk {
@@ -228,21 +238,14 @@ impl Desk {
         drop(self.requests.send(Request::Succeed(Box::new(protect))));
     }
 
-    /// Whether the guest here may go on in another process: it has no copy, whose lead it would follow no more.
+    /// The pair's part in a move of the guest to another process, where it is protected as here.
     ///
     /// # Errors
-    /// Why not.
-    pub fn may_move(&self) -> Result<(), String> {
+    /// Why it cannot move.
+    pub fn begin_move(&self) -> Result<Mover, String> {
         self.expect_owner()?;
         self.expect_no_store("moved: let `tandem resume` go on with it elsewhere")?;
-        match &*lock(&self.shared.core) {
-            None => Ok(()),
-            Some(_) => Err(
-                "the guest is protected: end that first by `tandem unprotect`, or let its copy take over by \
-                 `tandem failover`"
-                    .into(),
-            ),
-        }
+        Mover::begin(self.clone())
     }
 
     /// A copy makes checkpoints for a store of an image that it keeps, and outputs wait for one of the two.
@@ -413,6 +416,7 @@ fn supervise(
         if let Some(protect) = protect.take() {
             Driver::new(&guest, protect, shared).run();
             *lock(&shared.core) = None;
+            *lock(&shared.plan) = None;
             // From now on protection may be asked for anew.
             guest.pair.lock_status().trying = None;
         }

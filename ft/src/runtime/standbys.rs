@@ -12,6 +12,9 @@ use super::ProtectionError;
 /// Standbys of one guest, at most.
 pub const STANDBYS_MAX: usize = 16;
 
+/// The number of none of them.
+const NOWHERE: u64 = u64::MAX;
+
 /// One of them, as an owner tells of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,6 +84,16 @@ impl Standbys {
     pub(super) fn tell(&self, number: usize) -> (Vec<Place>, u64) {
         let places = self.places.iter().map(Place::of);
         (places.collect(), number as u64)
+    }
+
+    /// What an owner elsewhere is told, which none of them is.
+    pub(super) fn tell_all(&self) -> Vec<Place> {
+        self.places.iter().map(Place::of).collect()
+    }
+
+    /// What [`Standbys::tell_all`] told. They are verified by `keys`, if there are some here.
+    pub(super) fn heard(places: &[Place], keys: Option<&Keys>) -> Result<Self, ProtectionError> {
+        Self::told(places, NOWHERE, keys)
     }
 
     /// Those that may be tried, with their numbers.

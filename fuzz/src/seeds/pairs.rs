@@ -64,6 +64,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         hello: Hello {
             description: "kernel = '/k'\n".into(),
             hardware: state().hardware,
+            company: None,
         },
     };
     rmp_serde::to_vec_named(&offer).expect("encoded")

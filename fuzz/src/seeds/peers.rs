@@ -23,6 +23,7 @@ pub(super) fn frames() -> Vec<Seed> {
             memory: 64 << 10,
             devices: Vec::new(),
         },
+        company: None,
     };
     let hello = hello.encode().expect("encoded");
     let page = [&1u32.to_le_bytes()[..], &2u64.to_le_bytes(), &[7; PAGE]].concat();

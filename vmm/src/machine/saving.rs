@@ -341,11 +341,15 @@ impl Machine {
         Ok(Answer::Thawed(stand))
     }
 
-    pub(super) fn release(&mut self, state: GuestState) -> Result<Answer, ControlError> {
+    pub(super) fn release(
+        &mut self,
+        state: GuestState,
+        others: usize,
+    ) -> Result<Answer, ControlError> {
         let SavePhase::Frozen { ran, goes_on } = self.saving else {
             return Err(ControlError::Failed("the guest is not frozen".into()));
         };
-        if self.saves.begun.len() > 1 {
+        if self.saves.begun.len() > 1 + others {
             let reason = "the guest is saved, or protected, meanwhile: it stays here";
             return Err(ControlError::Failed(reason.into()));
         }
@@ -371,6 +375,8 @@ impl Machine {
         };
         match self.rebuild(&state) {
             Ok(()) => {
+                // Nobody follows what the guest writes from here on.
+                self.saves.overtake();
                 self.saving = SavePhase::Frozen { ran, goes_on: ran };
                 Ok(Answer::Done)
             }

@@ -278,7 +278,7 @@ impl Machine {
             }
             Command::Thaw(save) => self.thaw(save),
             Command::EndSave(save) => self.end_save(save),
-            Command::Release(state) => self.release(*state),
+            Command::Release(state, others) => self.release(*state, others),
             Command::Reacquire => self.reacquire(),
             Command::Doubt => self.doubt(),
             Command::Leave => self.leave().map(|outcome| {

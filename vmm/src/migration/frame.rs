@@ -92,7 +92,7 @@ pub enum Kind {
     Running = 6,
     /// Either side will not, and says why.
     Refuse = 7,
-    /// What a checkpoint says of outputs.
+    /// What a checkpoint says of outputs, or the state of a guest that moves.
     Outputs = 8,
     /// Pages of a checkpoint, by what differs from those that were sent before.
     Deltas = 9,
@@ -154,6 +154,10 @@ pub struct Hello {
     pub description: String,
     /// What the guest is made of.
     pub hardware: HardwareState,
+    /// What goes along with it, as whoever protects it says; none for a guest without. Who knows of no such thing
+    /// refuses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub company: Option<serde_bytes::ByteBuf>,
 }
 
 impl Hello {

@@ -6,7 +6,7 @@
 //!                                 <----------  Accept, or Refuse and why
 //!   Pages, while the guest runs   ---------->  into memory
 //!   the guest is frozen
-//!   Pages, the last; State        ---------->  checked
+//!   Pages, the last; Outputs, if it has some to let out; State ->  checked
 //!   disks, taps, sockets let go
 //!   Complete                      ---------->  opens them, restores, and then
 //!                                 <----------  Running: from here on the guest is the target's
@@ -18,7 +18,7 @@
 //! [`protocol`] decides it, whatever breaks: never both sides, and one of them whenever it can be
 //! known. Before Complete the source decides, after it the target. A source that handed the
 //! guest over and hears nothing cannot know: the guest stands, in doubt, until the user resumes or
-//! ends it.
+//! ends it. Of a guest that has an arbiter that decides: see [`source::Company`].
 //!
 //! # What it costs
 //!

@@ -6,8 +6,12 @@ use super::frame::{self, Hello, Kind, Purpose};
 use super::pages::PageSender;
 use super::protocol::{End, SourceFate, SourcePhase, source_fate};
 use super::{Link, MigrationError, Route};
-use crate::control::{FreezeTimes, Handle};
-use crate::snapshot::save::{Precopy, Session};
+use crate::control::{ControlError, FreezeTimes, Handle};
+use crate::snapshot::SnapshotError;
+use crate::snapshot::save::{PageSink, Precopy, Session};
+
+/// Pages that are copied once more while the guest runs, if so many were written while its company made ready.
+const PAGES_MORE: u64 = 64;
 
 /// What a migration came to.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +34,43 @@ pub struct Report {
     pub takeover: Duration,
 }
 
-/// Gives the guest of `guest` to who listens at `to`. Copying goes on until the last pages are
+/// What a guest has besides its machine, and takes along: its outputs, its protection. Called in the order of its
+/// methods; [`Company::stay`] comes last whenever the guest stays.
+pub trait Company {
+    /// What the target is told of it first, if there is anything.
+    ///
+    /// # Errors
+    /// When the guest cannot go.
+    fn tell(&mut self) -> Result<Option<Vec<u8>>, MigrationError>;
+
+    /// Most of memory is copied: from now on nobody else lets the guest stand. May take a while.
+    ///
+    /// # Errors
+    /// When that cannot be had.
+    fn make_ready(&mut self) -> Result<(), MigrationError>;
+
+    /// The guest stands. From now on nothing of it leaves here, unless it stays; what has to leave there first, if
+    /// there is anything.
+    ///
+    /// # Errors
+    /// When it cannot be told.
+    fn pack(&mut self) -> Result<Option<Vec<u8>>, MigrationError>;
+
+    /// Disks, taps and sockets are let go: so must be others' hold of them. How many others save the guest, and begin
+    /// anew if it stays.
+    ///
+    /// # Errors
+    /// When they cannot be.
+    fn let_go(&mut self) -> Result<usize, MigrationError>;
+
+    /// The guest was handed over, and waiting for the target's word ended so: what becomes of it here.
+    fn decide(&mut self, end: End) -> SourceFate;
+
+    /// The guest stays, and goes on by now.
+    fn stay(&mut self);
+}
+
+/// Gives the guest of `guest` to who listens at `to`, with its `company`. Copying goes on until the last pages are
 /// expected to take at most `budget`.
 ///
 /// # Errors
@@ -41,17 +81,34 @@ pub fn migrate(
     to: &Route,
     description: &str,
     budget: Duration,
+    company: &mut impl Company,
 ) -> Result<Report, MigrationError> {
+    let moved = try_migrate(guest, to, description, budget, company);
+    if moved.is_err() {
+        company.stay();
+    }
+    moved
+}
+
+fn try_migrate(
+    guest: &Handle,
+    to: &Route,
+    description: &str,
+    budget: Duration,
+    company: &mut impl Company,
+) -> Result<Report, MigrationError> {
+    let told = company.tell()?;
     let mut link = to.connect()?;
     let mut session = Session::begin(guest)?;
     let hello = Hello {
         description: description.to_owned(),
         hardware: session.saving().hardware.clone(),
+        company: told.map(Into::into),
     };
     frame::send_preface(&mut link, Purpose::Migration)?;
     frame::send(&mut link, Kind::Hello, &hello.encode()?)?;
     frame::expect(&mut link, Kind::Accept)?;
-    let given = hand_over(&mut session, &mut link, budget);
+    let given = hand_over(&mut session, &mut link, budget, company);
     let handed = match given {
         Ok(handed) => handed,
         Err(error) => {
@@ -59,7 +116,7 @@ pub fn migrate(
             return Err(error);
         }
     };
-    conclude(session, &mut link, handed)
+    conclude(session, &mut link, handed, company)
 }
 
 /// All but the end of a report.
@@ -75,16 +132,25 @@ fn hand_over(
     session: &mut Session<'_>,
     link: &mut Link,
     budget: Duration,
+    company: &mut impl Company,
 ) -> Result<Handed, MigrationError> {
     let saving = session.saving().clone();
     let mut sink = PageSender::new(&mut *link, saving);
-    let precopy = session.precopy(&mut sink, budget)?;
+    let mut precopy = session.precopy(&mut sink, budget)?;
+    company.make_ready()?;
+    copy_more(session, &mut sink, &mut precopy)?;
     let stopped = session.freeze(&mut sink)?;
     let sending = Instant::now();
+    let outputs = company.pack()?;
+    // A target that has the state has everything.
+    if let Some(outputs) = outputs {
+        frame::send(link, Kind::Outputs, &outputs)?;
+    }
     frame::send(link, Kind::State, &stopped.frozen.state.to_bytes()?)?;
     let send = stopped.harvest + stopped.copy + sending.elapsed();
     let releasing = Instant::now();
-    session.release(stopped.frozen.state)?;
+    let others = company.let_go()?;
+    session.release(stopped.frozen.state, others)?;
     let report = Report {
         precopy,
         pages: stopped.pages,
@@ -106,11 +172,25 @@ fn hand_over(
     }
 }
 
+/// Copies what the guest wrote while its company made ready, if that is much.
+fn copy_more(
+    session: &mut Session<'_>,
+    sink: &mut impl PageSink,
+    precopy: &mut Precopy,
+) -> Result<(), SnapshotError> {
+    if session.pending()? > PAGES_MORE {
+        precopy.bytes += session.copy_pending(sink)?;
+        precopy.rounds += 1;
+    }
+    Ok(())
+}
+
 /// Waits for the target's word, and does what it means.
 fn conclude(
     session: Session<'_>,
     link: &mut Link,
     handed: Handed,
+    company: &mut impl Company,
 ) -> Result<Report, MigrationError> {
     let answer = frame::expect(link, Kind::Running);
     let (downtime, takeover) = (handed.since.elapsed(), handed.waiting.elapsed());
@@ -118,9 +198,13 @@ fn conclude(
         Ok(()) => End::Running,
         Err(error) => error.end_of_target(),
     };
-    match (source_fate(SourcePhase::HandedOver, end), answer) {
+    match (company.decide(end), answer) {
         (SourceFate::Leave, _) => {
-            session.leave()?;
+            match session.leave() {
+                // Who was told by somebody else that it is another's has ended it.
+                Ok(()) | Err(SnapshotError::Control(ControlError::Gone)) => {}
+                Err(error) => return Err(error.into()),
+            }
             Ok(Report {
                 downtime,
                 takeover,
@@ -138,4 +222,9 @@ fn conclude(
             Err(MigrationError::InDoubt)
         }
     }
+}
+
+/// What becomes of a guest that was handed over where nobody but its two sides can decide.
+pub fn decide_alone(end: End) -> SourceFate {
+    source_fate(SourcePhase::HandedOver, end)
 }

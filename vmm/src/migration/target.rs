@@ -24,6 +24,8 @@ pub struct Received {
     link: Link,
     /// Its state.
     pub state: GuestState,
+    /// What its company has to let out first, if there is anything.
+    pub outputs: Option<Vec<u8>>,
 }
 
 impl Offer {
@@ -54,9 +56,10 @@ impl Offer {
     pub fn accept(mut self, memory: &Arc<GuestMemory>) -> Result<Received, MigrationError> {
         let state = self.receive_all(memory);
         match state {
-            Ok(state) => Ok(Received {
+            Ok((state, outputs)) => Ok(Received {
                 link: self.link,
                 state,
+                outputs,
             }),
             Err(error) => {
                 frame::refuse(&mut self.link, &error.to_string());
@@ -65,10 +68,14 @@ impl Offer {
         }
     }
 
-    fn receive_all(&mut self, memory: &GuestMemory) -> Result<GuestState, MigrationError> {
+    fn receive_all(
+        &mut self,
+        memory: &GuestMemory,
+    ) -> Result<(GuestState, Option<Vec<u8>>), MigrationError> {
         frame::send(&mut self.link, Kind::Accept, &[])?;
         let mut payload = Vec::new();
         let mut state = None;
+        let mut outputs = None;
         loop {
             let phase = match &state {
                 None => TargetPhase::Receiving,
@@ -83,8 +90,12 @@ impl Offer {
                     state = Some(self.understand(&payload)?);
                     continue;
                 }
+                Ok(Kind::Outputs) if phase == TargetPhase::Receiving && outputs.is_none() => {
+                    outputs = Some(std::mem::take(&mut payload));
+                    continue;
+                }
                 Ok(Kind::Complete) if phase == TargetPhase::Whole => {
-                    return state.ok_or(MigrationError::Closed);
+                    return Ok((state.ok_or(MigrationError::Closed)?, outputs));
                 }
                 Ok(kind) => {
                     let what = format!("{kind:?} at the wrong time");
@@ -98,7 +109,7 @@ impl Offer {
             return match (target_fate(phase, end), state) {
                 (TargetFate::Run, Some(state)) => {
                     tracing::warn!("the source died when it had sent everything");
-                    Ok(state)
+                    Ok((state, outputs))
                 }
                 _ => Err(received),
             };

@@ -26,6 +26,7 @@ fn hello() -> Hello {
             memory: MEMORY,
             devices: Vec::new(),
         },
+        company: None,
     }
 }
 

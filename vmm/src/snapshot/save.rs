@@ -261,12 +261,12 @@ impl<'a> Session<'a> {
     }
 
     /// Lets go of the frozen guest's disks, taps and sockets, so that another process can take them.
-    /// `state` is the guest's, by which it goes on if it has to.
+    /// `state` is the guest's, by which it goes on if it has to. So many `others` save it too, and know of that.
     ///
     /// # Errors
-    /// When it is not frozen, or has ended.
-    pub fn release(&mut self, state: GuestState) -> Result<(), SnapshotError> {
-        self.guest.release(state)?;
+    /// When it is not frozen, has ended, or more save it.
+    pub fn release(&mut self, state: GuestState, others: usize) -> Result<(), SnapshotError> {
+        self.guest.release(state, others)?;
         self.released = true;
         Ok(())
     }
