@@ -100,6 +100,10 @@ impl Control for Commander {
     }
 
     fn stop(&self, mode: StopMode) -> Result<(), ControlError> {
+        if mode == StopMode::PowerButton {
+            // A copy does what its guest does.
+            self.desk.expect_owner().map_err(ControlError::Failed)?;
+        }
         self.handle.stop(mode)
     }
 
@@ -155,7 +159,11 @@ impl Control for Commander {
     }
 
     fn pace(&self, device: &str, pace: Pace) -> Result<(), ControlError> {
-        self.handle.pace(device.to_owned(), pace)
+        self.desk.expect_owner().map_err(ControlError::Failed)?;
+        self.handle.pace(device.to_owned(), pace)?;
+        // The copy is paced alike from the next checkpoint on. Without one there is nothing to be done.
+        drop(self.desk.resync());
+        Ok(())
     }
 
     fn snapshot(

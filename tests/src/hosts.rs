@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::guest::{Guest, GuestBuilder, PATIENCE, temporary};
+use crate::guest::{Ended, Guest, GuestBuilder, PATIENCE, temporary};
 use crate::link::Link;
 use crate::network::{self, Network};
 
@@ -133,17 +133,31 @@ impl Hosts {
         let standby = GuestBuilder::standing_by(&self.listens(host), &self.arbiter());
         let standby = standby.in_namespace(&self.namespace);
         let mut standby = arguments.iter().fold(standby, GuestBuilder::arg).start();
-        let deadline = Instant::now() + PATIENCE;
-        while !standby
-            .messages()
-            .iter()
-            .any(|said| said.contains("standing by"))
-        {
-            let said = standby.messages();
-            assert!(standby.runs() && Instant::now() < deadline, "{said:#?}");
-            std::thread::sleep(LOOK);
-        }
+        wait_said(&mut standby, "standing by");
         self.running[host] = Some(standby);
+    }
+
+    /// Lets a host wait for a guest that moves there, with `arguments`; where it does.
+    pub fn receive(&mut self, host: usize, arguments: &[&str]) -> PathBuf {
+        let listens = self.place.path().join(format!("receive{host}"));
+        // Of one that was killed.
+        drop(std::fs::remove_file(&listens));
+        let receiver = GuestBuilder::received(&listens).in_namespace(&self.namespace);
+        let net = format!("tap={}", self.taps[host]);
+        let receiver = receiver.arg("--net").arg(net);
+        let mut receiver = arguments.iter().fold(receiver, GuestBuilder::arg).start();
+        wait_said(&mut receiver, "waiting for a guest");
+        self.running[host] = Some(receiver);
+        listens
+    }
+
+    /// Takes what ran on a host, which has ended or is to: the messages and the exit code.
+    ///
+    /// # Panics
+    /// When nothing did.
+    pub fn take_ended(&mut self, host: usize) -> Ended {
+        let ended = self.running[host].take();
+        ended.expect("something ran there").wait()
     }
 
     /// What runs on a host.
@@ -248,6 +262,16 @@ impl Hosts {
 impl Drop for Hosts {
     fn drop(&mut self) {
         self.running.iter().flatten().for_each(kill_guests);
+    }
+}
+
+/// Waits until a process has said `what`.
+fn wait_said(process: &mut Guest, what: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while !process.messages().iter().any(|said| said.contains(what)) {
+        let said = process.messages();
+        assert!(process.runs() && Instant::now() < deadline, "{said:#?}");
+        std::thread::sleep(LOOK);
     }
 }
 

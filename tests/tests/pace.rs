@@ -18,6 +18,7 @@ const IMAGE_SIZE: u64 = 32 << 20;
 /// A nominal time that is by far longer than any request takes.
 const SLOW: &str = "custom+latency-us:20000+completions-per-second:50";
 const SLOW_US: u64 = 20_000;
+const PACE: [&str; 4] = ["pace", "guest", "net0", "nic-1g"];
 
 in_each_life!(nothing_is_lost_or_comes_twice);
 in_every_life!(a_paced_card_serves_its_clients);
@@ -254,7 +255,7 @@ fn a_paced_card_serves_its_clients(life: Life) {
     let network = Network::new();
     let server = GuestBuilder::image("kv", CMDLINE).in_network(&network);
     let guest = server.live(life, "kv: ready");
-    guest.succeed(&["pace", "guest", "net0", "nic-1g"]);
+    guest.succeed(&PACE);
     assert_eq!(store(&network, &["SET", "key", "value"]), "OK");
     let load = [
         "-h", GUEST, "-t", "set,get", "-n", "2000", "-c", "10", "--csv",
@@ -275,10 +276,15 @@ fn a_pace_goes_with_a_protected_guest() {
     let network = Network::new();
     let server = GuestBuilder::image("kv", CMDLINE).in_network(&network);
     let mut pair = Pair::ready(server, "kv: ready");
-    pair.side(Side::Primary)
-        .succeed(&["pace", "guest", "net0", "nic-1g"]);
+    // The copy is told by a checkpoint, for which nobody has to ask.
+    let epoch = |status: &Value| status["epoch"].as_u64();
+    let before = pair.status(Side::Primary).unwrap();
+    let mut asked = vec![pair.side(Side::Secondary).tandem(&PACE)];
+    asked.push(pair.side(Side::Primary).tandem(&PACE));
+    let done: Vec<_> = asked.iter().map(|asked| asked.status.success()).collect();
+    assert_eq!(done, [false, true], "the copy is not asked: {asked:?}");
+    pair.wait_status(Side::Primary, |status| epoch(status) > epoch(&before));
     assert_eq!(store(&network, &["SET", "key", "value"]), "OK");
-    pair.resync();
     let copy = pair.fail_over();
     assert_eq!(store(&network, &["GET", "key"]), "value");
     let all = stats(&copy);

@@ -12,6 +12,8 @@ mod protection {
     mod links;
     mod modes;
     mod paths;
+    mod moves;
+    mod saves;
     mod shared;
     mod storm;
 }
@@ -358,7 +360,12 @@ fn a_guest_is_saved_and_made_the_same_while_it_is_protected() {
     assert!(stage.pair.is_protected(), "{}", stage.pair.account());
     let elsewhere = place.path().join("nowhere");
     for (side, verb, why) in [
-        (Side::Primary, ["migrate", "guest", "--to"], "unprotect"),
+        (
+            Side::Primary,
+            ["migrate", "guest", "--to"],
+            "cannot connect",
+        ),
+        (Side::Secondary, ["migrate", "guest", "--to"], "copy"),
         (Side::Secondary, ["snapshot", "guest", ""], "copy"),
     ] {
         let mut words = Vec::from(verb);

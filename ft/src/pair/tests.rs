@@ -561,3 +561,61 @@ fn what_an_arbiter_cannot_say_is_unknown() {
 fn an_answer_to_what_was_not_asked_is_a_fault_of_the_runtime() {
     Owning::deciding().claimed(Term(9), Outcome::Won);
 }
+
+#[test]
+fn a_guest_that_was_handed_over_is_asked_for_before_anything_of_it_leaves() {
+    for (mut side, alone) in [
+        (
+            Owning::protected(),
+            vec![Action::Dismiss, Action::GoAlone(NEXT), Action::Release],
+        ),
+        (
+            Owning::joining(),
+            vec![Action::Dismiss, Action::GoAlone(NEXT), Action::Release],
+        ),
+        (Owning::alone(), vec![Action::Release]),
+    ] {
+        assert!(side.machine.is_even());
+        assert_eq!(side.tell(PrimaryEvent::Doubted), [Action::Ask(NEXT)]);
+        assert!(!side.machine.is_even());
+        assert_ne!(side.machine.state(), PrimaryState::Alone);
+        assert_eq!(side.tell(PrimaryEvent::Joined), []);
+        side.claimed(NEXT, Outcome::Unknown);
+        assert!(side.pass(ASK_AGAIN).contains(&Action::Ask(NEXT)));
+        assert_eq!(side.claimed(NEXT, Outcome::Won), alone);
+        assert_eq!(side.machine.state(), PrimaryState::Alone);
+        assert_eq!(side.machine.gate(), Gate::Open);
+        assert_eq!(side.machine.term(), NEXT);
+    }
+    let mut side = Owning::alone();
+    side.tell(PrimaryEvent::Doubted);
+    assert_eq!(side.machine.gate(), Gate::Shut);
+    assert_eq!(side.machine.guest(), Gate::Shut);
+    let found = other(NEXT);
+    let ended = side.claimed(NEXT, Outcome::Lost(found.clone()));
+    assert_eq!(ended, [Action::End(Ending::Fenced(found))]);
+}
+
+#[test]
+fn the_term_of_an_heir_that_died_is_followed_by_the_next() {
+    let mut side = Owning::protected();
+    side.tell(PrimaryEvent::HeirDied(NEXT));
+    assert_eq!(side.tell(PrimaryEvent::Doubted), [Action::Ask(Term(6))]);
+    let alone = [Action::Dismiss, Action::GoAlone(Term(6)), Action::Release];
+    assert_eq!(side.claimed(Term(6), Outcome::Won), alone);
+    // Who asks already hears whose it is.
+    let mut side = Owning::deciding();
+    side.tell(PrimaryEvent::HeirDied(NEXT));
+    assert_eq!(side.machine.term(), TERM);
+}
+
+#[test]
+fn a_checkpoint_that_is_sent_and_not_loaded_is_waited_for() {
+    let mut side = Owning::protected();
+    side.tell(PrimaryEvent::Mismatch);
+    assert!(side.machine.is_even(), "nothing is sent yet");
+    side.tell(PrimaryEvent::CutDone(SECOND));
+    assert!(!side.machine.is_even());
+    side.tell(PrimaryEvent::Loaded(SECOND));
+    assert!(side.machine.is_even());
+}

@@ -16,8 +16,10 @@
 //! # Who has the guest
 //!
 //! The source has it, and its copy takes over from it as ever, until the destination has won the next term from the arbiter.
+//! The destination asks for it when it has Complete, or everything and the source's process is dead. From its Outputs on the source
+//! goes on only when it has won that term itself.
 //! Whoever of the three wins that term is the guest's owner, and the other two end: the copy asks for it when it has
-//! lost its primary, the source when it handed the guest over and hears nothing, or bad news. Since nothing left the source after
+//! lost its primary, the source when it hears nothing, or bad news. Since nothing left the source after
 //! its guest stood, what either of them goes on from fits what the outside was told.
 //!
 //! The destination asks in a name that the source drew (`heir`). So a source whose destination died right when it had won
@@ -36,8 +38,8 @@ use serde::{Deserialize, Serialize};
 use tandem_vmm::control::ControlError;
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::MigrationError;
-use tandem_vmm::migration::protocol::{End, SourceFate};
-use tandem_vmm::migration::source::{self, Company};
+use tandem_vmm::migration::protocol::{End, SourceFate, SourcePhase, source_fate};
+use tandem_vmm::migration::source::Company;
 use tandem_vmm::migration::tls::Keys;
 use tandem_vmm::snapshot::SnapshotError;
 
@@ -115,13 +117,6 @@ pub(super) struct Turn {
     heir: Claimant,
 }
 
-/// What was done in a turn.
-#[derive(Default)]
-struct Done {
-    packed: bool,
-    let_go: bool,
-}
-
 /// The part of a guest's pair in its move to another process. The guest cannot be moved by another meanwhile.
 pub struct Mover {
     desk: Desk,
@@ -132,6 +127,8 @@ struct Protected {
     core: Arc<Core>,
     told: Moving,
     turn: Option<(Sender<Ask>, Receiver<Answer>)>,
+    /// From then on the target may go on with the guest.
+    packed: bool,
 }
 
 impl Mover {
@@ -185,11 +182,8 @@ impl Mover {
             core,
             told,
             turn: None,
+            packed: false,
         }))
-    }
-
-    fn pair(&self) -> &Pair {
-        &self.desk.pair
     }
 }
 
@@ -265,13 +259,16 @@ impl Company for Mover {
     }
 
     fn pack(&mut self) -> Result<Option<Vec<u8>>, MigrationError> {
-        let packed = match &self.protected {
-            Some(own) => match own.ask(Ask::Pack)? {
-                Answer::Packed(packed) => packed,
-                _ => return Err(failed("no outputs")),
-            },
+        let packed = match &mut self.protected {
+            Some(own) => {
+                own.packed = true;
+                match own.ask(Ask::Pack)? {
+                    Answer::Packed(packed) => packed,
+                    _ => return Err(failed("no outputs")),
+                }
+            }
             // Without one only what the guest's connections are for the outside has to be known.
-            None if self.pair().is_mapped() => self.pair().pack(),
+            None if self.desk.pair.is_mapped() => self.desk.pair.pack(),
             None => return Ok(None),
         };
         packed.map(Some).map_err(|error| failed(causes(&error)))
@@ -287,9 +284,10 @@ impl Company for Mover {
         }
     }
 
-    fn decide(&mut self, end: End) -> SourceFate {
-        let Some(own) = &self.protected else {
-            return source::decide_alone(end);
+    fn decide(&mut self, phase: SourcePhase, end: End) -> SourceFate {
+        // What the target does not have it cannot go on from.
+        let Some(own) = self.protected.as_ref().filter(|own| own.packed) else {
+            return source_fate(phase, end);
         };
         match own.ask(Ask::Decide(end)) {
             Ok(Answer::Decided(fate)) => fate,
@@ -349,38 +347,27 @@ impl Driver<'_> {
         if turn.answers.send(Answer::Ready).is_err() {
             return;
         }
-        let done = self.serve_turn(&turn, let_go);
-        if done.packed && !self.core.has_left() {
+        self.serve_turn(&turn, let_go);
+        if !self.core.has_left() {
             self.core.shut(false);
-            // What was packed is explained by no checkpoint yet; who has nothing left to make one with, begins anew.
-            self.core.event(match done.let_go {
-                true => PrimaryEvent::GivenUp,
-                false => PrimaryEvent::ResyncDemanded,
-            });
         }
     }
 
-    /// Does what is asked for until nobody asks.
-    fn serve_turn(&self, turn: &Turn, let_go: &mut dyn FnMut() -> usize) -> Done {
+    /// Does what is asked for until nobody asks. What was packed it is either decided about, or the guest has gone.
+    fn serve_turn(&self, turn: &Turn, let_go: &mut dyn FnMut() -> usize) {
         let core = &self.core;
-        let mut done = Done::default();
         while let Ok(ask) = turn.asks.recv() {
             let answer = match ask {
                 Ask::Pack => {
                     core.shut(true);
-                    done.packed = true;
                     Answer::Packed(core.pair.pack())
                 }
-                Ask::LetGo => {
-                    done.let_go = true;
-                    Answer::LetGone(let_go())
-                }
+                Ask::LetGo => Answer::LetGone(let_go()),
                 Ask::Decide(end) => Answer::Decided(self.decide(end, turn.heir)),
             };
             // Whoever asked waits for it, or has ended with the guest.
             drop(turn.answers.send(answer));
         }
-        done
     }
 
     /// Who has the guest that was handed over, once that is known.
@@ -520,3 +507,7 @@ impl Heir {
         })
     }
 }
+
+#[cfg(test)]
+#[path = "moving_tests.rs"]
+mod tests;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::frame::{self, Hello, Kind, Purpose};
 use super::pages::PageSender;
-use super::protocol::{End, SourceFate, SourcePhase, source_fate};
+use super::protocol::{End, SourceFate, SourcePhase};
 use super::{Link, MigrationError, Route};
 use crate::control::{ControlError, FreezeTimes, Handle};
 use crate::snapshot::SnapshotError;
@@ -63,8 +63,8 @@ pub trait Company {
     /// When they cannot be.
     fn let_go(&mut self) -> Result<usize, MigrationError>;
 
-    /// The guest was handed over, and waiting for the target's word ended so: what becomes of it here.
-    fn decide(&mut self, end: End) -> SourceFate;
+    /// In `phase` the conversation with the target ended so: what becomes of the guest, which stands if it was packed.
+    fn decide(&mut self, phase: SourcePhase, end: End) -> SourceFate;
 
     /// The guest stays, and goes on by now.
     fn stay(&mut self);
@@ -113,7 +113,7 @@ fn try_migrate(
         Ok(handed) => handed,
         Err(error) => {
             frame::refuse(&mut link, &error.to_string());
-            return Err(error);
+            return Err(give_up(session, error, company));
         }
     };
     conclude(session, &mut link, handed, company)
@@ -185,6 +185,22 @@ fn copy_more(
     Ok(())
 }
 
+/// The guest was not handed over: it goes on here, unless its company finds that somebody else has it. What to tell of it.
+fn give_up(
+    session: Session<'_>,
+    error: MigrationError,
+    company: &mut impl Company,
+) -> MigrationError {
+    match company.decide(SourcePhase::Owner, error.end_of_target()) {
+        SourceFate::Leave => match session.leave() {
+            Ok(()) => MigrationError::Lost(format!("another has it, since {error}")),
+            Err(error) => error.into(),
+        },
+        // When the session ends.
+        SourceFate::GoOn | SourceFate::InDoubt => error,
+    }
+}
+
 /// Waits for the target's word, and does what it means.
 fn conclude(
     session: Session<'_>,
@@ -198,7 +214,7 @@ fn conclude(
         Ok(()) => End::Running,
         Err(error) => error.end_of_target(),
     };
-    match (company.decide(end), answer) {
+    match (company.decide(SourcePhase::HandedOver, end), answer) {
         (SourceFate::Leave, _) => {
             match session.leave() {
                 // Who was told by somebody else that it is another's has ended it.
@@ -222,9 +238,4 @@ fn conclude(
             Err(MigrationError::InDoubt)
         }
     }
-}
-
-/// What becomes of a guest that was handed over where nobody but its two sides can decide.
-pub fn decide_alone(end: End) -> SourceFate {
-    source_fate(SourcePhase::HandedOver, end)
 }
