@@ -171,8 +171,10 @@ impl Protector {
         self.desk.pair.changed().end();
         let shared = &self.desk.shared;
         let core = lock(&shared.core).clone();
-        if core.as_ref().is_some_and(|core| core.has_left()) {
-            // The end of this process says the rest.
+        if let Some(core) = &core
+            && (core.has_left() || core.state() == PrimaryState::Fenced)
+        {
+            // The end of this process says the rest. Who has the guest may wait for that: it locks a shared disk.
             return;
         }
         let mut patience = LAST_OUTPUTS;
