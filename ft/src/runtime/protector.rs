@@ -220,7 +220,9 @@ impl Desk {
         self.expect_store_fits(resync)?;
         let (answer, answered) = sync_channel(1);
         let gone = "the guest has ended".to_owned();
-        if lock(&self.shared.core).is_some() {
+        // A protection that is about to end is waited for, as the request is: its guest is alone a moment before that.
+        let ends = self.shared.dismiss.load(Ordering::SeqCst);
+        if lock(&self.shared.core).is_some() && !ends {
             return Err("the guest is protected already, or is to be: see `tandem status`".into());
         }
         let request = Request::Protect {
