@@ -445,6 +445,8 @@ impl Core {
     pub(super) fn event(&self, event: SecondaryEvent) -> Option<Epoch> {
         let mut machine = lock(&self.machine);
         let actions = machine.handle(Instant::now(), event);
+        // The primary may have won another one, and heard this side again.
+        self.pair.lock_status().term = machine.term().0;
         self.carry_out(actions)
     }
 
