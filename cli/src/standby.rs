@@ -47,6 +47,8 @@ pub fn standby(args: &StandbyArgs, context: &RunContext) -> Result<Exit, Failure
     // Before anybody comes: what is wrong with it is told now.
     drop(DirectoryArbiter::open(&args.arbiter)?);
     if args.handed {
+        // It was started by a path that says nothing of what it is. Only `ps` knows it by this.
+        let _ = rustix::thread::set_name(c"tandem");
         let taker = Taker::new(
             take_input().map_err(Failure::host("take what was handed over"))?,
             keys(args.tls.as_deref())?,
