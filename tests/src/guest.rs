@@ -466,16 +466,7 @@ impl Guest {
 
     /// The same as its API says it, which costs less: for tests that look often.
     pub fn protection(&self) -> Option<Value> {
-        const ASK: &[u8] =
-            b"GET /api/v1/protection HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n";
-        let mut api = UnixStream::connect(self.file("api.sock")).ok()?;
-        api.set_read_timeout(Some(ANSWER_MAX)).ok()?;
-        api.write_all(ASK).ok()?;
-        let mut said = String::new();
-        api.read_to_string(&mut said).ok()?;
-        let (head, body) = said.split_once("\r\n\r\n")?;
-        let found = head.starts_with("HTTP/1.1 200 ");
-        found.then(|| serde_json::from_str(body).expect("it is JSON"))
+        protection_in(&self.file(""))
     }
 
     /// Lets the console go on where that of `before`, which ends, is left off.
@@ -587,6 +578,20 @@ impl Guest {
             messages: std::mem::take(&mut self.said),
         }
     }
+}
+
+/// How the protection of the guest stands whose runtime directory this is; nothing if nobody answers.
+pub fn protection_in(directory: &Path) -> Option<Value> {
+    const ASK: &[u8] =
+        b"GET /api/v1/protection HTTP/1.1\r\nHost: guest\r\nConnection: close\r\n\r\n";
+    let mut api = UnixStream::connect(directory.join("api.sock")).ok()?;
+    api.set_read_timeout(Some(ANSWER_MAX)).ok()?;
+    api.write_all(ASK).ok()?;
+    let mut said = String::new();
+    api.read_to_string(&mut said).ok()?;
+    let (head, body) = said.split_once("\r\n\r\n")?;
+    let found = head.starts_with("HTTP/1.1 200 ");
+    found.then(|| serde_json::from_str(body).expect("it is JSON"))
 }
 
 impl Drop for Guest {

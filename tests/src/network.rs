@@ -1,7 +1,7 @@
 //! A network namespace with a bridge and taps in it: a network that only one test sees.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::process::{Command, Output, Stdio};
@@ -84,7 +84,7 @@ impl Network {
 
     /// Name of the tap of host `number`, which is made if it is not there.
     pub fn nth_tap(&self, number: usize) -> String {
-        let tap = format!("tap{number}");
+        let tap = nth_tap_name(number);
         if ![TAP, COPY_TAP].contains(&tap.as_str()) {
             self.make(&format!(
                 "tuntap add {tap} mode tap vnet_hdr\nlink set {tap} master br0 up\n"
@@ -138,16 +138,25 @@ impl Network {
 
     /// A connection to a port of the guest.
     pub fn connect(&self, port: u16) -> TcpStream {
-        let stream = self.within(|| TcpStream::connect((GUEST, port)));
-        let stream = stream.expect("the guest accepts a connection");
-        stream.set_nodelay(true).expect("TCP has that");
-        stream
-            .set_read_timeout(Some(PATIENCE))
-            .expect("it is not 0");
-        stream
-            .set_write_timeout(Some(PATIENCE))
-            .expect("it is not 0");
-        stream
+        self.connect_to(GUEST, port)
+    }
+
+    /// A connection to a port of the guest at `address`.
+    pub fn connect_to(&self, address: &str, port: u16) -> TcpStream {
+        let stream = self.try_connect(address, port);
+        stream.expect("the guest accepts a connection")
+    }
+
+    /// As [`Network::connect_to`], if the guest accepts it.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn try_connect(&self, address: &str, port: u16) -> io::Result<TcpStream> {
+        let stream = self.within(|| TcpStream::connect((address, port)))?;
+        stream.set_nodelay(true)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        Ok(stream)
     }
 
     /// A command that runs in the network.
@@ -183,6 +192,11 @@ impl Drop for Network {
                 .output(),
         );
     }
+}
+
+/// Name of the tap of host `number`.
+pub fn nth_tap_name(number: usize) -> String {
+    format!("tap{number}")
 }
 
 fn ip(arguments: &[&str]) {

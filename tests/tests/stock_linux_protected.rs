@@ -11,7 +11,7 @@ mod protection {
 }
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use protection::clients::{KV, Load, Pace};
 use serde_json::Value;
@@ -34,6 +34,7 @@ const EMULATED: Pace = Pace {
     connections: 2,
     progress: 5,
     patience: PATIENCE,
+    pause: Duration::ZERO,
 };
 
 /// Shell words that repeat what `words` of the command say.

@@ -3,12 +3,12 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tandem_tests::guest::PATIENCE;
-use tandem_tests::network::Network;
+use tandem_tests::network::{GUEST, Network};
 
 /// How much clients ask for.
 #[derive(Clone, Copy)]
@@ -19,6 +19,8 @@ pub(crate) struct Pace {
     pub(crate) progress: u64,
     /// Longest wait for them, and for each.
     pub(crate) patience: Duration,
+    /// Pause before each request but the first.
+    pub(crate) pause: Duration,
 }
 
 /// Of a guest that runs at native speed.
@@ -26,6 +28,7 @@ pub(crate) const NATIVE: Pace = Pace {
     connections: 4,
     progress: 20,
     patience: PATIENCE,
+    pause: Duration::ZERO,
 };
 
 /// Longest page that is asked for, in bytes.
@@ -67,22 +70,65 @@ pub(crate) const ECHO: Service = Service {
 };
 
 /// What a client is told, and tells.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Orders {
     stop: AtomicBool,
+    pause: Duration,
     replies: AtomicU64,
+    /// When the last reply came.
+    last: Mutex<Instant>,
+    /// The longest time without a reply, a pause left out.
+    silence: Mutex<Duration>,
     /// What was wrong with a reply.
     found: OnceLock<String>,
 }
 
 impl Orders {
+    fn new(pause: Duration) -> Self {
+        Self {
+            stop: AtomicBool::new(false),
+            pause,
+            replies: AtomicU64::new(0),
+            last: Mutex::new(Instant::now()),
+            silence: Mutex::new(Duration::ZERO),
+            found: OnceLock::new(),
+        }
+    }
+
     fn go_on(&self) -> bool {
         !self.stop.load(Ordering::SeqCst)
     }
 
     fn replied(&self) {
+        let waited = self.waited();
+        let mut silence = lock(&self.silence);
+        *silence = waited.max(*silence);
+        drop(silence);
         self.replies.fetch_add(1, Ordering::SeqCst);
+        *lock(&self.last) = Instant::now();
     }
+
+    /// Waits before the next request.
+    fn pause(&self) {
+        if !self.pause.is_zero() {
+            std::thread::sleep(self.pause);
+        }
+    }
+
+    /// The longest time without a reply since it was asked last, and that which lasts.
+    fn longest_silence(&self) -> Duration {
+        let silence = std::mem::take(&mut *lock(&self.silence));
+        silence.max(self.waited())
+    }
+
+    /// How long ago the last reply came, a pause left out.
+    fn waited(&self) -> Duration {
+        lock(&self.last).elapsed().saturating_sub(self.pause)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("nobody panics with it")
 }
 
 struct Client {
@@ -99,15 +145,26 @@ pub(crate) struct Load {
 impl Load {
     /// Starts clients of the guest in `network`, and waits until each has had replies.
     pub(crate) fn start(network: &Network, service: Service, pace: Pace) -> Self {
+        let load = Self::begin(network, GUEST, service, pace);
+        load.expect_progress();
+        load
+    }
+
+    /// Starts clients of the guest at `address`, which nobody waits for.
+    pub(crate) fn begin(network: &Network, address: &str, service: Service, pace: Pace) -> Self {
         let clients = (0..pace.connections).map(|number| {
-            let connection = network.connect(service.port);
-            connection
-                .set_read_timeout(Some(pace.patience))
-                .expect("it is not 0");
-            let orders = Arc::<Orders>::default();
+            let connection = network.try_connect(address, service.port);
+            let orders = Arc::new(Orders::new(pace.pause));
             let told = Arc::clone(&orders);
             let thread = std::thread::spawn(move || {
-                if let Err(found) = (service.work)(&connection, number, &told) {
+                let worked = connection
+                    .and_then(|connection| {
+                        connection.set_read_timeout(Some(pace.patience))?;
+                        Ok(connection)
+                    })
+                    .map_err(|e| format!("no connection: {e}"))
+                    .and_then(|connection| (service.work)(&connection, number, &told));
+                if let Err(found) = worked {
                     told.found.set(found).expect("it ends once");
                 }
             });
@@ -115,9 +172,7 @@ impl Load {
             Client { orders, thread }
         });
         let clients = clients.collect();
-        let load = Self { clients, pace };
-        load.expect_progress();
-        load
+        Self { clients, pace }
     }
 
     fn replies(&self) -> Vec<u64> {
@@ -153,8 +208,15 @@ impl Load {
         }
     }
 
+    /// How long a client waited at most since this was asked last.
+    pub(crate) fn longest_silence(&self) -> Duration {
+        let silences = self.clients.iter();
+        let silences = silences.map(|client| client.orders.longest_silence());
+        silences.max().unwrap_or_default()
+    }
+
     /// An error is what clients found.
-    fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         let found = self
             .clients
             .iter()
@@ -171,7 +233,12 @@ impl Load {
     }
 
     /// Ends the clients.
-    pub(crate) fn finish(mut self) {
+    pub(crate) fn finish(self) {
+        self.end().unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    /// Ends the clients. An error is what they found.
+    pub(crate) fn end(mut self) -> Result<(), String> {
         for client in &self.clients {
             client.orders.stop.store(true, Ordering::SeqCst);
         }
@@ -179,7 +246,7 @@ impl Load {
             let ended = client.thread.take().map(JoinHandle::join);
             assert!(matches!(ended, Some(Ok(()))), "a client panicked");
         }
-        self.check().unwrap_or_else(|why| panic!("{why}"));
+        self.check()
     }
 }
 
@@ -257,6 +324,7 @@ fn count_and_set(stream: &TcpStream, number: usize, orders: &Orders) -> Result<(
         expect("SET", &kv.ask(&["SET", &key, &value])?, &Some("OK".into()))?;
         expect("GET", &kv.ask(&["GET", &key])?, &Some(value))?;
         orders.replied();
+        orders.pause();
     }
     Ok(())
 }
@@ -293,6 +361,7 @@ fn read_pages(stream: &TcpStream, number: usize, orders: &Orders) -> Result<(), 
             return Err(format!("{name} is another"));
         }
         orders.replied();
+        orders.pause();
     }
     Ok(())
 }
@@ -369,6 +438,7 @@ fn send_stream(mut stream: &TcpStream, seed: u64, orders: &Orders) -> Result<u64
             .write_all(&part)
             .map_err(|e| format!("byte {sent} of a stream cannot be sent: {e}"))?;
         sent += part.len() as u64;
+        orders.pause();
     }
     let ended = stream.shutdown(Shutdown::Write);
     ended.map_err(|e| format!("a stream cannot be ended: {e}"))?;

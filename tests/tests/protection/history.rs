@@ -7,19 +7,30 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tandem_tests::network::Network;
+use tandem_tests::network::{GUEST, Network};
 use todc_utils::linearizability::WGLChecker;
 use todc_utils::linearizability::history::{Action, History as Actions};
 use todc_utils::specifications::Specification;
 
 use super::clients::{Chance, KV, Kv};
 
-/// Clients at a time.
-const CLIENTS: usize = 6;
 /// Keys that they share. Each key's history is checked by itself: linearizability is local.
 const KEYS: usize = 8;
-/// Pause between two requests of a client, so that histories stay short enough to be checked.
-const PAUSE: Duration = Duration::from_millis(2);
+
+/// Who asks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Crowd {
+    /// Clients at a time.
+    pub(crate) clients: usize,
+    /// Pause between two requests of a client, so that histories stay short enough to be checked.
+    pub(crate) pause: Duration,
+}
+
+/// Of a guest that has nothing else to do.
+const CROWD: Crowd = Crowd {
+    clients: 6,
+    pause: Duration::from_millis(2),
+};
 
 /// An operation on a key that holds a number, with its result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,8 +87,14 @@ impl History {
     /// Asserts that there is such an order.
     pub(crate) fn expect_linearizable(&self) {
         assert!(self.0.len() == KEYS, "keys that nobody asked for");
-        if let Some(key) = self.contradiction() {
-            panic!("key {key} was in no order: {:#?}", self.0[&key]);
+        self.check().unwrap_or_else(|why| panic!("{why}"));
+    }
+
+    /// How many operations there are; an error if they fit in no order.
+    pub(crate) fn check(&self) -> Result<usize, String> {
+        match self.contradiction() {
+            Some(key) => Err(format!("key {key} was in no order: {:#?}", self.0[&key])),
+            None => Ok(self.0.values().map(|entries| entries.len() / 2).sum()),
         }
     }
 }
@@ -97,18 +114,30 @@ impl Recording {
 
     /// As [`Recording::start`], and the keys are other ones than those of recordings of other numbers.
     pub(crate) fn start_next(network: &Network, recording: usize) -> Self {
+        Self::start_at(network, GUEST, recording, CROWD)
+    }
+
+    /// As [`Recording::start_next`], by others of the store in the guest at `address`.
+    pub(crate) fn start_at(
+        network: &Network,
+        address: &str,
+        recording: usize,
+        crowd: Crowd,
+    ) -> Self {
         let stop = Arc::<AtomicBool>::default();
         let history = Arc::<Mutex<History>>::default();
-        let clients = (0..CLIENTS).map(|number| {
-            let connection = network.connect(KV.port);
+        let clients = (0..crowd.clients).map(|number| {
+            let connection = network.try_connect(address, KV.port);
             let (stop, history) = (Arc::clone(&stop), Arc::clone(&history));
             std::thread::spawn(move || {
+                let connection = connection.map_err(|e| format!("no connection: {e}"))?;
                 let client = Client {
                     recording,
                     number,
                     kv: Kv::new(&connection),
                     chance: Chance(number as u64),
                     asked: 0,
+                    pause: crowd.pause,
                     history,
                 };
                 client.work(&stop)
@@ -124,13 +153,17 @@ impl Recording {
 
     /// Ends the clients, all of whose requests have to be answered.
     pub(crate) fn finish(self) -> History {
+        self.end().unwrap_or_else(|why| panic!("{why}"))
+    }
+
+    /// Ends the clients. An error is a request that was not answered.
+    pub(crate) fn end(self) -> Result<History, String> {
         self.stop.store(true, Ordering::SeqCst);
         for client in self.clients {
-            let ended = client.join().expect("clients do not panic");
-            assert_eq!(ended, Ok(()));
+            client.join().expect("clients do not panic")?;
         }
         let history = self.history.lock().expect("nobody panics with it");
-        history.clone()
+        Ok(history.clone())
     }
 }
 
@@ -140,6 +173,7 @@ struct Client<'a> {
     kv: Kv<'a>,
     chance: Chance,
     asked: u64,
+    pause: Duration,
     history: Arc<Mutex<History>>,
 }
 
@@ -147,7 +181,7 @@ impl Client<'_> {
     fn work(mut self, stop: &AtomicBool) -> Result<(), String> {
         while !stop.load(Ordering::SeqCst) {
             self.ask()?;
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(self.pause);
         }
         Ok(())
     }

@@ -220,9 +220,7 @@ impl Storm {
             self.missed += 1;
             return;
         };
-        if let Some(witness) = &self.witness {
-            witness.longest();
-        }
+        self.longest_silence();
         let before = term(&status);
         println!("{fault:?}: owner {owner}, copy {copy}, term {before}");
         let happened = self.happen(fault, owner, copy);
@@ -235,9 +233,15 @@ impl Storm {
                 self.hosts.account()
             );
         }
-        if let Some(witness) = &self.witness {
-            let silence = witness.longest();
-            self.silences.entry(fault).or_default().push(silence);
+        let silence = self.longest_silence();
+        self.silences.entry(fault).or_default().push(silence);
+    }
+
+    /// The longest wait of a client since this was asked last.
+    fn longest_silence(&self) -> Duration {
+        match &self.witness {
+            Some(witness) => witness.longest(),
+            None => self.load.longest_silence(),
         }
     }
 
