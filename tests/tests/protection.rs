@@ -11,8 +11,8 @@ mod protection {
     pub(crate) mod history;
     mod links;
     mod modes;
-    mod paths;
     mod moves;
+    mod paths;
     mod saves;
     mod shared;
     mod storm;
