@@ -207,6 +207,10 @@ impl Core {
                 }
                 Action::GoAlone(_) => {
                     self.pair.open();
+                    // Whoever makes checkpoints may wait for a secondary that takes nothing, and has other work now.
+                    if let Some(link) = &*lock(&self.link) {
+                        link.shut_down();
+                    }
                     self.order(Order::Alone);
                 }
                 Action::Dismiss => {

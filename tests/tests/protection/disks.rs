@@ -378,10 +378,14 @@ pub(super) struct LittleRoom {
 }
 
 impl LittleRoom {
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
+        Self::of(ROOM)
+    }
+
+    pub(super) fn of(bytes: u64) -> Self {
         let place = tempfile::tempdir().unwrap();
         let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", &format!("size={ROOM}"), "tmpfs"]);
+        mount.args(["-t", "tmpfs", "-o", &format!("size={bytes}"), "tmpfs"]);
         let mounted = mount.arg(place.path()).status().unwrap();
         assert!(mounted.success(), "{mounted}");
         Self { place }
@@ -392,7 +396,7 @@ impl LittleRoom {
     }
 
     /// Takes all room that is left.
-    pub(super) fn fill(&self) {
+    fn fill(&self) {
         let mut file = File::create(self.path("filler")).unwrap();
         let error = loop {
             if let Err(error) = file.write_all(&[1; 4096]) {
@@ -402,9 +406,16 @@ impl LittleRoom {
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
     }
 
-    /// Gives it back.
-    pub(super) fn empty(&self) {
-        fs::remove_file(self.path("filler")).unwrap();
+    /// Makes it larger or smaller, if what is in it fits.
+    pub(super) fn resize(&self, bytes: u64) -> bool {
+        let mut mount = Command::new("mount");
+        mount.args(["-o", &format!("remount,size={bytes}")]);
+        mount
+            .arg(self.place.path())
+            .output()
+            .unwrap()
+            .status
+            .success()
     }
 }
 

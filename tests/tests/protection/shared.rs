@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use rustix::fs::statvfs;
 use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
@@ -23,6 +24,13 @@ use crate::{ATTEMPTS, RESYNC_WATCHED, RESYNCS};
 
 /// Answers of a store that come before it loses its host, and after that.
 const ANSWERS: u64 = 100;
+
+/// A volume that takes a guest a while to write to, its image, and a file system for that.
+const MANY: &str = "blocks=100000";
+const LARGE: u64 = 440 << 20;
+const ROOM: u64 = 700 << 20;
+/// Room that is left when there is to be none, as the guest writes meanwhile.
+const LEFT: u64 = 2 << 20;
 
 /// An image that both sides reach.
 struct Image {
@@ -198,6 +206,31 @@ fn a_planned_takeover_leaves_the_image_to_the_copy() {
     expect_survivor(&image, pair, Side::Primary);
 }
 
+/// Waits until a side's guest is protected by checkpoints.
+fn protected_by_checkpoints(image: &Image) -> Pair {
+    for _ in 0..ATTEMPTS {
+        let guest = GuestBuilder::image("disk", &format!("{MANY} {LOAD}"));
+        let shared = disk(&image.path(), ",shared");
+        let guest = guest.arg("--disk").arg(&shared);
+        let guest = guest.arg("--mode").arg("checkpoint");
+        let mut pair = Pair::start_prepared(guest, |standby| standby.arg("--disk").arg(&shared));
+        if reaches(&mut pair, |pair| pair.is_protected()) {
+            return pair;
+        }
+    }
+    panic!("no guest stays protected");
+}
+
+/// Leaves no room for what is written next.
+fn fill(room: &LittleRoom) {
+    let taken = || {
+        let all = statvfs(room.path("")).unwrap();
+        (all.f_blocks - all.f_bfree) * all.f_frsize
+    };
+    let filled = (0..ATTEMPTS).any(|_| room.resize(taken() + LEFT));
+    assert!(filled, "the guest writes faster");
+}
+
 /// Storage has no room for what the guest was told is written, when its copy takes over or it is left alone: whoever has
 /// the guest waits for room, and the guest stands and sees no error.
 #[test]
@@ -206,20 +239,25 @@ fn what_was_promised_waits_for_room() {
         return;
     }
     for owner in Side::BOTH {
-        let room = LittleRoom::new();
+        let room = LittleRoom::of(ROOM);
         let image = Image::in_place(&room.path(""));
-        let mut pair = image.start_protected("checkpoint", "");
+        make(&image.path(), LARGE);
+        let mut pair = protected_by_checkpoints(&image);
         if owner == Side::Primary {
             pair.freeze(Side::Secondary);
         }
-        room.fill();
+        fill(&room);
         let stands = |status: &Value| {
             let reason = status["reason"].as_str().unwrap_or_default();
             reason.contains("No space left") && reason.contains("it stands")
         };
         pair.wait_status(owner, stands);
-        room.empty();
+        assert!(room.resize(ROOM));
         assert_eq!(pair.wait_alone(), owner);
+        // What it was told, it is told by events as well.
+        pair.wait_status(owner, |status| {
+            status["reason"] != Value::Null && !stands(status)
+        });
         let events = pair.side(owner).succeed(&["events", "guest"]);
         for event in ["disk-failing", "disk-works"] {
             assert!(events.contains(event), "{events}");
@@ -227,7 +265,19 @@ fn what_was_promised_waits_for_room() {
         if owner == Side::Primary {
             pair.thaw(Side::Secondary);
         }
-        expect_survivor(&image, pair, owner.other());
+        pair.wait_end(owner.other());
+        let mut survivor = pair.into_side(owner);
+        survivor.console_lines();
+        expect_reports(&mut survivor);
+        kill(survivor);
+        let again = GuestBuilder::image("disk", &format!("{MANY} ops=500 verify"));
+        let ended = again.arg("--disk").arg(disk(&image.path(), ",shared"));
+        ended
+            .start()
+            .wait()
+            .assert_success()
+            .assert_console("disk: verified blocks=100000 errors=0")
+            .assert_console("disk: done ops=500 errors=0");
     }
 }
 
