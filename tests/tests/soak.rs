@@ -18,6 +18,7 @@ mod two_hosts {
     pub(crate) mod book;
     pub(crate) mod fault;
     pub(crate) mod fleet;
+    mod neighbours;
     pub(crate) mod resources;
     pub(crate) mod sites;
     pub(crate) mod watch;
