@@ -645,9 +645,9 @@ pub struct ReceiveArgs {
     #[arg(long, value_name = "DIR", value_parser = value::path)]
     pub arbiter: Option<PathBuf>,
     /// For a protected guest: where others stand by for it, instead of where its source has them: HOST:PORT, or the
-    /// path of a unix socket; repeatable
-    #[arg(long, value_name = "ADDRESS", value_parser = value::address)]
-    pub protect: Vec<Address>,
+    /// path of a unix socket, `,second=ADDRESS` as with `run`; repeatable
+    #[arg(long, value_name = "ADDRESS[,second=ADDRESS]", value_parser = value::addresses)]
+    pub protect: Vec<Addresses>,
     /// Where the guest goes on.
     #[command(flatten)]
     pub place: PlaceArgs,
