@@ -28,6 +28,7 @@ mod net;
 mod net_stream;
 mod outputs;
 mod pairing;
+mod paths;
 mod queue;
 mod rng;
 pub mod seeds;
@@ -52,7 +53,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 21] = [
+pub const TARGETS: [Target; 22] = [
     target("queue", queue::run),
     target("block", block::run),
     target("net", net::run),
@@ -71,6 +72,7 @@ pub const TARGETS: [Target; 21] = [
     target("outputs", outputs::run),
     target("joining", joining::run),
     target("pairing", pairing::run),
+    target("paths", paths::run),
     target("mirror", mirror::run),
     target("keeper", keeper::run),
     target("store", store::run),

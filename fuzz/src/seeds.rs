@@ -32,6 +32,7 @@ pub fn of(target: &Target) -> Vec<Seed> {
         "outputs" => peers::outputs(),
         "joining" => pairs::joining(),
         "pairing" => pairs::pairing(),
+        "paths" => peers::paths(),
         "mirror" => pairs::mirror(),
         "keeper" => pairs::keeper(),
         "store" => stores::store(),

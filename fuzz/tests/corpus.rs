@@ -45,7 +45,7 @@ macro_rules! targets {
 
 targets!(
     queue, block, net, console, rng, vsock, net_stream, vsock_host, snapshot, config, api, kernel,
-    frames, deltas, link, outputs, joining, pairing, mirror, keeper, store
+    frames, deltas, link, outputs, joining, pairing, paths, mirror, keeper, store
 );
 
 fn bears_everything(target: &Target) {

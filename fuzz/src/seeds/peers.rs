@@ -2,6 +2,7 @@
 
 use tandem_ft::delta::{Encoder, VERSION, wanted};
 use tandem_ft::link::{Kind, message};
+use tandem_ft::paths::{Frame, Kind as PathKind};
 use tandem_ft::runtime::encode_outputs;
 use tandem_vmm::migration::frame::{self, HEADER_SIZE, Hello, Kind as FrameKind, Purpose};
 use tandem_vmm::migration::pages::{PAGE, Page};
@@ -179,4 +180,62 @@ pub(super) fn outputs() -> Vec<Seed> {
     named.extend(*b"\xa7opening\xc0\xa4seen\xc0\xa5floor\xc0\xabguest_ended\xc2");
     named.extend(*b"\xadoutside_ended\xc2\xa7console\xc4\x00");
     vec![("good", good), ("held", held), ("no-connection", named)]
+}
+
+/// Steps of [`crate::paths`].
+pub(super) fn paths() -> Vec<Seed> {
+    let said = |path: u8, kind: PathKind, offset: u64, taken: u64, payload: &[u8]| {
+        let frame = Frame {
+            kind,
+            hears: 3,
+            offset,
+            taken,
+            payload: &[],
+        };
+        let mut bytes = Vec::new();
+        frame.put_head(payload.len(), &mut bytes);
+        bytes.extend_from_slice(payload);
+        [&[path, 7, bytes.len() as u8][..], &bytes].concat()
+    };
+    let data = |path, offset, payload| said(path, PathKind::Data, offset, 0, payload);
+    let connect = |path| vec![path, 0];
+    let take = vec![0, 2];
+    let later = |ms| vec![0, 3, ms];
+    vec![
+        (
+            "both-paths",
+            [
+                connect(1),
+                data(0, 0, b"abc"),
+                data(1, 0, b"abcdef"),
+                take.clone(),
+            ]
+            .concat(),
+        ),
+        (
+            "first-breaks",
+            [
+                connect(1),
+                data(0, 0, b"abc"),
+                vec![0, 1],
+                data(1, 3, b"def"),
+                later(50),
+                take,
+            ]
+            .concat(),
+        ),
+        (
+            "silence-and-end",
+            [
+                connect(1),
+                later(50),
+                said(1, PathKind::Ping, 0, 48, &[]),
+                vec![0, 4],
+                said(1, PathKind::End, 0, 48, &[]),
+            ]
+            .concat(),
+        ),
+        ("gap", data(0, 1, b"x")),
+        ("taken-too-much", said(0, PathKind::Ping, 0, 49, &[])),
+    ]
 }
