@@ -1,6 +1,7 @@
 //! Protected guests move to other hosts: they are protected until they go on there and again afterwards, whoever dies
 //! meanwhile.
 
+use std::fs::File;
 use std::path::Path;
 use std::process::{Child, Output};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use tandem_tests::network::{CMDLINE, Network};
 
 use crate::cannot_run;
 use crate::protection::clients::{Chance, KV, Load, NATIVE};
+use crate::protection::disks::{LOAD, SMALL};
 use crate::protection::history::Recording;
 
 /// Where the guest is, who stands by for it, and where it moves to.
@@ -177,6 +179,41 @@ fn a_source_that_dies_meanwhile_is_taken_over_by_its_copy_or_the_target() {
         load.finish();
     }
     println!("{by_copy} were taken over by copies, {by_target} by targets");
+}
+
+/// Its disk goes along as it is, with what is known of the copy's.
+#[test]
+fn a_guest_with_a_disk_moves_and_a_part_of_it_is_compared_again() {
+    if cannot_run() {
+        return;
+    }
+    let (network, place) = (Network::new(), tempfile::tempdir().expect("there is room"));
+    let [image, replica] = ["image", "replica"].map(|name| place.path().join(name));
+    let made = File::create(&image).and_then(|file| file.set_len(SMALL));
+    made.expect("there is room");
+    let disk = |path: &Path| format!("path={}", path.display());
+    let mut hosts = Hosts::new(&network, 3);
+    hosts.stand_by(COPY, &["--disk", &disk(&replica)]);
+    let guest = GuestBuilder::image("disk", LOAD).arg("--disk");
+    hosts.run(SOURCE, guest.arg(disk(&image)));
+    hosts.on(SOURCE).wait_for("errors=0 ");
+    let (_, status) = hosts.wait_protected_after(0);
+    let listens = hosts.receive(TARGET, &[]);
+    let moved = move_to(&mut hosts, SOURCE, &listens);
+    expect_moved(&mut hosts, &moved);
+    let (owner, now) = hosts.wait_protected_after(term(&status));
+    assert_eq!(owner, TARGET, "{}", hosts.account());
+    let changed = now["mirror"]["differing_bytes"].as_u64();
+    assert!(changed.is_some_and(|bytes| bytes < SMALL), "{now:#?}");
+    hosts.on(TARGET).wait_for("errors=0 ");
+    hosts.on(TARGET).succeed(&["stop", "guest", "--force"]);
+    drop(hosts.take_ended(TARGET));
+    let ended = GuestBuilder::image("disk", "ops=500 verify").arg("--disk");
+    let ended = ended.arg(disk(&image)).start().wait();
+    ended
+        .assert_success()
+        .assert_console("disk: continued")
+        .assert_console("disk: done ops=500 errors=0");
 }
 
 #[test]
