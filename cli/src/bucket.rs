@@ -4,6 +4,7 @@
 //! environment that says how the bucket is reached, and of the guest nothing but lines to its VMM
 //! (`tandem_store::backend::proxy`), with which it ends.
 
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -31,6 +32,10 @@ const ROLE_FILES: [&str; 2] = [
     "AWS_WEB_IDENTITY_TOKEN_FILE",
     "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE",
 ];
+/// What in the environment says where buckets are reached, the first that is there.
+const ENDPOINTS: [&str; 3] = ["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"];
+/// A name that nobody has.
+const NOBODY: &str = "bucket.invalid";
 /// Where services of the host listen that look up names.
 const SERVICES: &str = "/run";
 
@@ -92,11 +97,31 @@ fn confine(args: &BucketArgs) -> Result<(), Failure> {
         store: None,
         log: None,
     })?;
+    load_lookups();
     // With its first thread the C library prepares for others, as a confined one may not.
     drop(std::thread::spawn(|| ()).join());
     // Threads are known by their names where forbidden calls are told.
     let _ = rustix::thread::set_name(c"bucket");
     Ok(confinement.entry(ThreadKind::Bucket).enter()?)
+}
+
+/// Lets the C library load whatever looks up names on this host, as a confined process may run nothing new. Nobody has a
+/// name of this kind (RFC 6761, section 6.4), so all are asked; nobody is where the bucket has an address for its name.
+fn load_lookups() {
+    let named = ENDPOINTS.iter().find_map(|name| std::env::var(name).ok());
+    if !named.is_some_and(|endpoint| is_number(&endpoint)) {
+        // That nobody has it is no error, nor that nobody answers just now.
+        drop((NOBODY, 443).to_socket_addrs());
+    }
+}
+
+/// Whether the host of `endpoint`, SCHEME://HOST:PORT, is a number.
+fn is_number(endpoint: &str) -> bool {
+    let host = endpoint
+        .split_once("://")
+        .map_or(endpoint, |(_, host)| host);
+    let host = host.split('/').next().unwrap_or_default();
+    host.parse::<SocketAddr>().is_ok() || host.parse::<IpAddr>().is_ok()
 }
 
 fn grants() -> Vec<Grant> {
@@ -111,4 +136,23 @@ fn grants() -> Vec<Grant> {
         .chain(services)
         .map(|(place, what)| Grant { place, what });
     grants.filter(|grant| grant.place.exists()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_endpoints_with_names_are_looked_up() {
+        for number in ["http://127.0.0.1:5000", "https://[::1]:443/x", "10.0.0.1"] {
+            assert!(is_number(number), "{number}");
+        }
+        for name in [
+            "https://s3.eu-west-1.amazonaws.com",
+            "http://minio:9000",
+            "",
+        ] {
+            assert!(!is_number(name), "{name}");
+        }
+    }
 }

@@ -1,5 +1,9 @@
 use proptest::prelude::*;
 
+use tandem_ft::runtime::Budget;
+use tandem_store::CheckpointId;
+use tandem_store::capture::Every;
+
 use super::*;
 
 fn message<T: std::fmt::Debug>(result: Result<T, ValueError>) -> String {

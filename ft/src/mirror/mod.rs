@@ -17,7 +17,7 @@
 //! ```
 //!
 //! A peer of an older version tells a digest of each part of whole blocks, hears which parts are wanted, and sends those whole;
-//! empty frames end lists ([`Grain::Blocks`]).
+//! empty frames end lists (`Grain::Blocks`).
 //!
 //! The first checkpoint is preceded by the same conversation over the whole disk, piece by piece while the guest
 //! runs: replicas that are alike already are read, not sent. What the guest writes meanwhile is known, and

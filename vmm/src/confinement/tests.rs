@@ -166,6 +166,7 @@ fn only_who_saves_stores_and_takes_back_may_open_files() {
                 | ThreadKind::Protection
                 | ThreadKind::Checkpoints
                 | ThreadKind::StoreLoader
+                | ThreadKind::Bucket
         );
         assert_eq!(opens, may, "{kind:?}");
     }

@@ -49,7 +49,9 @@ impl FromStr for Address {
             .rsplit_once(':')
             .map(|(host, port)| (host, port.parse::<u16>()));
         match port {
-            Some((host, Ok(_))) if !host.is_empty() => Ok(Self::Tcp(text.into())),
+            Some((host, Ok(_))) if !host.is_empty() && !host.contains(',') => {
+                Ok(Self::Tcp(text.into()))
+            }
             _ => Err(MigrationError::Address {
                 address: text.into(),
             }),

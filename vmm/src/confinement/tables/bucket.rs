@@ -3,7 +3,7 @@
 
 use syscalls::Sysno;
 
-use super::super::rules::Condition::{Has, Is, Lacks};
+use super::super::rules::Condition::Is;
 use super::super::rules::{Rule, allow, allow_if};
 
 /// Why tests may not see it.
@@ -14,7 +14,7 @@ const fn rule(call: Sysno, reason: &'static str) -> Rule {
     allow(call, reason).rare(RARE)
 }
 
-/// Looking up names, as the C library does it, with whatever it loads for that.
+/// Looking up names, as the C library does it; what it loads for that was loaded when the bucket was opened.
 pub(super) const NAMES: &[Rule] = &[
     rule(
         Sysno::openat,
@@ -28,15 +28,6 @@ pub(super) const NAMES: &[Rule] = &[
     rule(Sysno::access, "as `openat`"),
     rule(Sysno::readlink, "as `openat`"),
     rule(Sysno::uname, "the host's own name"),
-    allow_if(
-        Sysno::mmap,
-        &[
-            Has(2, libc::PROT_EXEC as u32),
-            Lacks(3, libc::MAP_ANONYMOUS as u32),
-        ],
-        "the C library loads what looks up names; Landlock says from where",
-    )
-    .rare(RARE),
     allow_if(
         Sysno::socket,
         &[Is(0, libc::AF_UNIX as u32)],
