@@ -15,7 +15,8 @@ pub(super) const API: &[Rule] = &[
     allow(
         Sysno::ppoll,
         "waits for what a target says on an encrypted link",
-    ),
+    )
+    .rare("only when the target does not answer at once"),
     allow(Sysno::writev, "answers of several parts"),
     allow(Sysno::shutdown, "ends of connections"),
     allow_if(
