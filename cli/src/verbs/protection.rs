@@ -372,8 +372,8 @@ fn checkpoint_rows(stored: &Checkpoints) -> [(&'static str, String); 8] {
 /// How the paths to the other side are, if there are two.
 fn path_rows(status: &Status) -> impl Iterator<Item = (&'static str, String)> {
     let text = |path: &PathStatus| match &path.to {
-        Some(to) => format!("{}: {to}", path.state),
-        None => path.state.clone(),
+        Some(to) => format!("{}: {to}", path.state.name()),
+        None => path.state.name().to_owned(),
     };
     ["first path", "second path"]
         .into_iter()

@@ -2,10 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::{DEAD, FRESH, LISTENING_MAX, SILENCE};
 
 /// How a path stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum PathState {
     /// What is said goes over it.
     Used,
@@ -15,6 +18,18 @@ pub enum PathState {
     Silent,
     /// There is no connection.
     Down,
+}
+
+impl PathState {
+    /// Its word, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Used => "used",
+            Self::Ready => "ready",
+            Self::Silent => "silent",
+            Self::Down => "down",
+        }
+    }
 }
 
 /// A connection.

@@ -17,7 +17,7 @@ use tandem_vmm::error::causes;
 use tandem_vmm::migration::Link;
 
 use super::connection::{Broken, Connection};
-use super::{Pair, PathStatus, Paths, STREAMS, Which, lock, word};
+use super::{Pair, PathStatus, Paths, STREAMS, Which, lock};
 use crate::paths::{PATHS, PathState, Stream};
 
 /// Bytes that are read of a socket at a time.
@@ -287,7 +287,7 @@ impl Carrier {
         }
         let all = states.iter().zip(&self.to).map(|(state, to)| PathStatus {
             to: to.clone(),
-            state: word(*state).into(),
+            state: *state,
         });
         *lock(&self.paths.status) = all.collect();
         for (number, (before, state)) in before.iter().zip(&states).enumerate() {
@@ -313,7 +313,7 @@ impl Carrier {
         };
         match (worked(before), worked(state)) {
             (true, false) => {
-                let how = word(state);
+                let how = state.name();
                 self.pair.happened("path-lost", format!("{path} is {how}"));
             }
             (false, true) => self.pair.happened("path", format!("{path} works")),

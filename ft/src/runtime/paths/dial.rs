@@ -15,6 +15,8 @@ use crate::runtime::checkpoint::{greet, hear};
 
 /// How often it is looked whether a connection is missing, or the pair is over.
 const LOOK: Duration = Duration::from_millis(100);
+/// How often it is looked whether a path whose connection is missing may be tried again, or somebody called in vain.
+const RETRY_LOOK: Duration = Duration::from_millis(10);
 /// Pause after an attempt that failed; twice as long each time, up to [`PAUSE_MAX`].
 const PAUSE: Duration = Duration::from_millis(250);
 /// Longest pause.
@@ -87,7 +89,7 @@ pub(in crate::runtime) fn dial(
                     }
                 }
             }
-            std::thread::sleep(LOOK / 10);
+            std::thread::sleep(RETRY_LOOK);
         }
     };
     std::thread::Builder::new()
@@ -128,7 +130,7 @@ pub(in crate::runtime) fn answer(
                 // Mostly nobody called. Otherwise who does may be many.
                 Err(error) => {
                     tracing::trace!(%error, "nobody connected a path");
-                    std::thread::sleep(LOOK / 10);
+                    std::thread::sleep(RETRY_LOOK);
                 }
             }
         }

@@ -59,17 +59,8 @@ pub struct PathStatus {
     /// Where it leads, on the side that knows.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<String>,
-    /// How it is: `used`, `ready` for when the one that is used breaks, `silent` or `down`.
-    pub state: String,
-}
-
-fn word(state: PathState) -> &'static str {
-    match state {
-        PathState::Used => "used",
-        PathState::Ready => "ready",
-        PathState::Silent => "silent",
-        PathState::Down => "down",
-    }
+    /// How it is.
+    pub state: PathState,
 }
 
 /// What the carrier shares with who makes connections for it.
@@ -116,9 +107,11 @@ impl Paths {
         while lock(&self.new).len() >= NEW_MAX && !self.is_over() {
             std::thread::sleep(GIVE_LOOK);
         }
+        let mut new = lock(&self.new);
         // It is not missing any more.
         lock(&self.there)[which.path][which.stream] = true;
-        lock(&self.new).push((which, link));
+        new.push((which, link));
+        drop(new);
         // A full counter wakes as well.
         drop(self.wake.write(1));
     }
@@ -127,10 +120,18 @@ impl Paths {
         std::mem::take(&mut *lock(&self.new))
     }
 
-    /// The carrier has these connections.
-    fn tell(&self, there: [[bool; STREAMS]; PATHS]) {
-        *lock(&self.there) = there;
-        self.changed.notify_all();
+    /// The carrier has these connections, besides those that wait for it. Whoever makes connections is woken if that is
+    /// another than before: this is called for each message.
+    fn tell(&self, mut has: [[bool; STREAMS]; PATHS]) {
+        let new = lock(&self.new);
+        for (which, _) in new.iter() {
+            has[which.path][which.stream] = true;
+        }
+        let before = std::mem::replace(&mut *lock(&self.there), has);
+        drop(new);
+        if before != has {
+            self.changed.notify_all();
+        }
     }
 
     /// The carrier carries nothing more.
