@@ -342,10 +342,7 @@ impl TlsBody {
             .map(|(addresses, name)| {
                 let (directory, name) = (directory.clone(), name.clone());
                 let tls = Some(PeerTls { directory, name });
-                Peer {
-                    tls,
-                    ..addresses.into()
-                }
+                Peer { addresses, tls }
             })
             .collect())
     }

@@ -143,8 +143,7 @@ pub(super) fn peer(to: &Addresses, tls: Option<&Path>) -> Result<Peer, Failure> 
         std::path::absolute(path).map_err(Failure::host("find the working directory"))
     };
     let mut peer = Peer::find(to, tls.map(absolute).transpose()?)?;
-    let both = [Some(&mut peer.address), peer.second.as_mut()];
-    for address in both.into_iter().flatten() {
+    for address in peer.addresses.all_mut() {
         if let Address::Unix(path) = address {
             *path = absolute(path)?;
         }

@@ -105,6 +105,23 @@ impl Addresses {
     pub fn all(&self) -> impl Iterator<Item = &Address> {
         std::iter::once(&self.first).chain(&self.second)
     }
+
+    /// As [`Addresses::all`], to be changed.
+    pub fn all_mut(&mut self) -> impl Iterator<Item = &mut Address> {
+        std::iter::once(&mut self.first).chain(&mut self.second)
+    }
+
+    /// The addresses with their hosts as numbers.
+    ///
+    /// # Errors
+    /// As [`Address::resolved`].
+    pub fn resolved(&self) -> Result<Self, MigrationError> {
+        let second = self.second.as_ref().map(Address::resolved);
+        Ok(Self {
+            first: self.first.resolved()?,
+            second: second.transpose()?,
+        })
+    }
 }
 
 impl From<Address> for Addresses {

@@ -13,12 +13,10 @@ use super::{Address, Addresses, MigrationError};
 /// Who listens somewhere, as a user says it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
-    /// Where; its host is a number.
-    pub address: Address,
-    /// How a link by TCP is encrypted; not at all without.
+    /// Where, by one network or by two; hosts are numbers.
+    pub addresses: Addresses,
+    /// How links by TCP are encrypted; not at all without.
     pub tls: Option<PeerTls>,
-    /// Where the same host is reached by another network, by the same keys.
-    pub second: Option<Address>,
 }
 
 /// How a link is encrypted.
@@ -36,13 +34,11 @@ impl Peer {
     /// # Errors
     /// When a host's name has no address.
     pub fn find(addresses: &Addresses, tls: Option<PathBuf>) -> Result<Self, MigrationError> {
-        let Addresses { first, second } = addresses;
         let named = addresses.all().find_map(Address::host);
         let tls = tls.zip(named.map(str::to_owned));
         Ok(Self {
-            address: first.resolved()?,
+            addresses: addresses.resolved()?,
             tls: tls.map(|(directory, name)| PeerTls { directory, name }),
-            second: second.as_ref().map(Address::resolved).transpose()?,
         })
     }
 
@@ -51,16 +47,15 @@ impl Peer {
     /// # Errors
     /// When they cannot be used.
     pub fn open(&self) -> Result<Route, MigrationError> {
-        let both = [Some(&self.address), self.second.as_ref()];
         let by_tcp = |address: &Address| matches!(address, Address::Tcp(_));
         let tls = match &self.tls {
-            Some(tls) if both.into_iter().flatten().any(by_tcp) => {
+            Some(tls) if self.addresses.all().any(by_tcp) => {
                 Some((Keys::open(&tls.directory)?, tls.name.clone()))
             }
             _ => None,
         };
-        let route = Route::new(self.address.clone(), tls.clone());
-        let second = self.second.clone();
+        let Addresses { first, second } = self.addresses.clone();
+        let route = Route::new(first, tls.clone());
         Ok(route.or(second.map(|second| Route::new(second, tls))))
     }
 }
@@ -69,18 +64,15 @@ impl From<Addresses> for Peer {
     /// Whoever listens there.
     fn from(addresses: Addresses) -> Self {
         Self {
-            address: addresses.first,
+            addresses,
             tls: None,
-            second: addresses.second,
         }
     }
 }
 
 impl fmt::Display for Peer {
-    /// Its addresses.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (first, second) = (self.address.clone(), self.second.clone());
-        Addresses { first, second }.fmt(f)
+        self.addresses.fmt(f)
     }
 }
 
