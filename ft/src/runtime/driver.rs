@@ -3,7 +3,6 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -14,21 +13,18 @@ use roaring::RoaringTreemap;
 use tandem_devices::GuestMemory;
 use tandem_vmm::control::{ControlError, FreezeTimes, Frozen};
 use tandem_vmm::error::causes;
-use tandem_vmm::migration::frame::{self, Kind as FrameKind, Purpose};
+use tandem_vmm::migration::frame::{self, Purpose};
 use tandem_vmm::migration::pages::PageSender;
-use tandem_vmm::migration::tls::Keys;
-use tandem_vmm::migration::{Hello, Link, MigrationError, Route};
+use tandem_vmm::migration::{Hello, Link, Route};
 use tandem_vmm::snapshot::SnapshotError;
 use tandem_vmm::snapshot::save::{PageSink, Session};
 
-use super::calls::{call, call_of};
-use super::checkpoint::{Greeting, Offer, encode_rest, greet};
+use super::checkpoint::{Offer, encode_rest};
 use super::copying::{self, Copied};
+use super::inviting::{self, carry, entrust, invite};
 use super::modes::Made;
 use super::owed::{self, Debtor};
 use super::pacing::Paced;
-use super::paths::dial::dial;
-use super::paths::{Connections, carry};
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::retry::{Attempt, Retry};
@@ -36,7 +32,6 @@ use super::standbys::Standbys;
 use super::wanted::give;
 use super::{Pair, ProtectionError, lock};
 use crate::delta::{Ahead, Encoder, Staging};
-use crate::keeper::{Keeper, Verification};
 use crate::link::Kind;
 use crate::mirror::bitmap::Told;
 use crate::mirror::{self, Base, DISK_MAX, Grain, Image, Traffic};
@@ -239,21 +234,18 @@ impl<'a> Driver<'a> {
         false
     }
 
-    fn connect(&self, number: usize, to: &Route) -> Result<Connected<'_>, ProtectionError> {
+    /// What there is to say to the standby of this number, which is at `to`.
+    fn offer(
+        &self,
+        number: usize,
+        to: &Route,
+        images: &[Image],
+        session: &Session<'_>,
+    ) -> Result<Offer, ProtectionError> {
         let core = &self.core;
-        let token = token();
-        let images = core.pair.images();
-        if let Some(image) = images.iter().find(|image| image.bytes() > DISK_MAX) {
-            let (disk, bytes) = (image.disk, image.bytes());
-            let why = format!(
-                "disk {disk} has {bytes} bytes; those of a protected guest have at most {DISK_MAX}"
-            );
-            return Err(ProtectionError::Disk(why));
-        }
-        let session = Session::begin(&core.handle)?;
         let (standbys, here) = self.standbys.tell(number);
-        let mut offer = Offer {
-            token,
+        Ok(Offer {
+            token: token(),
             keeper: self.guest.keeper.is_some(),
             disks: images
                 .iter()
@@ -275,19 +267,33 @@ impl<'a> Driver<'a> {
                 hardware: session.saving().hardware.clone(),
                 company: None,
             },
-        };
-        let (way, mut checkpoints) = invite_by_any(to, &mut offer)?;
+        })
+    }
+
+    fn connect(&self, number: usize, to: &Route) -> Result<Connected<'_>, ProtectionError> {
+        let core = &self.core;
+        let images = core.pair.images();
+        if let Some(image) = images.iter().find(|image| image.bytes() > DISK_MAX) {
+            let (disk, bytes) = (image.disk, image.bytes());
+            let why = format!(
+                "disk {disk} has {bytes} bytes; those of a protected guest have at most {DISK_MAX}"
+            );
+            return Err(ProtectionError::Disk(why));
+        }
+        let session = Session::begin(&core.handle)?;
+        let mut offer = self.offer(number, to, &images, &session)?;
+        let token = offer.token;
+        let (way, mut checkpoints) = invite(to, &mut offer)?;
         let told = offer.bases.is_some();
         let told = told.then(|| copying::hear(&mut checkpoints, &images));
         let told = told.transpose()?;
         core.pair.modes().joined(offer.modes.is_some());
         core.pair.set_seed(token as u64);
-        let mut link = call(way, token)?;
-        greet(&mut link, Purpose::Pairing, &Greeting { token })?;
+        let link = inviting::connect(way, token, Purpose::Pairing)?;
         if let Some(keeper) = &self.guest.keeper {
-            self.entrust(keeper, way, token)?;
+            entrust(&core.pair, keeper, way, token)?;
         }
-        let (link, checkpoints) = self.carry(to, &offer, link, checkpoints)?;
+        let (link, checkpoints) = carry(&core.pair, to, &offer, link, checkpoints)?;
         let share = |link: &Link| {
             link.try_clone()
                 .map_err(ProtectionError::host("share a connection"))
@@ -327,54 +333,6 @@ impl<'a> Driver<'a> {
             orders,
             thread,
         })
-    }
-
-    /// Carries connections to a secondary over two paths, if there are two and it knows of that.
-    fn carry(
-        &self,
-        to: &Route,
-        offer: &Offer,
-        messages: Link,
-        checkpoints: Link,
-    ) -> Result<(Link, Link), ProtectionError> {
-        let Some((path, second)) = offer.path.zip(to.second()) else {
-            return Ok((messages, checkpoints));
-        };
-        let connections = Connections {
-            messages,
-            checkpoints,
-            path: usize::from(path),
-        };
-        let routes = [to.clone(), second.clone()];
-        let names = [to, second].map(|route| Some(route.to_string()));
-        // The thread may do what this one may.
-        let pair = &self.core.pair;
-        let (messages, checkpoints, paths) = carry(pair, connections, names, || true)?;
-        dial(paths, routes, offer.token)?;
-        Ok((messages, checkpoints))
-    }
-
-    /// Gives the guest's taps to its keeper, with a connection of its own. Without a keeper what waits in them is
-    /// lost when this process dies, as on a host that dies.
-    fn entrust(&self, keeper: &Keeper, to: &Route, token: u128) -> Result<(), ProtectionError> {
-        let taps = self.core.pair.descriptors();
-        let untold = |error: &dyn std::error::Error| {
-            tracing::warn!(why = %causes(error), "the guest's taps have no keeper");
-        };
-        let Some((keys, name)) = to.keys() else {
-            let link = keeping(to, token)?;
-            let entrusted = link.plain().map(|link| keeper.entrust(link, &taps));
-            if let Some(Err(error)) = entrusted {
-                untold(&error);
-            }
-            return Ok(());
-        };
-        if let Err(error) = introduce(keeper, to, &taps, token, keys, name) {
-            untold(&error);
-            // The secondary waits for a connection.
-            keeping(to, token)?;
-        }
-        Ok(())
     }
 
     /// Makes checkpoints until the secondary is lost or the guest is to end.
@@ -778,74 +736,6 @@ impl Drop for DisksStand<'_> {
     fn drop(&mut self) {
         self.pair.let_disks_go();
     }
-}
-
-/// As [`invite_as_it_knows`], by the first way that leads there.
-fn invite_by_any<'a>(
-    to: &'a Route,
-    offer: &mut Offer,
-) -> Result<(&'a Route, Link), ProtectionError> {
-    let first = match (invite_as_it_knows(to, offer), to.second()) {
-        (Err(error), Some(_))
-            if !matches!(error, ProtectionError::Transfer(MigrationError::Refused(_))) =>
-        {
-            error
-        }
-        (invited, _) => return invited.map(|link| (to, link)),
-    };
-    let Some(second) = to.second() else {
-        return Err(first);
-    };
-    tracing::debug!(%to, why = %causes(&first), "the second path is tried");
-    offer.path = Some(1);
-    Ok((second, invite_as_it_knows(second, offer)?))
-}
-
-/// As [`invite`]; what a standby of an older version does not know, `offer` does without.
-fn invite_as_it_knows(to: &Route, offer: &mut Offer) -> Result<Link, ProtectionError> {
-    loop {
-        match invite(to, offer) {
-            Err(error) if offer.forgo(&error) => {}
-            invited => return invited,
-        }
-    }
-}
-
-/// Says what there is to who stands by at `to`, and hears that it is taken.
-fn invite(to: &Route, offer: &Offer) -> Result<Link, ProtectionError> {
-    let mut link = call(to, offer.token)?;
-    greet(&mut link, Purpose::Protection, offer)?;
-    frame::expect(&mut link, FrameKind::Accept)?;
-    Ok(link)
-}
-
-/// A connection for a keeper to the standby at `to`.
-fn keeping(to: &Route, token: u128) -> Result<Link, ProtectionError> {
-    let mut link = call(to, token)?;
-    greet(&mut link, Purpose::Keeping, &Greeting { token })?;
-    Ok(link)
-}
-
-/// Lets the keeper make an encrypted connection: what is agreed on by one process is not known to another.
-fn introduce(
-    keeper: &Keeper,
-    to: &Route,
-    taps: &[(u8, OwnedFd)],
-    token: u128,
-    keys: &Keys,
-    name: &str,
-) -> Result<(), ProtectionError> {
-    let stream = to.dial(&call_of(token))?;
-    let mut greeting = Vec::new();
-    greet(&mut greeting, Purpose::Keeping, &Greeting { token })?;
-    let verification = Verification {
-        material: keys.current().as_ref().clone(),
-        name: name.to_owned(),
-        greeting,
-    };
-    keeper
-        .introduce(stream.as_fd(), taps, &verification)
-        .map_err(ProtectionError::host("let the keeper connect"))
 }
 
 /// Copies what the guest writes while it runs, until that is little.

@@ -28,6 +28,7 @@ mod golden_tests;
 #[cfg(any(test, feature = "hostile"))]
 pub mod hostile;
 mod image;
+mod inviting;
 mod late;
 mod link_thread;
 mod modes;
