@@ -6,9 +6,9 @@ use roaring::RoaringTreemap;
 use tandem_vmm::migration::frame::Kind;
 
 use super::group::{self, DIGEST, Group, List};
-use super::replica::{Receiving, expect, failed, forget, garbled};
+use super::replica::{Receiving, expect, expect_few, failed, forget, garbled, known};
 use super::telling::Follows;
-use super::{BLOCK, COPIED_BLOCKS, Extent, Image, PARTS_MAX, digest, image_of, runs};
+use super::{BLOCK, COPIED_BLOCKS, Extent, Image, digest, image_of, runs};
 use crate::runtime::ProtectionError;
 
 /// Bytes of units that are given on at once.
@@ -73,12 +73,8 @@ fn compare(
             let (theirs, rest) = theirs.ok_or_else(|| garbled("half a digest"))?;
             items = rest;
             told += group.len();
-            if told > PARTS_MAX {
-                let what =
-                    format!("digests of {told} parts of disks; allowed are {PARTS_MAX} at once");
-                return Err(garbled(&what));
-            }
-            let image = image_of(images, group[0]).ok_or_else(|| garbled("no part of a disk"))?;
+            expect_few(told)?;
+            let image = known(images, group[0])?;
             let ours = group::digest(image, &group, seed, &mut content).map_err(failed)?;
             for part in &group {
                 forget(&mut own, *part);
@@ -118,7 +114,7 @@ fn tell_wanted(
         group::encode(&mut item, group);
         if *kind == Item::Differs {
             for unit in group.iter().copied().flat_map(group::units) {
-                let image = image_of(images, unit).ok_or_else(|| garbled("no part of a disk"))?;
+                let image = known(images, unit)?;
                 image.read(unit, &mut content).map_err(failed)?;
                 item.extend(digest(&content, seed));
             }
@@ -154,19 +150,20 @@ fn take_units(
                 .split_first()
                 .ok_or_else(|| garbled("no part of a disk"))?;
             rest = behind;
-            let image = image_of(images, unit).ok_or_else(|| garbled("no part of a disk"))?;
+            let image = known(images, unit)?;
             let range = image.range(unit).unwrap_or_default();
             let length = (range.end - range.start) as usize;
-            if *follows == Follows::Content as u8 {
-                let split = rest.split_at_checked(length);
-                let (content, behind) =
-                    split.ok_or_else(|| garbled("a part of a disk that is too short"))?;
-                rest = behind;
-                given.take(unit, content);
-            } else if *follows == Follows::Zeros as u8 {
-                given.take(unit, &[0; BLOCK as usize][..length]);
-            } else if *follows != Follows::Nothing as u8 {
-                return Err(garbled(&format!("a part of a disk of kind {follows}")));
+            match Follows::of(*follows) {
+                Some(Follows::Content) => {
+                    let split = rest.split_at_checked(length);
+                    let (content, behind) =
+                        split.ok_or_else(|| garbled("a part of a disk that is too short"))?;
+                    rest = behind;
+                    given.take(unit, content);
+                }
+                Some(Follows::Zeros) => given.take(unit, &[0; BLOCK as usize][..length]),
+                Some(Follows::Nothing) => {}
+                None => return Err(garbled(&format!("a part of a disk of kind {follows}"))),
             }
         }
     }

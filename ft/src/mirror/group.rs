@@ -11,9 +11,10 @@
 use std::io::{self, Write};
 
 use tandem_vmm::migration::MigrationError;
-use tandem_vmm::migration::frame::{self, DISK_PAYLOAD_MAX, HEADER_SIZE, Kind};
+use tandem_vmm::migration::frame::{self, DISK_PAYLOAD_MAX, Kind};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::source::framed;
 use super::{BLOCK, BLOCK_SECTORS, COPIED_BLOCKS, Extent, Image, image_of};
 use crate::delta::varint;
 
@@ -158,7 +159,7 @@ impl<'a, W: Write> List<'a, W> {
 
     fn send(&mut self) -> Result<(), MigrationError> {
         frame::send(self.link, self.kind, &self.payload)?;
-        self.wire += (HEADER_SIZE + self.payload.len()) as u64;
+        self.wire += framed(self.payload.len());
         self.payload.truncate(1);
         Ok(())
     }

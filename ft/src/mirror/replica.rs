@@ -167,7 +167,7 @@ fn fetch(
     let mut taken = Ok(());
     for extent in wanted {
         expect(link, Kind::Blocks, &mut payload)?;
-        let image = image_of(images, *extent).ok_or_else(|| garbled("no part of a disk"))?;
+        let image = known(images, *extent)?;
         let content = content_of(&payload, image, *extent)?;
         // The primary listens when it has sent all.
         if taken.is_ok() {
@@ -203,10 +203,7 @@ fn compare(
             return Err(garbled("half a digest"));
         };
         told += parts.len();
-        if told > PARTS_MAX {
-            let what = format!("digests of {told} parts of disks; allowed are {PARTS_MAX} at once");
-            return Err(garbled(&what));
-        }
+        expect_few(told)?;
         for part in parts {
             let Some((extent, theirs)) = part.split_first_chunk() else {
                 return Err(garbled("half a digest"));
@@ -226,6 +223,20 @@ fn compare(
     let own = own.iter();
     wanted.extend(own.flat_map(|(disk, blocks)| extents(*disk, blocks, WRITTEN_BLOCKS)));
     Ok(wanted)
+}
+
+/// So many parts may be told of at once.
+pub(super) fn expect_few(told: usize) -> Result<(), ProtectionError> {
+    if told <= PARTS_MAX {
+        return Ok(());
+    }
+    let what = format!("digests of {told} parts of disks; allowed are {PARTS_MAX} at once");
+    Err(garbled(&what))
+}
+
+/// The image of what this side found to be a part of a disk.
+pub(super) fn known(images: &[Image], extent: Extent) -> Result<&Image, ProtectionError> {
+    image_of(images, extent).ok_or_else(|| garbled("no part of a disk"))
 }
 
 /// What the primary told of need not be asked for again.
@@ -312,7 +323,7 @@ impl Staging {
     pub(crate) fn apply(&mut self, images: &[Image]) -> Result<(), ProtectionError> {
         let mut content = Vec::new();
         for (extent, at) in &self.parts {
-            let image = image_of(images, *extent).ok_or_else(|| garbled("no part of a disk"))?;
+            let image = known(images, *extent)?;
             let range = image.range(*extent).unwrap_or_default();
             content.resize((range.end - range.start) as usize, 0);
             self.file.read_exact_at(&mut content, *at).map_err(failed)?;

@@ -53,7 +53,7 @@ impl Traffic {
 }
 
 /// Bytes of a frame.
-fn framed(payload: usize) -> u64 {
+pub(super) fn framed(payload: usize) -> u64 {
     (frame::HEADER_SIZE + payload) as u64
 }
 
@@ -169,13 +169,19 @@ fn hear_wanted(
                 let what = extent.unknown(images);
                 return Err(garbled(format!("a wish for {what}")));
             }
-            if wanted.len() == PARTS_MAX {
-                let what = format!("a wish for more than {PARTS_MAX} parts of disks");
-                return Err(garbled(what));
-            }
+            expect_few(wanted.len())?;
             wanted.push(extent);
         }
     }
+}
+
+/// One more part may be wished for besides so many.
+pub(super) fn expect_few(wanted: usize) -> Result<(), ProtectionError> {
+    if wanted < PARTS_MAX {
+        return Ok(());
+    }
+    let what = format!("a wish for more than {PARTS_MAX} parts of disks");
+    Err(garbled(what))
 }
 
 /// Sends a part: what it is, and its content, which is nothing for zeros.

@@ -7,8 +7,8 @@ use tandem_vmm::migration::frame::{self, DISK_PAYLOAD_MAX, Kind};
 
 use super::asking::Item;
 use super::group::{self, DIGEST, List};
-use super::source::{Traffic, garbled, read, unreadable};
-use super::{Extent, Image, PARTS_MAX, digest, image_of, is_zero};
+use super::source::{Traffic, expect_few, framed, garbled, read, unreadable};
+use super::{Extent, Image, digest, image_of, is_zero};
 use crate::runtime::ProtectionError;
 
 /// What follows of a unit.
@@ -21,6 +21,13 @@ pub(super) enum Follows {
     Zeros = 1,
     /// Its content.
     Content = 2,
+}
+
+impl Follows {
+    pub(super) fn of(number: u8) -> Option<Self> {
+        let all = [Self::Nothing, Self::Zeros, Self::Content];
+        all.into_iter().find(|follows| *follows as u8 == number)
+    }
 }
 
 /// A unit that the other side asked about, and whether it has it otherwise.
@@ -82,33 +89,42 @@ fn hear_wanted(
             Kind::WantedBlocks => {}
             kind => return Err(garbled(format!("{kind:?} instead of what it wants"))),
         }
-        traffic.wishes += (frame::HEADER_SIZE + payload.len()) as u64;
+        traffic.wishes += framed(payload.len());
         let list = group::items(&payload);
         let (mut items, last) = list.ok_or_else(|| garbled("no list of wishes".into()))?;
-        while let Some((kind, rest)) = items.split_first() {
-            items = rest;
-            let kind = Item::of(*kind).ok_or_else(|| garbled(format!("a wish of kind {kind}")))?;
-            let group = group::decode(&mut items, images);
-            let group = group.map_err(|what| garbled(format!("a wish for {what}")))?;
-            for unit in group.iter().copied().flat_map(group::units) {
-                if wanted.len() == PARTS_MAX {
-                    let what = format!("a wish for more than {PARTS_MAX} parts of disks");
-                    return Err(garbled(what));
-                }
-                let differs = match kind {
-                    Item::Own => true,
-                    Item::Differs => {
-                        read(images, unit, &mut content)?;
-                        digest(&content, seed) != take_digest(&mut items)?
-                    }
-                };
-                wanted.push((unit, differs));
-            }
+        while !items.is_empty() {
+            take_wish(&mut items, images, seed, &mut content, &mut wanted)?;
         }
         if last {
             return Ok(wanted);
         }
     }
+}
+
+/// Takes the first wish of `items`: adds its units to `wanted`. `content` is room to read them.
+fn take_wish(
+    items: &mut &[u8],
+    images: &[Image],
+    seed: u64,
+    content: &mut Vec<u8>,
+    wanted: &mut Vec<Wanted>,
+) -> Result<(), ProtectionError> {
+    let kind = items.split_off_first().copied().unwrap_or_default();
+    let kind = Item::of(kind).ok_or_else(|| garbled(format!("a wish of kind {kind}")))?;
+    let group = group::decode(items, images);
+    let group = group.map_err(|what| garbled(format!("a wish for {what}")))?;
+    for unit in group.iter().copied().flat_map(group::units) {
+        expect_few(wanted.len())?;
+        let differs = match kind {
+            Item::Own => true,
+            Item::Differs => {
+                read(images, unit, content)?;
+                digest(content, seed) != take_digest(items)?
+            }
+        };
+        wanted.push((unit, differs));
+    }
+    Ok(())
 }
 
 fn take_digest(items: &mut &[u8]) -> Result<[u8; DIGEST], ProtectionError> {
@@ -128,7 +144,7 @@ fn send_units(
     let (mut payload, mut content) = (Vec::new(), Vec::new());
     let mut send = |payload: &mut Vec<u8>| -> Result<(), MigrationError> {
         frame::send(link, Kind::Blocks, payload)?;
-        traffic.parts += (frame::HEADER_SIZE + payload.len()) as u64;
+        traffic.parts += framed(payload.len());
         payload.clear();
         Ok(())
     };
