@@ -441,6 +441,11 @@ impl Guest {
         rustix::process::kill_process(pid, signal).expect("the VMM runs");
     }
 
+    /// Ends the VMM as the end of its host would.
+    pub fn kill(self) {
+        self.signal(rustix::process::Signal::KILL);
+    }
+
     /// Whether the VMM still runs.
     pub fn runs(&mut self) -> bool {
         self.started.child.try_wait().unwrap().is_none()
@@ -559,7 +564,7 @@ impl Guest {
             }
             if Instant::now() > deadline {
                 self.console_lines();
-                panic!("the guest runs on: {:#?}", self.seen);
+                panic!("the guest runs on: {:#?} {}", self.seen, self.log());
             }
             std::thread::sleep(Duration::from_millis(2));
         };
@@ -624,11 +629,17 @@ impl Ended {
 
     /// Asserts the exit code, and that every one of `texts` was said on standard error.
     pub fn assert_error(&self, code: i32, texts: &[&str]) -> &Self {
-        let all = self.messages.join("\n");
         assert_eq!(self.code(), Some(code), "{self:#?}");
         for text in texts {
-            assert!(all.contains(text), "no `{text}`: {self:#?}");
+            self.assert_said(text);
         }
+        self
+    }
+
+    /// Asserts that `text` was said on standard error.
+    pub fn assert_said(&self, text: &str) -> &Self {
+        let said = self.messages.join("\n");
+        assert!(said.contains(text), "no `{text}`: {self:#?}");
         self
     }
 }

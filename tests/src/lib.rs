@@ -6,6 +6,7 @@
     reason = "tests fail by panicking"
 )]
 
+pub mod disk;
 pub mod emulated;
 pub mod guest;
 pub mod hosts;
@@ -16,4 +17,5 @@ pub mod network;
 pub mod pair;
 pub mod rounds;
 pub mod skip;
+pub mod stored;
 pub mod trace;

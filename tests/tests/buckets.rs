@@ -9,11 +9,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
-use serde_json::Value;
 use tandem_store::testing::S3Server;
+use tandem_tests::disk::expect_sound;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
 use tandem_tests::images;
 use tandem_tests::skip::{self, Need, must_skip};
+use tandem_tests::stored::{wait_checkpoints, wait_completed};
 
 /// The store.
 const STORE: &str = "s3://bucket/some/prefix";
@@ -56,29 +57,6 @@ fn resumed(server: &S3Server) -> GuestBuilder {
     reached(server, GuestBuilder::resumed(Path::new(STORE)))
 }
 
-/// Waits until the guest's checkpoints are as `wanted`.
-fn wait_checkpoints(guest: &Guest, wanted: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let status = guest.protection().unwrap_or_default();
-        let found = &status["checkpoints"];
-        if found.is_object() && wanted(found) {
-            return found.clone();
-        }
-        assert!(Instant::now() < deadline, "{found} {}", guest.log());
-        std::thread::sleep(LOOK);
-    }
-}
-
-fn made(checkpoints: &Value) -> u64 {
-    checkpoints["completed"].as_u64().unwrap()
-}
-
-fn kill(guest: Guest) {
-    guest.signal(Signal::KILL);
-    drop(guest);
-}
-
 /// The process that speaks to the bucket for a guest's VMM.
 fn speaker(guest: &Guest) -> Pid {
     let path = format!("/proc/{0}/task/{0}/children", guest.pid());
@@ -97,11 +75,6 @@ fn status(process: Pid) -> BTreeMap<String, String> {
     lines
         .map(|(key, value)| (key.to_owned(), value.trim().to_owned()))
         .collect()
-}
-
-fn expect_sound(guest: &mut Guest) {
-    let line = guest.wait_for("errors=");
-    assert!(line.contains("errors=0"), "{line}");
 }
 
 #[test]
@@ -123,13 +96,13 @@ fn a_confined_guest_goes_on_from_a_bucket_with_its_disk() {
     let mut guest = guest.arg("--disk").arg(flag(0)).start();
     guest.wait_for("disk: ready");
     for host in [1, 2] {
-        wait_checkpoints(&guest, |checkpoints| made(checkpoints) > 2);
+        wait_completed(&guest, 3);
         expect_sound(&mut guest);
-        kill(guest);
+        guest.kill();
         guest = resumed(&server).arg("--disk").arg(flag(host)).start();
         expect_sound(&mut guest);
     }
-    let last = wait_checkpoints(&guest, |checkpoints| made(checkpoints) > 0);
+    let last = wait_completed(&guest, 1);
     assert_eq!(last["term"], 3);
 }
 
@@ -139,7 +112,7 @@ fn who_speaks_to_a_bucket_is_confined_and_ends_with_its_vmm() {
         return;
     };
     let guest = stored(&server, "hello", "stay").start();
-    wait_checkpoints(&guest, |checkpoints| made(checkpoints) > 0);
+    wait_completed(&guest, 1);
     let speaker = speaker(&guest);
     let found = status(speaker);
     assert_eq!((&*found["NoNewPrivs"], &*found["Seccomp"]), ("1", "2"));
@@ -155,7 +128,7 @@ fn who_speaks_to_a_bucket_is_confined_and_ends_with_its_vmm() {
             "{target}"
         );
     }
-    kill(guest);
+    guest.kill();
     let deadline = Instant::now() + PATIENCE;
     while test_kill_process(speaker).is_ok() {
         assert!(Instant::now() < deadline, "it outlives its VMM");
@@ -170,7 +143,7 @@ fn a_guest_goes_on_when_who_speaks_to_its_bucket_has_ended() {
     };
     let mut guest = stored(&server, "spin", "iters=0 report=20").start();
     guest.wait_for("spin: ready");
-    wait_checkpoints(&guest, |checkpoints| made(checkpoints) > 0);
+    wait_completed(&guest, 1);
     kill_process(speaker(&guest), Signal::KILL).unwrap();
     let failing = wait_checkpoints(&guest, |checkpoints| !checkpoints["failing"].is_null());
     let why = failing["failing"].as_str().unwrap();
@@ -179,8 +152,8 @@ fn a_guest_goes_on_when_who_speaks_to_its_bucket_has_ended() {
     guest.wait_for("sum");
     let events = guest.succeed(&["events", "guest"]);
     assert!(events.contains("checkpoint-failed"), "{events}");
-    kill(guest);
+    guest.kill();
     let mut guest = resumed(&server).start();
     guest.wait_for("sum");
-    wait_checkpoints(&guest, |checkpoints| made(checkpoints) > 0);
+    wait_completed(&guest, 1);
 }

@@ -20,10 +20,12 @@ use protection::clients::{KV, Kv, Load, NATIVE};
 use protection::history::Recording;
 use rustix::process::Signal;
 use serde_json::Value;
+use tandem_tests::disk::expect_sound;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
 use tandem_tests::network::{CMDLINE, GUEST, Network};
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
+use tandem_tests::stored::{completed, wait_checkpoints, wait_completed, winner};
 use tempfile::TempDir;
 
 /// How often the guest's host is lost.
@@ -71,7 +73,7 @@ impl Shared {
         let guest = guest.arg("--checkpoint").arg(self.store());
         let mut guest = how.iter().fold(guest, GuestBuilder::arg).start();
         guest.wait_for("kv: ready");
-        wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 0);
+        wait_completed(&guest, 1);
         guest
     }
 
@@ -109,28 +111,6 @@ impl Shared {
     }
 }
 
-fn checkpoints(guest: &Guest) -> Option<Value> {
-    let status = guest.protection()?;
-    status.get("checkpoints").cloned()
-}
-
-fn completed(checkpoints: &Value) -> u64 {
-    checkpoints["completed"].as_u64().unwrap()
-}
-
-/// Waits until the guest's checkpoints are as `wanted`.
-fn wait_checkpoints(guest: &Guest, wanted: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let found = checkpoints(guest);
-        if let Some(found) = found.as_ref().filter(|found| wanted(found)) {
-            return found.clone();
-        }
-        assert!(Instant::now() < deadline, "{found:?} {}", guest.log());
-        std::thread::sleep(LOOK);
-    }
-}
-
 /// Checkpoints that the primary of a pair has made.
 fn made_by_primary(pair: &mut Pair) -> u64 {
     completed(&pair.wait_status(Side::Primary, |_| true)["checkpoints"])
@@ -143,26 +123,6 @@ fn wait_stored(pair: &mut Pair) {
     pair.wait_status(Side::Secondary, |status| count(status) > before.or(Some(0)));
 }
 
-/// Waits until a guest that goes on makes checkpoints.
-fn wait_resumed(guest: &Guest) {
-    wait_checkpoints(guest, |checkpoints| completed(checkpoints) > 0);
-}
-
-fn kill(guest: Guest) {
-    guest.signal(Signal::KILL);
-    drop(guest);
-}
-
-fn wait_end(mut guest: Guest) -> (Option<i32>, String) {
-    let deadline = Instant::now() + PATIENCE;
-    while guest.runs() {
-        assert!(Instant::now() < deadline, "{}", guest.log());
-        std::thread::sleep(LOOK);
-    }
-    let ended = guest.wait();
-    (ended.code(), ended.messages.join("\n"))
-}
-
 #[test]
 fn with_commit_nothing_that_clients_were_told_is_lost_or_contradicted() {
     if cannot_run() {
@@ -173,10 +133,10 @@ fn with_commit_nothing_that_clients_were_told_is_lost_or_contradicted() {
     let recording = Recording::start(&shared.network);
     let load = Load::start(&shared.network, KV, NATIVE);
     for number in 0..KILLS {
-        kill(guest);
+        guest.kill();
         let killed = Instant::now();
         guest = shared.resume(&[]);
-        wait_resumed(&guest);
+        wait_completed(&guest, 1);
         println!(
             "kill {number}: checkpoints again after {:?}",
             killed.elapsed()
@@ -201,9 +161,9 @@ fn without_commit_no_more_is_lost_than_what_came_after_the_last_checkpoint() {
     for _ in 0..3 {
         let told = count_up(&shared.network, LATE + Duration::from_millis(300));
         let killed = Instant::now();
-        kill(guest);
+        guest.kill();
         guest = shared.resume(&[]);
-        wait_resumed(&guest);
+        wait_completed(&guest, 1);
         let found = counted(&shared.network);
         let early = told.iter().filter(|(_, at)| *at + LATE < killed);
         least = early.map(|(count, _)| *count).max().unwrap_or(least);
@@ -247,7 +207,7 @@ fn when_both_hosts_of_a_pair_are_lost_a_third_goes_on() {
         Side::BOTH.into_iter().for_each(|side| pair.kill(side));
         drop(pair);
         let guest = shared.resume(&[]);
-        wait_resumed(&guest);
+        wait_completed(&guest, 1);
         expect_counted(&shared.network, &told, lost);
     }
 }
@@ -270,7 +230,7 @@ fn who_takes_over_goes_on_with_checkpoints_and_so_does_its_new_copy() {
     pair.kill(Side::Secondary);
     drop(pair);
     let guest = shared.resume(&[]);
-    wait_resumed(&guest);
+    wait_completed(&guest, 1);
     expect_counted(&shared.network, &told, lost);
 }
 
@@ -289,7 +249,7 @@ fn a_primary_that_lost_its_copy_makes_checkpoints_itself() {
     });
     pair.kill(Side::Primary);
     drop(pair);
-    wait_resumed(&shared.resume(&[]));
+    wait_completed(&shared.resume(&[]), 1);
 }
 
 #[test]
@@ -301,7 +261,7 @@ fn who_resumes_a_guest_of_a_pair_that_lives_has_it_alone() {
     // Long before the next checkpoint would find out.
     let mut pair = shared.serve_pair(&["--every", "60m"]);
     let new = shared.resume(&[]);
-    wait_resumed(&new);
+    wait_completed(&new, 1);
     // Whoever finds out first tells the other, or leaves it to find out.
     Side::BOTH.into_iter().for_each(|side| pair.wait_end(side));
     let said = Side::BOTH.map(|side| pair.side(side).messages().join("\n"));
@@ -318,10 +278,8 @@ fn an_owner_finds_out_between_checkpoints_that_another_has_the_guest() {
     let mut shared = Shared::new();
     let old = shared.serve(&["--every", "60m"]);
     let new = shared.resume(&[]);
-    wait_resumed(&new);
-    let (code, said) = wait_end(old);
-    assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("goes on elsewhere"), "{said}");
+    wait_completed(&new, 1);
+    old.wait().assert_success().assert_said("goes on elsewhere");
 }
 
 #[test]
@@ -392,9 +350,9 @@ fn disks_are_what_they_were_at_the_checkpoint() {
     guest.wait_for("disk: ready");
     // Each time on another host, where there is no image yet, and at last where it was before.
     for host in [1, 2, 0] {
-        wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 3);
+        wait_completed(&guest, 4);
         expect_sound(&mut guest);
-        kill(guest);
+        guest.kill();
         guest = GuestBuilder::resumed(&store)
             .arg("--disk")
             .arg(flag(host))
@@ -404,50 +362,15 @@ fn disks_are_what_they_were_at_the_checkpoint() {
     expect_sound(&mut guest);
 }
 
-/// Waits until a guest with a disk has done more, and found nothing wrong.
-fn expect_sound(guest: &mut Guest) {
-    let line = guest.wait_for("errors=");
-    assert!(line.contains("errors=0"), "{line}");
-    let wrong = |line: &&String| {
-        ["CORRUPT", "FAILED", "PANIC"]
-            .iter()
-            .any(|w| line.contains(w))
-    };
-    let found = guest.console_seen().iter().find(wrong);
-    assert_eq!(found, None);
-}
-
 #[test]
 fn of_two_that_resume_a_guest_one_has_it() {
     if cannot_run() {
         return;
     }
     let mut shared = Shared::new();
-    kill(shared.serve(&["--every", "50ms"]));
-    let mut both = [shared.resume(&[]), shared.resume(&[])];
-    let deadline = Instant::now() + PATIENCE;
-    let winner = loop {
-        let run = both.each_mut().map(Guest::runs);
-        match run {
-            [true, false] => break 0,
-            [false, true] => break 1,
-            [true, true] if Instant::now() < deadline => std::thread::sleep(LOOK),
-            run => panic!("{run:?} {} {}", both[0].log(), both[1].log()),
-        }
-    };
-    let [first, second] = both;
-    let (winner, loser) = match winner {
-        0 => (first, second),
-        _ => (second, first),
-    };
-    let (_, said) = wait_end(loser);
-    let lost = [
-        "was taken by",
-        "goes on elsewhere",
-        "does not count any more",
-    ];
-    assert!(lost.iter().any(|text| said.contains(text)), "{said}");
-    wait_resumed(&winner);
+    shared.serve(&["--every", "50ms"]).kill();
+    let winner = winner([shared.resume(&[]), shared.resume(&[])]);
+    wait_completed(&winner, 1);
     let connection = shared.network.connect(KV.port);
     let said = Kv::new(&connection).ask(&["SET", "key", "value"]).unwrap();
     assert_eq!(said.as_deref(), Some("OK"));
@@ -464,12 +387,10 @@ fn an_owner_that_wakes_up_later_ends_and_harms_nothing() {
     let load = Load::start(&shared.network, KV, NATIVE);
     old.signal(Signal::STOP);
     let new = shared.resume(&[]);
-    wait_resumed(&new);
+    wait_completed(&new, 1);
     load.expect_progress();
     old.signal(Signal::CONT);
-    let (code, said) = wait_end(old);
-    assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("goes on elsewhere"), "{said}");
+    old.wait().assert_success().assert_said("goes on elsewhere");
     load.expect_progress();
     recording.finish().expect_linearizable();
     load.finish();
@@ -491,7 +412,7 @@ fn neighbours_learn_where_a_resumed_guest_is_before_it_says_anything() {
     wait_checkpoints(&guest, |checkpoints| {
         completed(checkpoints) > completed(&seen) + 1
     });
-    kill(guest);
+    guest.kill();
     let elsewhere = "02:00:00:00:00:99";
     let words = format!("neigh replace {GUEST} lladdr {elsewhere} dev br0 nud stale");
     let words: Vec<&str> = words.split(' ').collect();
@@ -522,19 +443,19 @@ fn a_damaged_checkpoint_is_passed_over() {
     }
     let mut shared = Shared::new();
     let guest = shared.serve(&["--every", "50ms"]);
-    wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 2);
-    kill(guest);
+    wait_completed(&guest, 3);
+    guest.kill();
     let newest = shared.files("checkpoints", "").pop().unwrap();
     flip_middle(&newest);
     let mut guest = shared.resume(&[]);
-    wait_resumed(&guest);
+    wait_completed(&guest, 1);
     let said = guest.messages().join("\n");
     assert!(said.contains("passed over, as it is damaged"), "{said}");
-    kill(guest);
+    guest.kill();
     // What pages need is found to be damaged when it is read.
     flip_middle(&shared.files("objects", ".pack").pop().unwrap());
     let mut guest = shared.resume(&["--eager"]);
-    wait_resumed(&guest);
+    wait_completed(&guest, 1);
     let said = guest.messages().join("\n");
     assert!(said.contains("passed over, as it is damaged"), "{said}");
 }
@@ -558,7 +479,7 @@ fn a_guest_runs_on_while_its_store_is_away() {
     let guest = guest.arg("--checkpoint").arg(&store);
     let mut guest = guest.arg("--every").arg("20ms").start();
     guest.wait_for("spin: ready");
-    wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 0);
+    wait_completed(&guest, 1);
     let away = directory.path().join("away");
     fs::rename(&store, &away).unwrap();
     let failing = wait_checkpoints(&guest, |checkpoints| !checkpoints["failing"].is_null());
@@ -607,8 +528,8 @@ fn a_guest_that_was_lost_begins_anew_only_if_that_is_said() {
     };
     let mut guest = run(&["--every", "20ms"]);
     guest.wait_for("hello: ready");
-    wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 0);
-    kill(guest);
+    wait_completed(&guest, 1);
+    guest.kill();
     run(&[])
         .wait()
         .assert_error(1, &["has checkpoints in", "--anew"]);

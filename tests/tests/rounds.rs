@@ -21,11 +21,12 @@ use std::time::{Duration, Instant};
 use protection::clients::{KV, Kv, Load, NATIVE};
 use protection::history::Recording;
 use rustix::process::Signal;
-use serde_json::Value;
-use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::disk::expect_sound;
+use tandem_tests::guest::{Guest, GuestBuilder};
 use tandem_tests::network::{CMDLINE, Network};
 use tandem_tests::rounds::rounds;
 use tandem_tests::skip::{Need, must_skip};
+use tandem_tests::stored::{wait_checkpoints, wait_completed, winner};
 use tempfile::TempDir;
 
 /// Taps that hosts have in turn: a host that was lost a few rounds ago surely let go of its own.
@@ -40,8 +41,6 @@ const INTERVAL: Duration = Duration::from_millis(100);
 const LATE: Duration = Duration::from_secs(5);
 /// What the age of a checkpoint is rounded by, and what it takes to tell it.
 const ROUNDED: Duration = Duration::from_millis(2);
-/// Pause before something is looked at again.
-const LOOK: Duration = Duration::from_millis(5);
 
 /// How a guest's owner is lost.
 #[derive(Clone, Copy, Debug)]
@@ -87,7 +86,7 @@ impl Shared {
         let guest = guest.arg("--checkpoint").arg(self.store.path());
         let mut guest = how.iter().fold(guest, GuestBuilder::arg).start();
         guest.wait_for("kv: ready");
-        wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 0);
+        wait_completed(&guest, 1);
         guest
     }
 
@@ -112,91 +111,27 @@ impl Shared {
     fn lose(&mut self, guest: Guest, loss: Loss) -> Guest {
         match loss {
             Loss::Killed => {
-                kill(guest);
+                guest.kill();
                 let guest = self.resume();
-                wait_resumed(&guest);
+                wait_completed(&guest, 1);
                 guest
             }
             Loss::Raced => {
-                kill(guest);
+                guest.kill();
                 let guest = winner([self.resume(), self.resume()]);
-                wait_resumed(&guest);
+                wait_completed(&guest, 1);
                 guest
             }
             Loss::Woken => {
                 guest.signal(Signal::STOP);
                 let next = self.resume();
-                wait_resumed(&next);
+                wait_completed(&next, 1);
                 guest.signal(Signal::CONT);
-                let said = wait_end(guest);
-                assert!(said.contains("goes on elsewhere"), "{said}");
+                guest.wait().assert_said("goes on elsewhere");
                 next
             }
         }
     }
-}
-
-/// Which of two that resume one guest has it; the other ends by itself.
-fn winner(mut both: [Guest; 2]) -> Guest {
-    let deadline = Instant::now() + PATIENCE;
-    let first_won = loop {
-        match both.each_mut().map(Guest::runs) {
-            [true, false] => break true,
-            [false, true] => break false,
-            [true, true] if Instant::now() < deadline => std::thread::sleep(LOOK),
-            run => panic!("{run:?} {} {}", both[0].log(), both[1].log()),
-        }
-    };
-    let [first, second] = both;
-    let (winner, loser) = match first_won {
-        true => (first, second),
-        false => (second, first),
-    };
-    let said = wait_end(loser);
-    let lost = [
-        "was taken by",
-        "goes on elsewhere",
-        "does not count any more",
-    ];
-    assert!(lost.iter().any(|text| said.contains(text)), "{said}");
-    winner
-}
-
-fn completed(checkpoints: &Value) -> u64 {
-    checkpoints["completed"].as_u64().unwrap()
-}
-
-/// Waits until the guest's checkpoints are as `wanted`.
-fn wait_checkpoints(guest: &Guest, wanted: impl Fn(&Value) -> bool) -> Value {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let status = guest.protection().unwrap_or_default();
-        let found = &status["checkpoints"];
-        if found.is_object() && wanted(found) {
-            return found.clone();
-        }
-        assert!(Instant::now() < deadline, "{found} {}", guest.log());
-        std::thread::sleep(LOOK);
-    }
-}
-
-fn wait_resumed(guest: &Guest) {
-    wait_checkpoints(guest, |checkpoints| completed(checkpoints) > 0);
-}
-
-fn kill(guest: Guest) {
-    guest.signal(Signal::KILL);
-    drop(guest);
-}
-
-/// What a guest's process said that ended by itself.
-fn wait_end(mut guest: Guest) -> String {
-    let deadline = Instant::now() + PATIENCE;
-    while guest.runs() {
-        assert!(Instant::now() < deadline, "{}", guest.log());
-        std::thread::sleep(LOOK);
-    }
-    guest.wait().messages.join("\n")
 }
 
 fn cannot_run() -> bool {
@@ -241,10 +176,10 @@ fn without_commit_no_round_loses_more_than_came_after_the_last_checkpoint() {
         let looked = Instant::now();
         let last = wait_checkpoints(&guest, |checkpoints| checkpoints["age_ms"].is_u64());
         let age = Duration::from_millis(last["age_ms"].as_u64().unwrap());
-        kill(guest);
+        guest.kill();
         let killed = Instant::now();
         guest = shared.resume();
-        wait_resumed(&guest);
+        wait_completed(&guest, 1);
         let found = counted(&shared.network);
         // What it stood for then is complete, and perhaps more is.
         let kept = |at: &Instant| *at + age + ROUNDED < looked;
@@ -300,9 +235,9 @@ fn in_no_round_a_disk_is_another_than_its_guest_wrote() {
     let mut guest = guest.arg("--disk").arg(flag(0)).start();
     guest.wait_for("disk: ready");
     for round in 0..rounds(4) {
-        wait_checkpoints(&guest, |checkpoints| completed(checkpoints) > 2);
+        wait_completed(&guest, 3);
         expect_sound(&mut guest);
-        kill(guest);
+        guest.kill();
         // In every other round its console waits for checkpoints too.
         let commit = format!("--commit={}", round % 2 == 1);
         let guest_again = GuestBuilder::resumed(&store).arg("--disk");
@@ -310,14 +245,4 @@ fn in_no_round_a_disk_is_another_than_its_guest_wrote() {
         expect_sound(&mut guest);
         println!("disk, round {round}");
     }
-}
-
-/// Waits until a guest with a disk has done more, and found nothing wrong.
-fn expect_sound(guest: &mut Guest) {
-    guest.console_lines();
-    let line = guest.wait_for("errors=");
-    assert!(line.contains("errors=0"), "{line}");
-    let wrong = ["CORRUPT", "FAILED", "PANIC"];
-    let is_wrong = |line: &&String| wrong.iter().any(|w| line.contains(w));
-    assert_eq!(guest.console_seen().iter().find(is_wrong), None);
 }

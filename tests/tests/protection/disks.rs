@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
+use tandem_tests::disk::expect_no_flaw;
 use tandem_tests::guest::{Ended, Guest, GuestBuilder, PATIENCE};
 use tandem_tests::images::optional;
 use tandem_tests::network::{CMDLINE, Network};
@@ -182,12 +183,7 @@ pub(super) fn expect_reports(guest: &mut Guest) {
 pub(super) fn kill(guest: Guest) -> Ended {
     guest.signal(Signal::KILL);
     let ended = guest.wait();
-    let flaw = |line: &&String| {
-        ["CORRUPT", "FAILED", "PANIC"]
-            .iter()
-            .any(|w| line.contains(w))
-    };
-    assert_eq!(ended.console.iter().find(flaw), None, "{ended:#?}");
+    expect_no_flaw(&ended.console);
     ended
 }
 

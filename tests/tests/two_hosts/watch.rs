@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use tandem_tests::disk::FLAWS;
 use tandem_tests::guest::PATIENCE;
 use tandem_tests::network::Network;
 
@@ -250,8 +251,7 @@ impl Said {
 fn has_flaw(line: &str) -> bool {
     let mut counts = line.split("errors=").skip(1);
     let wrong = counts.any(|rest| rest.starts_with(|c: char| c.is_ascii_digit() && c != '0'));
-    let words = ["CORRUPT", "FAILED", "PANIC"];
-    wrong || words.iter().any(|word| line.contains(word))
+    wrong || FLAWS.iter().any(|flaw| line.contains(flaw))
 }
 
 /// A console that grows.
