@@ -12,6 +12,7 @@ pub mod guest;
 pub mod hosts;
 pub mod images;
 pub mod keys;
+pub mod kv;
 pub mod link;
 pub mod network;
 pub mod pair;

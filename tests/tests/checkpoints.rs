@@ -16,12 +16,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use protection::clients::{KV, Kv, Load, NATIVE};
+use protection::clients::{KV, Load, NATIVE};
 use protection::history::Recording;
 use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::disk::expect_sound;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::kv::{Kv, count_up, counted};
 use tandem_tests::network::{CMDLINE, GUEST, Network};
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
@@ -172,13 +173,6 @@ fn without_commit_no_more_is_lost_than_what_came_after_the_last_checkpoint() {
     }
 }
 
-/// What the guest has counted up to.
-fn counted(network: &Network) -> u64 {
-    let connection = network.connect(KV.port);
-    let found = Kv::new(&connection).ask(&["GET", "count"]).unwrap();
-    found.map_or(0, |text| text.parse().unwrap())
-}
-
 /// Fails if what a guest says that goes on is not what it was `told` before it was `lost`, or not long before.
 fn expect_counted(network: &Network, told: &[(u64, Instant)], lost: Instant) {
     let found = counted(network);
@@ -314,19 +308,6 @@ fn disks_of_a_pair_are_what_they_were_at_the_checkpoint() {
         .start();
     expect_sound(&mut guest);
     expect_sound(&mut guest);
-}
-
-/// Counts up for a while; what the guest said, and when.
-fn count_up(network: &Network, time: Duration) -> Vec<(u64, Instant)> {
-    let connection = network.connect(KV.port);
-    let mut kv = Kv::new(&connection);
-    let end = Instant::now() + time;
-    let mut told = Vec::new();
-    while Instant::now() < end {
-        let count = kv.ask(&["INCR", "count"]).unwrap().unwrap();
-        told.push((count.parse().unwrap(), Instant::now()));
-    }
-    told
 }
 
 #[test]

@@ -24,10 +24,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use protection::clients::{Chance, ECHO, HTTP, KV, Kv, Load, NATIVE, Service};
+use protection::clients::{Chance, ECHO, HTTP, KV, Load, NATIVE, Service};
 use protection::history;
 use tandem_tests::guest::{GuestBuilder, PATIENCE};
 use tandem_tests::keys::Authority;
+use tandem_tests::kv::Kv;
 use tandem_tests::link::Direction;
 use tandem_tests::network::{CMDLINE, GUEST, Network};
 use tandem_tests::pair::{Pair, Side, TCP_HOST};

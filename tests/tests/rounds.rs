@@ -18,11 +18,12 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use protection::clients::{KV, Kv, Load, NATIVE};
+use protection::clients::{KV, Load, NATIVE};
 use protection::history::Recording;
 use rustix::process::Signal;
 use tandem_tests::disk::expect_sound;
 use tandem_tests::guest::{Guest, GuestBuilder};
+use tandem_tests::kv::{count_up, counted};
 use tandem_tests::network::{CMDLINE, Network};
 use tandem_tests::rounds::rounds;
 use tandem_tests::skip::{Need, must_skip};
@@ -193,26 +194,6 @@ fn without_commit_no_round_loses_more_than_came_after_the_last_checkpoint() {
         lost_most = lost_most.max(lost);
         println!("loss, round {round}: {lost:?}, at most so far {lost_most:?}");
     }
-}
-
-/// What the guest has counted up to.
-fn counted(network: &Network) -> u64 {
-    let connection = network.connect(KV.port);
-    let found = Kv::new(&connection).ask(&["GET", "count"]).unwrap();
-    found.map_or(0, |text| text.parse().unwrap())
-}
-
-/// Counts up for a while; what the guest said, and when.
-fn count_up(network: &Network, time: Duration) -> Vec<(u64, Instant)> {
-    let connection = network.connect(KV.port);
-    let mut kv = Kv::new(&connection);
-    let end = Instant::now() + time;
-    let mut told = Vec::new();
-    while Instant::now() < end {
-        let count = kv.ask(&["INCR", "count"]).unwrap().unwrap();
-        told.push((count.parse().unwrap(), Instant::now()));
-    }
-    told
 }
 
 #[test]

@@ -9,10 +9,11 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
 use tandem_tests::hosts::{Hosts, word};
+use tandem_tests::kv::Kv;
 use tandem_tests::network::{CMDLINE, Network};
 
 use crate::cannot_run;
-use crate::protection::clients::{KV, Kv, Load, NATIVE};
+use crate::protection::clients::{KV, Load, NATIVE};
 use crate::protection::history::Recording;
 
 /// How often the owner of a guest is killed.

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tandem_tests::guest::PATIENCE;
+use tandem_tests::kv::{self, Kv};
 use tandem_tests::network::{GUEST, Network};
 
 /// How much clients ask for.
@@ -53,7 +54,7 @@ pub(crate) struct Service {
 /// Counters that are counted up, and keys that are written and read.
 pub(crate) const KV: Service = Service {
     image: "kv",
-    port: 6379,
+    port: kv::PORT,
     work: count_and_set,
 };
 /// Pages.
@@ -255,58 +256,6 @@ fn expect<T: PartialEq + std::fmt::Debug>(what: &str, found: &T, wanted: &T) -> 
         return Ok(());
     }
     Err(format!("{what} was answered by {found:?}, not {wanted:?}"))
-}
-
-/// A connection to the key-value store.
-pub(crate) struct Kv<'a>(BufReader<&'a TcpStream>);
-
-impl<'a> Kv<'a> {
-    pub(crate) fn new(stream: &'a TcpStream) -> Self {
-        Self(BufReader::new(stream))
-    }
-
-    /// Sends a request; the reply without its kind, or nothing for one that says that there is nothing.
-    pub(crate) fn ask(&mut self, words: &[&str]) -> Result<Option<String>, String> {
-        self.send(words)?;
-        let first = self.line(words)?;
-        match first.split_at_checked(1) {
-            Some(("$", "-1")) => Ok(None),
-            Some(("$", _)) => self.line(words).map(Some),
-            Some((":" | "+", rest)) => Ok(Some(rest.to_owned())),
-            _ => Err(format!("{words:?} was answered by {first:?}")),
-        }
-    }
-
-    /// The time by the guest, in microseconds.
-    pub(crate) fn time(&mut self) -> Result<u64, String> {
-        const WORDS: [&str; 1] = ["TIME"];
-        self.send(&WORDS)?;
-        let mut reply = || self.line(&WORDS);
-        let [kind, _, seconds, _, us] = [reply()?, reply()?, reply()?, reply()?, reply()?];
-        let number = |text: &str| text.parse::<u64>().ok();
-        match (kind.as_str(), number(&seconds), number(&us)) {
-            ("*2", Some(seconds), Some(us)) => Ok(seconds * 1_000_000 + us),
-            _ => Err(format!("TIME was answered by {kind:?} {seconds:?} {us:?}")),
-        }
-    }
-
-    fn send(&mut self, words: &[&str]) -> Result<(), String> {
-        let mut request = format!("*{}\r\n", words.len());
-        for word in words {
-            request.push_str(&format!("${}\r\n{word}\r\n", word.len()));
-        }
-        let sent = self.0.get_mut().write_all(request.as_bytes());
-        sent.map_err(|e| format!("{words:?} cannot be sent: {e}"))
-    }
-
-    fn line(&mut self, words: &[&str]) -> Result<String, String> {
-        let mut line = String::new();
-        match self.0.read_line(&mut line) {
-            Ok(0) => Err(format!("{words:?}: the connection was closed")),
-            Ok(_) => Ok(line.trim_end().to_owned()),
-            Err(error) => Err(format!("no reply to {words:?}: {error}")),
-        }
-    }
 }
 
 fn count_and_set(stream: &TcpStream, number: usize, orders: &Orders) -> Result<(), String> {

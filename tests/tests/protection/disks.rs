@@ -15,12 +15,13 @@ use serde_json::Value;
 use tandem_tests::disk::expect_no_flaw;
 use tandem_tests::guest::{Ended, Guest, GuestBuilder, PATIENCE};
 use tandem_tests::images::optional;
+use tandem_tests::kv::Kv;
 use tandem_tests::network::{CMDLINE, Network};
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
 use tempfile::TempDir;
 
-use super::clients::{Chance, Kv};
+use super::clients::Chance;
 use crate::{ATTEMPTS, DELAY, RESYNC_WATCHED, RESYNCS};
 
 /// Bytes of a disk.

@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use tandem_tests::kv::Kv;
 use tandem_tests::network::{GUEST, Network};
 use todc_utils::linearizability::WGLChecker;
 use todc_utils::linearizability::history::{Action, History as Actions};
 use todc_utils::specifications::Specification;
 
-use super::clients::{Chance, KV, Kv};
+use super::clients::{Chance, KV};
 
 /// Keys that they share. Each key's history is checked by itself: linearizability is local.
 const KEYS: usize = 8;

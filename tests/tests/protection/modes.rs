@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tandem_tests::guest::GuestBuilder;
+use tandem_tests::kv::Kv;
 use tandem_tests::network::{CMDLINE, Network};
 use tandem_tests::pair::{Pair, Side};
 
-use crate::protection::clients::{ECHO, HTTP, KV, Kv, Load, NATIVE, Service};
+use crate::protection::clients::{ECHO, HTTP, KV, Load, NATIVE, Service};
 use crate::protection::history::Recording;
 use crate::{ATTEMPTS, Stage, cannot_run, no_client_waits};
 

@@ -4,10 +4,11 @@ use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use tandem_tests::guest::{GuestBuilder, PATIENCE};
+use tandem_tests::kv::Kv;
 use tandem_tests::network::{GUEST, Network};
 use tandem_tests::pair::{Pair, Side};
 
-use super::clients::{KV, Kv};
+use super::clients::KV;
 use crate::{Stage, cannot_run};
 
 /// How often each is saved.

@@ -15,11 +15,12 @@ use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 use tandem_tests::guest::GuestBuilder;
 use tandem_tests::hosts::Hosts;
+use tandem_tests::kv::Kv;
 use tandem_tests::link::Direction;
 use tandem_tests::network::{CMDLINE, Network};
 
 use crate::cannot_run;
-use crate::protection::clients::{Chance, ECHO, HTTP, KV, Kv, Load, NATIVE, Service};
+use crate::protection::clients::{Chance, ECHO, HTTP, KV, Load, NATIVE, Service};
 use crate::protection::history::Recording;
 
 /// Faults of a storm, if nobody asks for others.
