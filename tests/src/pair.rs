@@ -311,6 +311,17 @@ impl Pair {
         }
     }
 
+    /// Fails if a side ever took the other for lost.
+    ///
+    /// # Panics
+    /// That is how it fails.
+    pub fn expect_no_alarm(&mut self) {
+        for side in Side::BOTH {
+            let events = self.side(side).succeed(&["events", "guest"]);
+            assert!(!events.contains("suspected"), "{side:?}: {events}");
+        }
+    }
+
     /// What both sides say and said.
     pub fn account(&mut self) -> String {
         let both = Side::BOTH.map(|side| {

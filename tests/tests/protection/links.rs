@@ -43,14 +43,6 @@ fn resync(pair: &mut Pair, bytes: u64) {
     }
 }
 
-/// Neither side ever took the other for lost.
-fn expect_no_alarm(pair: &mut Pair) {
-    for side in Side::BOTH {
-        let events = pair.side(side).succeed(&["events", "guest"]);
-        assert!(!events.contains("suspected"), "{side:?}: {events}");
-    }
-}
-
 #[test]
 fn beats_do_not_wait_behind_checkpoints_on_a_slow_link() {
     if cannot_run() {
@@ -60,7 +52,7 @@ fn beats_do_not_wait_behind_checkpoints_on_a_slow_link() {
     pair.link().limit(SLOW);
     pair.wait_ready("dirty: ready");
     resync(&mut pair, RESYNCED);
-    expect_no_alarm(&mut pair);
+    pair.expect_no_alarm();
     pair.kill(Side::Primary);
     assert_eq!(pair.wait_alone(), Side::Secondary);
 }
@@ -82,10 +74,10 @@ fn pairs_that_share_a_link_do_not_disturb_each_other() {
     busy.wait_ready("dirty: ready");
     link.limit(SHARED);
     resync(&mut busy, RESYNCED);
-    expect_no_alarm(&mut busy);
+    busy.expect_no_alarm();
     for (load, mut pair, network) in serving {
         load.expect_progress();
-        expect_no_alarm(&mut pair);
+        pair.expect_no_alarm();
         assert!(pair.is_protected(), "{}", pair.account());
         load.finish();
         drop((pair, network));

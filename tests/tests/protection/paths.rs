@@ -50,14 +50,6 @@ fn wait_broken(pair: &mut Pair, path: usize) {
     }
 }
 
-/// Neither side took the other for lost.
-fn expect_no_alarm(pair: &mut Pair) {
-    for side in Side::BOTH {
-        let events = pair.side(side).succeed(&["events", "guest"]);
-        assert!(!events.contains("suspected"), "{side:?}: {events}");
-    }
-}
-
 fn serving(network: &Network) -> Pair {
     let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(network);
     let mut pair = Pair::start_by_two_paths(guest);
@@ -96,7 +88,7 @@ fn a_path_that_breaks_costs_neither_a_reply_nor_the_protection() {
         load.expect_progress();
         wait_whole(&mut pair);
     }
-    expect_no_alarm(&mut pair);
+    pair.expect_no_alarm();
     let events = pair.side(Side::Primary).succeed(&["events", "guest"]);
     assert!(events.contains("path-lost"), "{events}");
     pair.path(0).cut(&Direction::BOTH);
@@ -116,7 +108,7 @@ fn the_first_path_is_used_again_once_it_works_for_a_while() {
     wait_broken(&mut pair, 0);
     pair.path(0).mend();
     wait_states(&mut pair, ["used", "ready"]);
-    expect_no_alarm(&mut pair);
+    pair.expect_no_alarm();
 }
 
 #[test]
@@ -141,7 +133,7 @@ fn checkpoints_go_on_where_their_path_breaks() {
         pair.path(0).mend();
         wait_whole(&mut pair);
     }
-    expect_no_alarm(&mut pair);
+    pair.expect_no_alarm();
     pair.kill(Side::Primary);
     assert_eq!(pair.wait_alone(), Side::Secondary);
 }
