@@ -6,6 +6,7 @@ use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -22,6 +23,8 @@ pub const GUEST6: &str = "fd99::2";
 /// The guest's part of a command line.
 pub const CMDLINE: &str = "ip=10.99.0.2/24 gw=10.99.0.1 ip6=fd99::2/64";
 
+/// Pause before it is tried again whether a guest accepts a connection.
+const LOOK: Duration = Duration::from_millis(20);
 const TAP: &str = "tap0";
 const COPY_TAP: &str = "tap1";
 /// What is in a network, as `ip -batch` takes it.
@@ -157,6 +160,21 @@ impl Network {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         Ok(stream)
+    }
+
+    /// A connection to a port of the guest, once it accepts one.
+    ///
+    /// # Panics
+    /// When it does not for longer than [`PATIENCE`].
+    pub fn connect_soon(&self, port: u16) -> TcpStream {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.try_connect(GUEST, port) {
+                Ok(stream) => return stream,
+                Err(e) => assert!(Instant::now() < deadline, "the guest does not serve: {e}"),
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// A command that runs in the network.

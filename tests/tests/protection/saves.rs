@@ -1,11 +1,8 @@
 //! Protected guests are saved: each mode, and while their copies are made the same.
 
-use std::net::TcpStream;
-use std::time::{Duration, Instant};
-
-use tandem_tests::guest::{GuestBuilder, PATIENCE};
+use tandem_tests::guest::GuestBuilder;
 use tandem_tests::kv::Kv;
-use tandem_tests::network::{GUEST, Network};
+use tandem_tests::network::Network;
 use tandem_tests::pair::{Pair, Side};
 
 use super::clients::KV;
@@ -13,8 +10,6 @@ use crate::{Stage, cannot_run};
 
 /// How often each is saved.
 const SAVES: usize = 2;
-/// Pause before it is looked again whether a guest answers.
-const LOOK: Duration = Duration::from_millis(20);
 
 /// A guest whose protection `start` begins is saved while it serves and its copy is made the same; what is saved is a
 /// guest that serves.
@@ -48,13 +43,7 @@ fn is_saved(start: fn(GuestBuilder) -> Pair) {
         let network = Network::new();
         let restored = GuestBuilder::saved(&saved(number)).in_namespace(network.namespace());
         let _restored = restored.start();
-        let deadline = Instant::now() + PATIENCE;
-        let serves = || network.within(|| TcpStream::connect((GUEST, KV.port)).is_ok());
-        while !serves() {
-            assert!(Instant::now() < deadline, "the saved guest does not serve");
-            std::thread::sleep(LOOK);
-        }
-        let connection = network.connect(KV.port);
+        let connection = network.connect_soon(KV.port);
         assert_eq!(
             Kv::new(&connection).ask(&["GET", "saved"]),
             Ok(Some("yes".into()))
