@@ -1,6 +1,6 @@
 //! The guest `disk`, which knows what it wrote to its disk and looks at it again and again.
 
-use crate::guest::Guest;
+use crate::guest::{Guest, GuestBuilder};
 
 /// What it and its kernel print when something is wrong.
 pub const FLAWS: [&str; 3] = ["CORRUPT", "FAILED", "PANIC"];
@@ -23,4 +23,21 @@ pub fn expect_sound(guest: &mut Guest) {
     let line = guest.wait_for("errors=");
     assert!(line.contains("errors=0"), "{line}");
     expect_no_flaw(guest.console_seen());
+}
+
+/// Runs a guest that looks whether all is on its disk that those before it were promised; `disk` is the flag's value,
+/// `blocks` how many data blocks it has (`blocks=N`).
+///
+/// # Panics
+/// When something is missing.
+pub fn expect_promises(disk: &str, blocks: &str) {
+    let words = format!("{blocks} ops=500 verify");
+    let guest = GuestBuilder::image("disk", &words).arg("--disk").arg(disk);
+    guest
+        .start()
+        .wait()
+        .assert_success()
+        .assert_console("disk: continued")
+        .assert_console(&format!("disk: verified {blocks} errors=0"))
+        .assert_console("disk: done ops=500 errors=0");
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
+use tandem_tests::disk::expect_promises;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
 use tandem_tests::link::Link;
 use tandem_tests::skip::{Need, must_skip};
@@ -253,14 +254,7 @@ impl Twins {
 
     /// Sees that a new guest finds on the image of a host all that was promised.
     fn expect_promises(&self, host: usize) {
-        let ended = disk_guest("ops=500 verify", &self.disk(host))
-            .start()
-            .wait();
-        ended
-            .assert_success()
-            .assert_console("disk: continued")
-            .assert_console("disk: verified blocks=2048 errors=0")
-            .assert_console("disk: done ops=500 errors=0");
+        expect_promises(&self.disk(host), VOLUME);
     }
 
     /// Sees that no guest runs from the image of a host.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
-use tandem_tests::disk::expect_no_flaw;
+use tandem_tests::disk::{expect_no_flaw, expect_promises};
 use tandem_tests::guest::{Ended, Guest, GuestBuilder, PATIENCE};
 use tandem_tests::images::optional;
 use tandem_tests::kv::Kv;
@@ -31,7 +31,7 @@ const LARGE: u64 = 256 << 20;
 /// Distance of what is written to an image so that each part of it has to be sent.
 const PART: u64 = 64 << 10;
 /// Data blocks of the guest's volume, and its bytes with all that it needs besides.
-const BLOCKS: &str = "blocks=2048";
+pub(super) const BLOCKS: &str = "blocks=2048";
 const VOLUME: u64 = 9 << 20;
 /// A load that does not end.
 pub(super) const LOAD: &str = "ops=0 depth=16 flush=16 write=70 report=500 verify";
@@ -115,12 +115,7 @@ impl Images {
 
     /// Sees that a new guest finds on the image of `side` all that was promised.
     fn expect_promises(&self, side: Side) {
-        let ended = guest("ops=500 verify", &self.path(side), "").start().wait();
-        ended
-            .assert_success()
-            .assert_console("disk: continued")
-            .assert_console("disk: verified blocks=2048 errors=0")
-            .assert_console("disk: done ops=500 errors=0");
+        expect_promises(&disk(&self.path(side), ""), BLOCKS);
     }
 
     fn expect_equal(&self) {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use rustix::fs::statvfs;
 use rustix::process::Signal;
 use serde_json::Value;
+use tandem_tests::disk::expect_promises;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
 use tandem_tests::images::optional;
 use tandem_tests::network::{CMDLINE, Network};
@@ -17,8 +18,8 @@ use tempfile::TempDir;
 
 use super::clients::Chance;
 use super::disks::{
-    LOAD, LittleRoom, SMALL, STORE, STORE_PORT, add_journal, disk, expect_logged, expect_reports,
-    expect_sound, find_each, guest, has_printed, kill, make, reaches, set_each,
+    BLOCKS, LOAD, LittleRoom, SMALL, STORE, STORE_PORT, add_journal, disk, expect_logged,
+    expect_reports, expect_sound, find_each, guest, has_printed, kill, make, reaches, set_each,
 };
 use crate::{ATTEMPTS, RESYNC_WATCHED, RESYNCS};
 
@@ -90,14 +91,7 @@ impl Image {
 
     /// Sees that a new guest finds all that was promised.
     fn expect_promises(&self) {
-        let ended = guest("ops=500 verify", &self.path(), ",shared")
-            .start()
-            .wait();
-        ended
-            .assert_success()
-            .assert_console("disk: continued")
-            .assert_console("disk: verified blocks=2048 errors=0")
-            .assert_console("disk: done ops=500 errors=0");
+        expect_promises(&disk(&self.path(), ",shared"), BLOCKS);
     }
 }
 
@@ -270,14 +264,7 @@ fn what_was_promised_waits_for_room() {
         survivor.console_lines();
         expect_reports(&mut survivor);
         kill(survivor);
-        let again = GuestBuilder::image("disk", &format!("{MANY} ops=500 verify"));
-        let ended = again.arg("--disk").arg(disk(&image.path(), ",shared"));
-        ended
-            .start()
-            .wait()
-            .assert_success()
-            .assert_console("disk: verified blocks=100000 errors=0")
-            .assert_console("disk: done ops=500 errors=0");
+        expect_promises(&disk(&image.path(), ",shared"), MANY);
     }
 }
 
