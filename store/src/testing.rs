@@ -1,16 +1,41 @@
-//! Storage for tests, of this crate and of others: moto's S3 server.
+//! What tests of this crate and of others need: storage, which is moto's S3 server, and snapshots that an earlier Tandem
+//! made.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use tandem_vmm::snapshot::directory::{CHECKSUMS, DESCRIPTION, MEMORY, STATE};
 
 /// Names moto's server, if it is not on the path.
 const MOTO: &str = "TANDEM_MOTO_SERVER";
 /// Longest wait until it answers.
 const START_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// Where golden snapshots are; `tests/tests/golden.rs` says what they are.
+const SNAPSHOTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/v1");
+/// Memory of one, compressed, beside the other files.
+pub const PACKED_MEMORY: &str = "memory.lz4";
+
+/// Writes the golden snapshot `name` into `directory`, as `tandem restore` takes it.
+///
+/// # Panics
+/// When there is no such snapshot, or no such directory.
+pub fn unpack_snapshot(name: &str, directory: &Path) {
+    let golden = Path::new(SNAPSHOTS).join(name);
+    for file in [STATE, CHECKSUMS, DESCRIPTION] {
+        let copied = fs::copy(golden.join(file), directory.join(file));
+        copied.expect("golden snapshots are whole");
+    }
+    let packed = fs::read(golden.join(PACKED_MEMORY)).expect("golden snapshots have memory");
+    let memory = lz4_flex::block::decompress_size_prepended(&packed);
+    let written = fs::write(directory.join(MEMORY), memory.expect("it was compressed"));
+    written.expect("there is such a directory");
+}
 
 /// A server with the bucket `bucket`, which is killed when the test ends.
 #[derive(Debug)]

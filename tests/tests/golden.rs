@@ -20,6 +20,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use tandem_devices::pace::PaceState;
+use tandem_store::testing::{PACKED_MEMORY, unpack_snapshot};
 use tandem_tests::guest::GuestBuilder;
 use tandem_tests::images;
 use tandem_tests::skip::{Need, must_skip};
@@ -40,8 +41,6 @@ use tempfile::TempDir;
 
 /// Names the directory where new golden snapshots are kept.
 const KEEP_IN: &str = "TANDEM_GOLDEN";
-/// Compressed memory beside a golden snapshot's other files.
-const PACKED_MEMORY: &str = "memory.lz4";
 /// What the guest prints last when it goes on.
 const EXPECTED: &str = "expected";
 /// The golden snapshots: one of little, one of every device, one whose disk holds completions back.
@@ -69,13 +68,7 @@ struct Unpacked {
 impl Unpacked {
     fn new(name: &str) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let at = |file: &str| directory.path().join(file);
-        for file in [STATE, CHECKSUMS, DESCRIPTION] {
-            fs::copy(golden(name).join(file), at(file)).unwrap();
-        }
-        let packed = fs::read(golden(name).join(PACKED_MEMORY)).unwrap();
-        let memory = lz4_flex::block::decompress_size_prepended(&packed).unwrap();
-        fs::write(at(MEMORY), memory).unwrap();
+        unpack_snapshot(name, directory.path());
         let net = furnish(directory.path());
         Self {
             directory,

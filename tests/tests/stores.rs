@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use serde_bytes::ByteBuf;
 use serde_json::Value;
 use tandem_store::manifest::{MEMORY, STATE, Section};
-use tandem_store::testing::S3Server;
+use tandem_store::testing::{S3Server, unpack_snapshot};
 use tandem_store::write::Writer;
 use tandem_store::{Options, PAGE, Store};
 use tandem_tests::guest::GuestBuilder;
@@ -94,15 +94,9 @@ impl Place {
 
     /// A snapshot that an earlier Tandem made, as `@snapshot`.
     fn golden_snapshot(&self) {
-        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/v1/plain");
         let directory = self.at("snapshot");
         fs::create_dir(&directory).unwrap();
-        for name in ["state", "checksums", "machine.toml"] {
-            fs::copy(golden.join(name), directory.join(name)).unwrap();
-        }
-        let packed = fs::read(golden.join("memory.lz4")).unwrap();
-        let memory = lz4_flex::block::decompress_size_prepended(&packed).unwrap();
-        fs::write(directory.join("memory"), memory).unwrap();
+        unpack_snapshot("plain", &directory);
     }
 
     fn expect_same_files(&self, names: [&str; 2]) {

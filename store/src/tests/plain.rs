@@ -7,20 +7,15 @@ use super::*;
 use crate::StoreError;
 use crate::manifest::{MEMORY, STATE};
 use crate::plain::{export, import};
+use crate::testing::unpack_snapshot;
 
 const FILES: [&str; 4] = ["state", "memory", "checksums", "machine.toml"];
 
 /// A snapshot that an earlier Tandem made, unpacked below `root`.
 fn snapshot(root: &Path) -> PathBuf {
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/v1/plain");
     let directory = root.join("snapshot");
     fs::create_dir(&directory).unwrap();
-    for name in ["state", "checksums", "machine.toml"] {
-        fs::copy(golden.join(name), directory.join(name)).unwrap();
-    }
-    let packed = fs::read(golden.join("memory.lz4")).unwrap();
-    let memory = lz4_flex::block::decompress_size_prepended(&packed).unwrap();
-    fs::write(directory.join("memory"), memory).unwrap();
+    unpack_snapshot("plain", &directory);
     directory
 }
 
