@@ -2,27 +2,23 @@
 //! then what changed, whenever the roles ask for it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use roaring::RoaringTreemap;
 use tandem_devices::GuestMemory;
-use tandem_vmm::control::{ControlError, FreezeTimes, Frozen};
+use tandem_vmm::control::ControlError;
 use tandem_vmm::error::causes;
-use tandem_vmm::migration::frame::{self, Purpose};
-use tandem_vmm::migration::pages::PageSender;
+use tandem_vmm::migration::frame::Purpose;
 use tandem_vmm::migration::{Hello, Link, Route};
 use tandem_vmm::snapshot::SnapshotError;
-use tandem_vmm::snapshot::save::{PageSink, Session};
+use tandem_vmm::snapshot::save::Session;
 
-use super::checkpoint::{Offer, encode_rest};
+use super::checkpoint::Offer;
 use super::copying::{self, Copied};
 use super::inviting::{self, carry, entrust, invite};
-use super::modes::Made;
 use super::owed::{self, Debtor};
 use super::pacing::Paced;
 use super::primary::{Core, Order, talk};
@@ -30,32 +26,21 @@ use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::retry::{Attempt, Retry};
 use super::standbys::Standbys;
 use super::wanted::give;
-use super::{Pair, ProtectionError, lock};
+use super::{ProtectionError, lock};
 use crate::delta::{Ahead, Encoder, Staging};
-use crate::link::Kind;
 use crate::mirror::bitmap::Told;
-use crate::mirror::{self, Base, DISK_MAX, Grain, Image, Traffic};
+use crate::mirror::{self, DISK_MAX, Grain, Image};
 use crate::mode::Mode;
 use crate::pair::{Cause, Epoch, PrimaryEvent, PrimaryState};
 
-/// How long the copy of one side may stay behind the other with an output.
-const PATIENCE: Duration = Duration::from_millis(50);
-/// How long copying the last pages of the first checkpoint may take while the guest stands.
-const FIRST_STAND_BUDGET: Duration = Duration::from_millis(5);
-/// Pages that are copied while the guest runs before a checkpoint, if it wrote more than that: a page costs the guest
-/// 1 to 2 us while it stands.
-const STAGED_PAGES_MAX: u64 = 512;
-/// Room for staged pages that is kept between checkpoints, in bytes.
-const STAGING_KEPT: usize = 4 << 20;
-/// Rounds of that at most: a guest may write faster than memory is copied.
-const ROUNDS_MAX: u32 = 8;
+mod making;
+
+use making::Copying;
+
 /// Longest time between checkpoints: what a secondary must undo stays little.
 const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
 /// The same while the secondary stands: what the guest did since is done again after a takeover, unseen as it was.
 const STANDING_INTERVAL_MAX: Duration = Duration::from_secs(1);
-/// How often a checkpoint becomes one since which is known what changed: what is not written any more is not compared
-/// when a secondary comes back.
-const BASE_INTERVAL: Duration = Duration::from_secs(60);
 /// Bytes of disks that may be written between checkpoints: all are read and compared then.
 const WRITTEN_MAX: u64 = 1 << 30;
 /// How long the secondary may take to load a checkpoint.
@@ -72,16 +57,6 @@ const ROLLING_PAGES: u64 = 4 << 10;
 const MOVING_LOOK: Duration = Duration::from_millis(5);
 /// How often a guest that stands until its secondary has loaded a checkpoint is looked after.
 const LOADED_LOOK: Duration = Duration::from_micros(50);
-
-/// What of a guest's memory is copied before it is frozen.
-enum Copying {
-    /// All of it.
-    All,
-    /// What it wrote, until that is little.
-    WhileMuch,
-    /// Nothing: it stands already.
-    Standing(Box<Frozen>),
-}
 
 pub(super) struct Driver<'a> {
     pub(super) core: Arc<Core>,
@@ -560,132 +535,6 @@ impl<'a> Driver<'a> {
         copied.end();
         Ok(())
     }
-
-    fn try_checkpoint(
-        &self,
-        connected: &mut Connected<'_>,
-        epoch: Epoch,
-        cause: Cause,
-        copying: Copying,
-    ) -> Result<(), ProtectionError> {
-        let core = &self.core;
-        let began = Instant::now();
-        let why = core.pair.mismatch();
-        if let Some(difference) = &why {
-            core.pair.happened("differed", difference.clone());
-            core.pair.lock_status().last_difference = Some(difference.clone());
-        }
-        let before = core.pair.modes().mode();
-        let Connected {
-            session,
-            checkpoints,
-            staged,
-            encoder,
-            images,
-            token,
-            grain,
-            told,
-            based,
-            ..
-        } = connected;
-        // A checkpoint that came to nothing may have left some.
-        staged.clear(STAGING_KEPT);
-        encoder.begin();
-        let memory = Arc::clone(&session.saving().memory);
-        let (mut pages, mut bytes) = (0, 0);
-        let stopped = match copying {
-            Copying::Standing(frozen) => session.copy_rest(*frozen, staged)?,
-            Copying::All => {
-                // Nothing is remembered of so many pages, and they are not looked at.
-                encoder.forget();
-                let mut ahead = PageSender::new(&mut *checkpoints, session.saving().clone());
-                session.precopy(&mut ahead, FIRST_STAND_BUDGET)?;
-                copy_while_much(session, &mut ahead)?;
-                session.freeze(staged)?
-            }
-            Copying::WhileMuch => {
-                let mut ahead = Ahead::new(encoder, Arc::clone(&memory), &mut *checkpoints);
-                copy_while_much(session, &mut ahead)?;
-                (pages, bytes) = (ahead.pages, ahead.bytes);
-                session.freeze(staged)?
-            }
-        };
-        if !core.event(PrimaryEvent::CutDone(epoch)) {
-            // The secondary is gone meanwhile.
-            encoder.forget();
-            session.thaw()?;
-            return Ok(());
-        }
-        let mut cut = core.pair.cut(epoch.0, PATIENCE);
-        let disks = DisksStand::begin(&core.pair);
-        let disk_bytes = core.pair.disk_bytes_written();
-        let due =
-            cause == Cause::Join || based.elapsed() >= BASE_INTERVAL && core.pair.may_propose();
-        if told.is_some() && due {
-            core.pair.propose(Base {
-                token: *token,
-                number: epoch.0,
-            });
-            *based = Instant::now();
-            cut.is_base = true;
-        }
-        let FreezeTimes { stop, quiesce, .. } = stopped.frozen.times;
-        cut.age = (stopped.frozen.since + stop + quiesce).elapsed();
-        core.pair.outbox().tell(Kind::Cut, 0, epoch.0);
-        // A copy that stood has written nothing that it would have to ask for.
-        let stand = match (self.mode, before) {
-            (ResyncMode::Stopped, Mode::Lockstep) => None,
-            _ => Some(session.thaw()?),
-        };
-        // The secondary takes the first pages while the others are encoded.
-        pages += stopped.pages;
-        bytes += encoder.send(staged.batch().pages(), checkpoints)?;
-        bytes += core.pair.send_covered(checkpoints)?;
-        let rest = encode_rest(&stopped.frozen.state, &cut)?;
-        checkpoints.write_all(&rest).map_err(frame::broken)?;
-        let mirrored = disks.reconcile(checkpoints, images, (*token as u64, *grain))?;
-        if let Some(mirror) = &mut core.pair.lock_status().mirror {
-            mirror.written_bytes = disk_bytes;
-            mirror.wire_bytes += mirrored.wire();
-        }
-        drop(disks);
-        staged.clear(STAGING_KEPT);
-        let sending = began.elapsed();
-        let mut rest = rest.len() as u64;
-        let stand = match stand {
-            Some(stand) => stand,
-            None => {
-                // A new secondary has written nothing.
-                if cause != Cause::Join {
-                    rest += self.give(checkpoints, encoder, &memory)?;
-                }
-                self.wait_loaded();
-                session.thaw()?
-            }
-        };
-        let pause = stand.until - stand.from;
-        if cause != Cause::Join {
-            core.pair.modes().made(Made {
-                pause,
-                sending,
-                pages,
-            });
-            let why = why.unwrap_or_else(|| match cause {
-                Cause::Mismatch => "the outputs before differed each time".into(),
-                Cause::Outputs => "outputs waited for it".into(),
-                Cause::Mode => "another mode was to hold".into(),
-                Cause::Store => "the store was to get one".into(),
-                cause => format!("{cause:?}").to_lowercase(),
-            });
-            tracing::debug!(%epoch, %why, ?pause, pages, bytes, mirrored = mirrored.sent, "checkpoint");
-            let mut status = core.pair.lock_status();
-            status.resyncs += 1;
-            status.last_resync = Some(why);
-            status.pauses.add(pause);
-            status.count_sent(pages, bytes, rest);
-        }
-        Ok(())
-    }
 }
 
 impl Debtor for Driver<'_> {
@@ -701,59 +550,6 @@ impl Debtor for Driver<'_> {
     fn run_on(&self) {
         drop(self.core.handle.resume());
     }
-}
-
-/// Disks that the guest does not write to, and what it wrote before.
-struct DisksStand<'a> {
-    pair: &'a Pair,
-    written: Vec<(u8, RoaringTreemap)>,
-}
-
-impl<'a> DisksStand<'a> {
-    /// The guest stands, and its requests are done.
-    fn begin(pair: &'a Pair) -> Self {
-        pair.hold_disks();
-        let written = pair.take_written();
-        Self { pair, written }
-    }
-
-    /// Makes the secondary's replicas what the guest's disks are.
-    fn reconcile(
-        &self,
-        link: &mut Paced,
-        images: &[Image],
-        alike: (u64, Grain),
-    ) -> Result<Traffic, ProtectionError> {
-        if images.is_empty() {
-            return Ok(Traffic::default());
-        }
-        let parts = mirror::parts_of_written(&self.written, alike.1);
-        mirror::reconcile(link, images, alike, parts, || self.pair.disks_hold())
-    }
-}
-
-impl Drop for DisksStand<'_> {
-    fn drop(&mut self) {
-        self.pair.let_disks_go();
-    }
-}
-
-/// Copies what the guest writes while it runs, until that is little.
-fn copy_while_much(
-    session: &mut Session<'_>,
-    sink: &mut impl PageSink,
-) -> Result<(), SnapshotError> {
-    let mut before = u64::MAX;
-    for _ in 0..ROUNDS_MAX {
-        let pages = session.pending()?;
-        // Outputs wait for all rounds: one that leaves nearly as much as it found is not worth it.
-        if pages <= STAGED_PAGES_MAX || pages > before / 4 * 3 {
-            break;
-        }
-        session.copy_pending(sink)?;
-        before = pages;
-    }
-    Ok(())
 }
 
 /// A number that no other pair of connections has.
