@@ -21,6 +21,7 @@ use super::copying::{self, Copied};
 use super::inviting::{self, carry, entrust, invite};
 use super::owed::{self, Debtor};
 use super::pacing::Paced;
+use super::paths;
 use super::primary::{Core, Order, talk};
 use super::protector::{Guest, Protect, ResyncMode, Shared};
 use super::retry::{Attempt, Retry};
@@ -86,6 +87,8 @@ struct Connected<'a> {
     based: Instant,
     orders: Receiver<Order>,
     thread: JoinHandle<()>,
+    /// Where there are two.
+    paths: Option<paths::Told>,
 }
 
 impl Connected<'_> {
@@ -268,13 +271,29 @@ impl<'a> Driver<'a> {
         if let Some(keeper) = &self.guest.keeper {
             entrust(&core.pair, keeper, way, token)?;
         }
-        let (link, checkpoints) = carry(&core.pair, to, &offer, link, checkpoints)?;
+        let (link, checkpoints, paths) = carry(&core.pair, to, &offer, link, checkpoints)?;
         let share = |link: &Link| {
             link.try_clone()
                 .map_err(ProtectionError::host("share a connection"))
         };
-        core.pair.outbox().connect(share(&link)?);
-        *lock(&core.link) = Some(share(&checkpoints)?);
+        let shared = (share(&link)?, share(&checkpoints)?);
+        let flow = offer.paced.then_some(&core.flow);
+        let (checkpoints, flowing) = Paced::new(checkpoints, flow);
+        let (begin, begins) = channel();
+        let talking = Arc::clone(core);
+        let thread = std::thread::Builder::new()
+            .name("pair".into())
+            .spawn(move || {
+                if let Ok(link) = begins.recv() {
+                    talk(&talking, &link);
+                }
+                // Nobody says any more what was taken.
+                drop(flowing);
+            })
+            .map_err(ProtectionError::host("start the thread of a link"))?;
+        // Nothing fails from here on.
+        core.pair.outbox().connect(shared.0);
+        *lock(&core.link) = Some(shared.1);
         let (tell, orders) = channel();
         *lock(&core.orders) = Some(tell);
         {
@@ -283,18 +302,8 @@ impl<'a> Driver<'a> {
             status.trying = None;
         }
         core.pair.joined();
-        let flow = offer.paced.then_some(&core.flow);
-        let (checkpoints, flowing) = Paced::new(checkpoints, flow);
         core.event(PrimaryEvent::Joined);
-        let talking = Arc::clone(core);
-        let thread = std::thread::Builder::new()
-            .name("pair".into())
-            .spawn(move || {
-                talk(&talking, &link);
-                // Nobody says any more what was taken.
-                drop(flowing);
-            })
-            .map_err(ProtectionError::host("start the thread of a link"))?;
+        drop(begin.send(link));
         Ok(Connected {
             staged: Staging::new(Arc::clone(&session.saving().memory)),
             encoder: Encoder::default(),
@@ -307,6 +316,7 @@ impl<'a> Driver<'a> {
             based: Instant::now(),
             orders,
             thread,
+            paths,
         })
     }
 
@@ -345,7 +355,7 @@ impl<'a> Driver<'a> {
             }
         }
         self.core.pair.set_checkpoint_memory(0);
-        self.core.pair.set_paths(None);
+        drop(connected.paths);
         if let Some(link) = lock(&self.core.link).take() {
             link.shut_down();
         }

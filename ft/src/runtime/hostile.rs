@@ -178,7 +178,8 @@ impl SecondaryEnd {
     }
 }
 
-fn offer() -> Offer {
+/// What a primary offers of a guest without anything.
+pub(super) fn offer() -> Offer {
     Offer {
         token: 1,
         keeper: false,

@@ -12,7 +12,7 @@ use tandem_vmm::migration::{Link, MigrationError, Route};
 use super::calls::{call, call_of};
 use super::checkpoint::{Greeting, Offer, greet};
 use super::paths::dial::dial;
-use super::paths::{self, Connections};
+use super::paths::{self, Connections, Told};
 use super::{Pair, ProtectionError};
 use crate::keeper::{Keeper, Verification};
 
@@ -60,16 +60,16 @@ pub(super) fn connect(to: &Route, token: u128, purpose: Purpose) -> Result<Link,
 }
 
 /// Carries connections to a secondary over two paths, if there are two and it knows of that: that of messages, and that of
-/// checkpoints.
+/// checkpoints. The pair says that it has both until what is returned with them is dropped.
 pub(super) fn carry(
     pair: &Arc<Pair>,
     to: &Route,
     offer: &Offer,
     messages: Link,
     checkpoints: Link,
-) -> Result<(Link, Link), ProtectionError> {
+) -> Result<(Link, Link, Option<Told>), ProtectionError> {
     let Some((path, second)) = offer.path.zip(to.second()) else {
-        return Ok((messages, checkpoints));
+        return Ok((messages, checkpoints, None));
     };
     let connections = Connections {
         messages,
@@ -80,8 +80,9 @@ pub(super) fn carry(
     let names = [to, second].map(|route| Some(route.to_string()));
     // The thread may do what this one may.
     let (messages, checkpoints, paths) = paths::carry(pair, connections, names, || true)?;
+    let told = Told::of(pair);
     dial(paths, routes, offer.token)?;
-    Ok((messages, checkpoints))
+    Ok((messages, checkpoints, Some(told)))
 }
 
 /// Gives the guest's taps to its keeper, with a connection of its own. Without a keeper what waits in them is
@@ -132,4 +133,34 @@ fn introduce(
     keeper
         .introduce(stream.as_fd(), taps, &verification)
         .map_err(ProtectionError::host("let the keeper connect"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::runtime::hostile;
+
+    #[test]
+    fn a_pair_has_paths_only_while_somebody_uses_them() {
+        let pair = Arc::new(Pair::new("guest", 0, 0).unwrap());
+        let place = tempfile::tempdir().unwrap();
+        let route = |name: &str| {
+            let path = place.path().join(name).display().to_string();
+            Route::new(path.parse().unwrap(), None)
+        };
+        let to = route("first").or(Some(route("second")));
+        let offer = Offer {
+            path: Some(0),
+            ..hostile::offer()
+        };
+        let links = [(), ()].map(|()| UnixStream::pair().unwrap());
+        let [messages, checkpoints] = links.map(|(near, _)| Link::of(near).unwrap());
+        let used = carry(&pair, &to, &offer, messages, checkpoints).unwrap();
+        // As when what comes next fails.
+        assert!(pair.has_paths());
+        drop(used);
+        assert!(!pair.has_paths());
+    }
 }

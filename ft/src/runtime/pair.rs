@@ -168,6 +168,12 @@ impl Pair {
         *lock(&self.paths) = paths.cloned();
     }
 
+    /// Whether there are two.
+    #[cfg(test)]
+    pub(super) fn has_paths(&self) -> bool {
+        lock(&self.paths).is_some()
+    }
+
     /// A secondary joins.
     pub(super) fn joined(&self) {
         self.joins.fetch_add(1, Ordering::SeqCst);

@@ -161,6 +161,22 @@ impl Paths {
     }
 }
 
+/// For as long as this is there, the pair says that it has two paths.
+pub(super) struct Told(Arc<Pair>);
+
+impl Told {
+    /// That of a pair whose connections are carried.
+    pub(super) fn of(pair: &Arc<Pair>) -> Self {
+        Self(Arc::clone(pair))
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.0.set_paths(None);
+    }
+}
+
 /// Both connections of a pair, and from now on over which path they come.
 pub(super) struct Connections {
     pub(super) messages: Link,
@@ -184,6 +200,8 @@ pub(super) fn carry(
     let (checkpoints, far) = inner()?;
     let links = [connections.messages, connections.checkpoints];
     let inner = [near, far].into_iter().zip(links);
+    let used = |stream| Link::of(stream).map_err(lacks("make a socket for two paths"));
+    let (messages, checkpoints) = (used(messages)?, used(checkpoints)?);
     let carrier = carrier::Carrier::new(pair, &paths, inner, connections.path, to);
     std::thread::Builder::new()
         .name("paths".into())
@@ -194,6 +212,5 @@ pub(super) fn carry(
         })
         .map_err(lacks("start the thread of two paths"))?;
     pair.set_paths(Some(&paths));
-    let used = |stream| Link::of(stream).map_err(lacks("make a socket for two paths"));
-    Ok((used(messages)?, used(checkpoints)?, paths))
+    Ok((messages, checkpoints, paths))
 }
