@@ -117,7 +117,7 @@ impl Caller {
             false => &mut self.call[self.heard..],
         };
         match self.link.recv(room) {
-            Err(error) if is_nothing(&error) => {}
+            Err(error) if Link::is_idle(&error) => {}
             Ok(0) | Err(_) => return Heard::Gone,
             Ok(_) if self.refused => {}
             Ok(length) => self.heard += length,
@@ -132,14 +132,6 @@ impl Caller {
             _ => Heard::Part,
         }
     }
-}
-
-/// Whether nothing came, and more may.
-fn is_nothing(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
 }
 
 /// The process that has a guest.

@@ -103,6 +103,14 @@ impl Link {
         }
     }
 
+    /// Whether an error of [`Link::recv`] or [`Link::send`] says only that there is nothing to do now.
+    pub fn is_idle(error: &io::Error) -> bool {
+        matches!(
+            error.kind(),
+            io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+        )
+    }
+
     /// Whether the next [`Link::send`] has something to do, though it be of no bytes.
     pub fn owes(&self) -> bool {
         match self {

@@ -41,13 +41,6 @@ impl From<io::Error> for Broken {
     }
 }
 
-fn is_nothing(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
-}
-
 /// A connection.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -88,7 +81,7 @@ impl Connection {
             }
             match self.link.send(&self.out[self.sent..]) {
                 Ok(count) => self.sent += count,
-                Err(error) if is_nothing(&error) => return Ok(()),
+                Err(error) if Link::is_idle(&error) => return Ok(()),
                 Err(error) => return Err(error.into()),
             }
             // What the socket took goes at once, or when it is as much as may wait.
@@ -113,7 +106,7 @@ impl Connection {
             let count = match self.link.recv(room) {
                 Ok(0) => return Err(Broken::Closed),
                 Ok(count) => count,
-                Err(error) if is_nothing(&error) => {
+                Err(error) if Link::is_idle(&error) => {
                     self.readable = false;
                     return Ok(());
                 }
