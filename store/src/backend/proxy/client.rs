@@ -131,6 +131,20 @@ impl Proxy {
         heard?.ok_or(Failed::Gone)
     }
 
+    /// Asks for something to be done with what is called `name`; the count that the answer has.
+    fn ask_to(
+        &self,
+        action: &'static str,
+        name: &str,
+        request: &Request,
+    ) -> Result<u64, BackendError> {
+        let asked = self.ask(request, &[], |answer, _| match answer {
+            Answer::Done(count) => Ok(Some(count)),
+            _ => strange(),
+        });
+        asked.map_err(self.failed(action, name, u64::MAX))
+    }
+
     fn failed(
         &self,
         action: &'static str,
@@ -273,34 +287,16 @@ impl Backend for Proxy {
     }
 
     fn remove(&self, name: &str) -> Result<(), BackendError> {
-        let asked = self.ask(
-            &Request::Remove(name.to_owned()),
-            &[],
-            |answer, _| match answer {
-                Answer::Done(_) => Ok(Some(())),
-                _ => strange(),
-            },
-        );
-        asked.map_err(self.failed("remove", name, u64::MAX))
+        self.ask_to("remove", name, &Request::Remove(name.to_owned()))
+            .map(drop)
     }
 
     fn refresh(&self, prefix: &str) -> Result<(), BackendError> {
-        let asked = self.ask(
-            &Request::Refresh(prefix.to_owned()),
-            &[],
-            |answer, _| match answer {
-                Answer::Done(_) => Ok(Some(())),
-                _ => strange(),
-            },
-        );
-        asked.map_err(self.failed("look into", prefix, u64::MAX))
+        self.ask_to("look into", prefix, &Request::Refresh(prefix.to_owned()))
+            .map(drop)
     }
 
     fn sweep(&self) -> Result<u64, BackendError> {
-        let asked = self.ask(&Request::Sweep, &[], |answer, _| match answer {
-            Answer::Done(count) => Ok(Some(count)),
-            _ => strange(),
-        });
-        asked.map_err(self.failed("sweep", "/", u64::MAX))
+        self.ask_to("sweep", "/", &Request::Sweep)
     }
 }
