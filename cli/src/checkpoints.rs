@@ -1,10 +1,12 @@
 //! Checkpoints of a guest in a store: `tandem run --checkpoint`, and what `tandem resume` has in common with it.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tandem_ft::arbiter::Owner;
 use tandem_ft::runtime::{Pair, ProtectionError, Stored};
+use tandem_store::backend::Backend;
 use tandem_store::capture::{Begin, Capture, Captured, INTERVAL_MAX, INTERVAL_MIN, Owned, Plan};
 use tandem_store::guest::{Tenancy, Whole};
 use tandem_store::owner::{SharedArbiter, kin_of, this_host, this_host_of};
@@ -37,11 +39,7 @@ impl Opened {
         name: &str,
         bounds: Bounds,
     ) -> Result<Self, Failure> {
-        let (place, options) = (&checkpoints.store, options(checkpoints)?);
-        let store = match place.directory() {
-            Some(_) => Store::open_at(place, options)?,
-            None => Store::open_on(bucket::start(place, bounds)?, options)?,
-        };
+        let store = reach(checkpoints, bounds, Store::open_at, Store::open_on)?;
         Self::of(&store, name)
     }
 
@@ -54,11 +52,7 @@ impl Opened {
         name: &str,
         bounds: Bounds,
     ) -> Result<Self, Failure> {
-        let (place, options) = (&checkpoints.store, options(checkpoints)?);
-        let store = match place.directory() {
-            Some(_) => Store::open_unraced(place, options)?,
-            None => Store::read_on(bucket::start(place, bounds)?, options)?,
-        };
+        let store = reach(checkpoints, bounds, Store::open_unraced, Store::read_on)?;
         let opened = Self::of(&store, name)?;
         Ok(Self {
             unraced: Some(store),
@@ -189,6 +183,21 @@ pub(crate) fn told(stored: &Stored) -> Result<Checkpoints, Failure> {
             commit: false,
             budget: stored.budget,
         },
+    })
+}
+
+/// The store of `checkpoints`: `open` takes one in a directory, `open_on` one in a bucket, which is reached by a process
+/// within `bounds`.
+fn reach(
+    checkpoints: &Checkpoints,
+    bounds: Bounds,
+    open: impl FnOnce(&Place, Options) -> Result<Store, StoreError>,
+    open_on: impl FnOnce(Arc<dyn Backend>, Options) -> Result<Store, StoreError>,
+) -> Result<Store, Failure> {
+    let (place, options) = (&checkpoints.store, options(checkpoints)?);
+    Ok(match place.directory() {
+        Some(_) => open(place, options)?,
+        None => open_on(bucket::start(place, bounds)?, options)?,
     })
 }
 
