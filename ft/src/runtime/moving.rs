@@ -328,6 +328,23 @@ impl Shared {
     }
 }
 
+/// Asks an arbiter, and again after a pause while it does not answer and that `goes_on`.
+fn insist<T>(
+    pause: Duration,
+    goes_on: impl Fn() -> bool,
+    ask: impl Fn() -> Result<T, ArbiterError>,
+) -> Result<T, ArbiterError> {
+    loop {
+        match ask() {
+            Err(error) if goes_on() => {
+                tracing::warn!(why = %causes(&error), "the arbiter does not answer");
+                std::thread::sleep(pause);
+            }
+            answered => return answered,
+        }
+    }
+}
+
 impl Driver<'_> {
     /// Stands aside for a move that waits for its turn, unless a checkpoint is under way. `let_go` lets go of what else
     /// has the guest's disks and taps, and says how many save the guest meanwhile.
@@ -404,19 +421,12 @@ impl Driver<'_> {
     /// The destination does not run the guest, and will not. It may have won the next term before.
     fn look_at_heir(&self, heir: Claimant) {
         let core = &self.core;
-        loop {
-            match core.claims().current() {
-                Ok(Some(tenure)) if tenure.owner.claimant == heir => {
-                    core.event(PrimaryEvent::HeirDied(tenure.term));
-                    return;
-                }
-                Ok(_) => return,
-                Err(error) if !self.shared.stop.load(Ordering::SeqCst) => {
-                    tracing::warn!(why = %causes(&error), "the arbiter does not answer");
-                    std::thread::sleep(LOOK);
-                }
-                Err(_) => return,
-            }
+        let goes_on = || !self.shared.stop.load(Ordering::SeqCst);
+        let current = insist(LOOK, goes_on, || core.claims().current());
+        if let Ok(Some(tenure)) = current
+            && tenure.owner.claimant == heir
+        {
+            core.event(PrimaryEvent::HeirDied(tenure.term));
         }
     }
 }
@@ -484,19 +494,10 @@ impl Heir {
         };
         let term = Term(told.term).next();
         let deadline = Instant::now() + CLAIM_TIMEOUT;
-        loop {
-            match claims.claim(term) {
-                Ok(Claim::Won) => break,
-                Ok(Claim::Lost(found)) => {
-                    let what = format!("a guest that another has by now: {found}");
-                    return Err(ProtectionError::Garbled(what));
-                }
-                Err(error) if Instant::now() < deadline => {
-                    tracing::warn!(%term, why = %causes(&error), "the arbiter does not answer");
-                    std::thread::sleep(CLAIM_AGAIN);
-                }
-                Err(error) => return Err(error.into()),
-            }
+        let goes_on = || Instant::now() < deadline;
+        if let Claim::Lost(found) = insist(CLAIM_AGAIN, goes_on, || claims.claim(term))? {
+            let what = format!("a guest that another has by now: {found}");
+            return Err(ProtectionError::Garbled(what));
         }
         Ok(Protect {
             to,
