@@ -96,16 +96,14 @@ fn protected(out: &mut Exposition, status: &Status) {
             status.protection_memory_bytes,
         ),
     ] {
-        out.family(name, kind, help);
-        out.sample(name, &[], &value.to_string());
+        out.figure(name, kind, help, &value.to_string());
     }
     mirror(out, status);
     mode(out, status);
     if let Some(left) = status.lease_ms {
         let name = "tandem_protection_lease_milliseconds";
         let help = "How long outputs may leave if the copy is not heard again.";
-        out.family(name, "gauge", help);
-        out.sample(name, &[], &left.to_string());
+        out.figure(name, "gauge", help, &left.to_string());
     }
     for (name, help, times) in [
         (
@@ -169,14 +167,12 @@ fn checkpoints(out: &mut Exposition, stored: &Checkpoints) {
             stored.stored_bytes,
         ),
     ] {
-        out.family(name, kind, help);
-        out.sample(name, &[], &value.to_string());
+        out.figure(name, kind, help, &value.to_string());
     }
     if let Some(age) = stored.age_ms {
         let name = "tandem_checkpoints_age_seconds";
         let help = "How long ago the guest stood for its last checkpoint in a store.";
-        out.family(name, "gauge", help);
-        out.sample(name, &[], &decimal(age, 3));
+        out.figure(name, "gauge", help, &decimal(age, 3));
     }
     let name = "tandem_checkpoints_pause_microseconds";
     let help = "How long the guest stood for its last checkpoints in a store.";
@@ -216,8 +212,7 @@ fn mirror(out: &mut Exposition, status: &Status) {
             mirror.wire_bytes,
         ),
     ] {
-        out.family(name, "gauge", help);
-        out.sample(name, &[], &value.to_string());
+        out.figure(name, "gauge", help, &value.to_string());
     }
 }
 
@@ -311,32 +306,25 @@ fn exits(out: &mut Exposition, stats: &MachineStats) {
 
 /// One family per counter, as samples of a family must stand together.
 fn devices(out: &mut Exposition, stats: &MachineStats) {
-    let mut families: BTreeMap<String, Vec<(&str, &str, u64)>> = BTreeMap::new();
+    let mut families = BTreeMap::new();
     for device in &stats.devices {
         for (counter, value) in &device.counters {
-            let end = if GAUGES.contains(&counter.as_str()) {
-                ""
-            } else {
-                "_total"
+            let word = metric_word(counter);
+            let (kind, end) = match GAUGES.contains(&word.as_str()) {
+                true => ("gauge", ""),
+                false => ("counter", "_total"),
             };
-            let name = format!("tandem_device_{}{end}", metric_word(counter));
-            let samples = families.entry(name).or_default();
-            samples.push((&device.id, &device.kind, *value));
+            let name = format!("tandem_device_{word}{end}");
+            let family = families.entry(name);
+            let (_, _, samples) = family.or_insert_with(|| (word, kind, Vec::new()));
+            samples.push((&device.id, &device.kind, value));
         }
     }
-    for (name, samples) in families {
-        let counter = name
-            .trim_start_matches("tandem_device_")
-            .trim_end_matches("_total");
-        let kind = if GAUGES.contains(&counter) {
-            "gauge"
-        } else {
-            "counter"
-        };
-        let help = format!("The devices' counter `{counter}`.");
+    for (name, (word, kind, samples)) in families {
+        let help = format!("The devices' counter `{word}`.");
         out.family(&name, kind, &help);
         for (id, kind, value) in samples {
-            let labels = [("device", id), ("kind", kind)];
+            let labels = [("device", id.as_str()), ("kind", kind.as_str())];
             out.sample(&name, &labels, &value.to_string());
         }
     }
@@ -362,6 +350,12 @@ impl Exposition {
     fn family(&mut self, name: &str, kind: &str, help: &str) {
         // Writing to a string cannot fail.
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    /// A family of one figure.
+    fn figure(&mut self, name: &str, kind: &str, help: &str, value: &str) {
+        self.family(name, kind, help);
+        self.sample(name, &[], value);
     }
 
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: &str) {
