@@ -128,11 +128,12 @@ fn state_word(state: &tandem_vmm::control::MachineState) -> String {
 
 /// Shows a guest's state and configuration.
 pub(super) fn info(guest: &Guest, style: Style) -> Result<(), Failure> {
-    let info: GuestInfo = Client::new(guest)?.get_json("/api/v1/guest")?;
+    let client = Client::new(guest)?;
+    let info: GuestInfo = client.get_json("/api/v1/guest")?;
     if style.json() {
         return output::print_json(&info).map_err(printing());
     }
-    let stats: MachineStats = Client::new(guest)?.get_json("/api/v1/stats")?;
+    let stats: MachineStats = client.get_json("/api/v1/stats")?;
     let mut table = info_table(&info, guest);
     for device in &stats.devices {
         if let Some(pace) = pace_text(device) {
@@ -145,8 +146,10 @@ pub(super) fn info(guest: &Guest, style: Style) -> Result<(), Failure> {
 /// How a device is paced, and what became of its completions; nothing for one that never was.
 fn pace_text(device: &DeviceStats) -> Option<String> {
     let pace = device.pace.as_ref()?;
-    let figure = |name: &str| device.counters.get(&format!("pace_{name}")).copied();
-    let figure = |name| figure(name).unwrap_or_default();
+    let figure = |name: &str| {
+        let counter = device.counters.get(&format!("pace_{name}"));
+        counter.copied().unwrap_or_default()
+    };
     let kinds = device.counters.iter();
     let kinds = kinds.filter_map(|(name, count)| Some((name.strip_prefix("pace_early_")?, count)));
     let early: Vec<String> = kinds
