@@ -464,7 +464,12 @@ impl Guest {
 
     /// How its protection stands, as `tandem status` prints it; nothing if nobody answers.
     pub fn status(&self) -> Option<Value> {
-        let output = self.tandem(&["status", "guest", "--format", "json"]);
+        self.status_of("guest")
+    }
+
+    /// The same of the guest `name`, which is on this host too.
+    pub fn status_of(&self, name: &str) -> Option<Value> {
+        let output = self.tandem(&["status", name, "--format", "json"]);
         let said = output.status.success().then_some(output.stdout)?;
         Some(serde_json::from_slice(&said).expect("it is JSON"))
     }

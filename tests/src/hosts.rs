@@ -242,6 +242,15 @@ impl Hosts {
         })
     }
 
+    /// Waits for the end of what runs on a host, which it ends itself.
+    pub fn wait_end(&mut self, host: usize) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.on(host).runs() {
+            assert!(Instant::now() < deadline, "{}", self.account());
+            std::thread::sleep(LOOK);
+        }
+    }
+
     /// What all hosts say and said.
     pub fn account(&mut self) -> String {
         let running = self.running.iter_mut().enumerate();
@@ -290,6 +299,14 @@ fn kill_guests(host: &Guest) {
             let _ = kill_process(vmm, Signal::KILL);
         }
     }
+}
+
+/// The term of a guest's owner, by its status.
+///
+/// # Panics
+/// When it says none.
+pub fn term(status: &Value) -> u64 {
+    status["term"].as_u64().expect("a number")
 }
 
 /// The words that a path is in a list of arguments.

@@ -8,8 +8,18 @@ const ROUNDS: &str = "TANDEM_ROUNDS";
 /// # Panics
 /// When it says no number.
 pub fn rounds(few: usize) -> usize {
-    match std::env::var(ROUNDS) {
-        Ok(text) => text.parse().expect("TANDEM_ROUNDS is a number"),
-        Err(_) => few,
+    number_from(ROUNDS, few)
+}
+
+/// What the environment says by `variable`, or else `otherwise`.
+///
+/// # Panics
+/// When it says no number.
+pub fn number_from(variable: &str, otherwise: usize) -> usize {
+    match std::env::var(variable) {
+        Ok(text) => text
+            .parse()
+            .unwrap_or_else(|_| panic!("{variable} is to be a number, and is `{text}`")),
+        Err(_) => otherwise,
     }
 }

@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use protection::clients::Chance;
+use tandem_tests::hosts::term;
+use tandem_tests::rounds::number_from;
 use tandem_tests::skip::{Need, must_skip};
 use two_hosts::book::{Book, Event};
 use two_hosts::fault::{self, Fault, Place};
@@ -68,20 +70,11 @@ const END_MAX: Duration = Duration::from_secs(10);
 /// Violations after which nothing is learnt any more.
 const VIOLATIONS_MAX: usize = 6;
 
-fn number_from(variable: &str, otherwise: usize) -> usize {
-    let asked = std::env::var(variable).ok();
-    asked.map_or(otherwise, |asked| asked.parse().expect("it is a number"))
-}
-
 /// Runnable tasks of the last minute, on average.
 fn load() -> f64 {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap();
     let first = text.split(' ').next();
     first.and_then(|first| first.parse().ok()).unwrap_or(0.0)
-}
-
-fn term(status: &Value) -> u64 {
-    status["term"].as_u64().expect("a number")
 }
 
 /// A guest and who looks at it.

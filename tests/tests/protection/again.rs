@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
-use tandem_tests::hosts::{Hosts, word};
+use tandem_tests::hosts::{Hosts, term, word};
 use tandem_tests::kv::Kv;
 use tandem_tests::network::{CMDLINE, Network};
 
@@ -47,8 +48,24 @@ fn protected_on(mut hosts: Hosts, count: usize, mode: &[&str]) -> (Hosts, Value)
     (hosts, status)
 }
 
-fn term(status: &Value) -> u64 {
-    status["term"].as_u64().expect("a number")
+/// Starts a guest on a tap of its own, which is to be protected by one of `standbys`.
+fn start_beside(
+    hosts: &Hosts,
+    guest: GuestBuilder,
+    network: &Network,
+    standbys: &[PathBuf],
+) -> Guest {
+    let guest = guest.in_namespace(network.namespace());
+    let guest = guest.arg("--net");
+    let guest = guest.arg(format!("tap={}", network.nth_tap(2)));
+    let guest = guest.arg("--arbiter").arg(hosts.arbiter());
+    let protected = |guest: GuestBuilder, to: &PathBuf| guest.arg("--protect").arg(to);
+    standbys.iter().fold(guest, protected).start()
+}
+
+fn ask_protection(guest: &Guest, to: &Path, arbiter: &Path) {
+    let words = ["protect", "guest", "--to", word(to)];
+    guest.succeed(&[&words[..], &["--arbiter", word(arbiter)]].concat());
 }
 
 /// The guest's owner is ended by `kill` over and over, and `mend` does what is left to the operator.
@@ -174,10 +191,7 @@ fn standbys_take_a_guest_again_that_ended_there() {
     // Who only listens is not needed by those that it started.
     let (owner, _) = hosts.wait_owner(|_| true);
     hosts.on(owner).signal(Signal::TERM);
-    let deadline = Instant::now() + PATIENCE;
-    while hosts.on(owner).runs() {
-        assert!(Instant::now() < deadline, "a standby does not end");
-    }
+    hosts.wait_end(owner);
     load.expect_progress();
     load.finish();
 }
@@ -230,21 +244,11 @@ fn a_guest_that_was_taken_over_does_what_any_other_does() {
     hosts.stand_by(2, ONCE);
     let (to, arbiter) = (hosts.socket(2), hosts.arbiter());
     let survivor = hosts.on(1);
-    survivor.succeed(&[
-        "protect",
-        "guest",
-        "--to",
-        word(&to),
-        "--arbiter",
-        word(&arbiter),
-    ]);
+    ask_protection(survivor, &to, &arbiter);
     survivor.succeed(&["resync", "guest"]);
     load.expect_progress();
     survivor.succeed(&["failover", "guest"]);
-    let deadline = Instant::now() + PATIENCE;
-    while hosts.on(1).runs() {
-        assert!(Instant::now() < deadline, "{}", hosts.account());
-    }
+    hosts.wait_end(1);
     let (owner, _) = hosts.wait_owner(|_| true);
     assert_eq!(owner, 2);
     load.expect_progress();
@@ -264,15 +268,7 @@ fn a_guest_that_was_restored_is_protected_when_that_is_asked_for() {
     restored.wait_for("kv: ready");
     let restored = restored.moved();
     let load = Load::start(&network, KV, NATIVE);
-    let (to, arbiter) = (hosts.socket(1), hosts.arbiter());
-    restored.succeed(&[
-        "protect",
-        "guest",
-        "--to",
-        word(&to),
-        "--arbiter",
-        word(&arbiter),
-    ]);
+    ask_protection(&restored, &hosts.socket(1), &hosts.arbiter());
     load.expect_progress();
     assert!(!restored.log().contains("keeper"), "{}", restored.log());
     assert!(!restored.file("keeper.sock").exists());
@@ -312,17 +308,8 @@ fn the_copy_of_an_earlier_owner_gives_way_to_that_of_a_later_one() {
     let (mut hosts, _) = protected(&network, 2, ALWAYS);
     // Somebody starts the guest once more, which takes it from who has it.
     let own = tempfile::tempdir().unwrap();
-    let other = guest().in_namespace(network.namespace());
-    let other = other
-        .arg("--net")
-        .arg(format!("tap={}", network.nth_tap(2)))
-        .arg("--arbiter")
-        .arg(hosts.arbiter())
-        .arg("--protect")
-        .arg(own.path().join("nowhere"))
-        .arg("--protect")
-        .arg(hosts.socket(1))
-        .start();
+    let standbys = [own.path().join("nowhere"), hosts.socket(1)];
+    let other = start_beside(&hosts, guest(), &network, &standbys);
     let status = wait_status(&other, "guest", |status| status["protected"] == true);
     assert_eq!(term(&status), 2);
     let said = hosts.on(1).messages();
@@ -330,25 +317,16 @@ fn the_copy_of_an_earlier_owner_gives_way_to_that_of_a_later_one() {
         said.iter().any(|said| said.contains("gives way")),
         "{said:#?}"
     );
-    let deadline = Instant::now() + PATIENCE;
-    while hosts.on(0).runs() {
-        assert!(Instant::now() < deadline, "{}", hosts.account());
-    }
+    hosts.wait_end(0);
     drop(other);
     // The later one is whole.
     hosts.wait_owner(|status| status["term"].as_u64() == Some(3));
 }
 
-fn status_of(host: &Guest, name: &str) -> Option<Value> {
-    let asked = host.tandem(&["status", name, "--format", "json"]);
-    let said = asked.status.success().then_some(asked.stdout)?;
-    Some(serde_json::from_slice(&said).expect("it is JSON"))
-}
-
 fn wait_status(host: &Guest, name: &str, wanted: impl Fn(&Value) -> bool) -> Value {
     let deadline = Instant::now() + PATIENCE;
     loop {
-        let status = status_of(host, name);
+        let status = host.status_of(name);
         match status.clone().filter(&wanted) {
             Some(status) => return status,
             None => assert!(Instant::now() < deadline, "{name}: {status:#?}"),
@@ -407,15 +385,7 @@ fn a_standby_serves_guests_at_once_and_the_end_of_one_is_not_that_of_others() {
     // One that wants what another has is told what that is.
     let elsewhere = "ip=10.99.0.3/24 gw=10.99.0.1 ip6=fd99::3/64";
     let rival = GuestBuilder::image(KV.image, elsewhere).named("rival");
-    let rival = rival
-        .in_namespace(network.namespace())
-        .arg("--net")
-        .arg(format!("tap={}", network.nth_tap(2)))
-        .arg("--arbiter")
-        .arg(hosts.arbiter())
-        .arg("--protect")
-        .arg(hosts.socket(1))
-        .start();
+    let rival = start_beside(&hosts, rival, &network, &[hosts.socket(1)]);
     wait_status(&rival, "rival", |status| {
         let reason = status["reason"].as_str();
         reason.is_some_and(|reason| reason.contains("tap1"))

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tandem_tests::guest::{GuestBuilder, PATIENCE};
-use tandem_tests::hosts::{Hosts, word};
+use tandem_tests::hosts::{Hosts, term, word};
 use tandem_tests::network::{CMDLINE, Network};
 
 use crate::cannot_run;
@@ -38,10 +38,6 @@ fn protected(network: &Network, arguments: &[&str]) -> (Hosts, Value) {
     hosts.on(SOURCE).wait_for("kv: ready");
     let (_, status) = hosts.wait_protected_after(0);
     (hosts, status)
-}
-
-fn term(status: &Value) -> u64 {
-    status["term"].as_u64().expect("a number")
 }
 
 fn move_to(hosts: &mut Hosts, from: usize, to: &Path) -> Output {

@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 use tandem_tests::guest::GuestBuilder;
-use tandem_tests::hosts::Hosts;
+use tandem_tests::hosts::{Hosts, term};
 use tandem_tests::kv::Kv;
 use tandem_tests::link::Direction;
 use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::rounds::number_from;
 
 use crate::cannot_run;
 use crate::protection::clients::{Chance, ECHO, HTTP, KV, Load, NATIVE, Service};
@@ -119,15 +120,6 @@ impl Fault {
             StopOwner | StopCopy | Cut | CutToCopy | CutToOwner | Delay | ArbiterAway
         )
     }
-}
-
-fn number_from(variable: &str, otherwise: usize) -> usize {
-    let asked = std::env::var(variable).ok();
-    asked.map_or(otherwise, |asked| asked.parse().expect("it is a number"))
-}
-
-fn term(status: &Value) -> u64 {
-    status["term"].as_u64().expect("a number")
 }
 
 /// A client that asks without end, and knows how long it waited at most.

@@ -12,11 +12,11 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tandem_tests::guest::PATIENCE;
 use tandem_tests::kv::Kv;
+use tandem_tests::rounds::number_from;
 use tandem_tests::skip::{Need, must_skip};
 
 use super::fleet::{Disk, Member};
 use super::sites::{HOSTS, Sites};
-use crate::number_from;
 use crate::protection::clients::KV;
 
 /// How long each kind of trouble lasts, if nobody asks for another time, in seconds.
