@@ -1,9 +1,35 @@
 //! The guest `disk`, which knows what it wrote to its disk and looks at it again and again.
 
-use crate::guest::{Guest, GuestBuilder};
+use std::fs::File;
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+
+use crate::guest::{Guest, GuestBuilder, temporary};
 
 /// What it and its kernel print when something is wrong.
 pub const FLAWS: [&str; 3] = ["CORRUPT", "FAILED", "PANIC"];
+
+/// An image; gone when dropped.
+pub struct Image {
+    _directory: TempDir,
+    /// Where it is.
+    pub path: PathBuf,
+}
+
+impl Image {
+    /// An empty one.
+    pub fn new(bytes: u64) -> Self {
+        let directory = temporary();
+        let path = directory.path().join("disk.img");
+        let file = File::create(&path).expect("there is a directory");
+        file.set_len(bytes).expect("it takes no room yet");
+        Self {
+            _directory: directory,
+            path,
+        }
+    }
+}
 
 /// Fails if a line of the guest's console says that something is wrong.
 ///

@@ -2,14 +2,13 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use std::fs::File;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use rustix::process::Signal;
+use tandem_tests::disk::Image;
 use tandem_tests::guest::{GuestBuilder, Life};
 use tandem_tests::in_each_life;
 use tandem_tests::skip::{Need, must_skip};
-use tempfile::TempDir;
 
 const RESOURCE: i32 = 11;
 const IMAGE_SIZE: u64 = 32 << 20;
@@ -20,22 +19,6 @@ in_each_life!(
     a_disk_in_use_is_refused_and_free_again_at_once,
     a_disk_that_shrinks_under_the_guest_harms_only_its_requests,
 );
-
-struct Image {
-    _directory: TempDir,
-    path: PathBuf,
-}
-
-fn image() -> Image {
-    // Beside the tests' own output rather than in memory, so that it is a file like a user's.
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("disk.img");
-    File::create(&path).unwrap().set_len(IMAGE_SIZE).unwrap();
-    Image {
-        _directory: directory,
-        path,
-    }
-}
 
 fn disk(image: &Image, cmdline: &str, options: &str) -> GuestBuilder {
     let argument = format!("path={}{options}", image.path.display());
@@ -49,7 +32,7 @@ fn every_engine_and_depth_keeps_the_contents(life: Life) {
         return;
     }
     for options in ["", ",engine=uring", ",engine=threads", ",direct"] {
-        let image = image();
+        let image = Image::new(IMAGE_SIZE);
         for depth in [1, 32] {
             // It stays so that it can be saved, however fast it is done.
             let cmdline = format!("ops=4000 depth={depth} flush=64 write=60 verify stay");
@@ -64,7 +47,7 @@ fn a_killed_guest_finds_everything_that_it_was_promised(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     for round in 0..8 {
         let cmdline = "ops=0 depth=16 flush=8 write=80 verify report=500";
         let guest = disk(&image, cmdline, "").live(life, "disk: ready");
@@ -85,7 +68,7 @@ fn a_disk_in_use_is_refused_and_free_again_at_once(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let first = disk(&image, "ops=0 depth=32 report=1000", "").live(life, "disk: ready");
     let path = image.path.display().to_string();
     for options in ["", ",readonly"] {
@@ -104,7 +87,7 @@ fn readonly_disks_are_shared_and_cannot_be_written() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     disk(&image, "ops=500", "").start().wait().assert_success();
     let before = std::fs::read(&image.path).unwrap();
     let readers: Vec<_> = (0..2)
@@ -143,7 +126,7 @@ fn a_disk_that_shrinks_under_the_guest_harms_only_its_requests(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let mut guest = disk(&image, "ops=0 depth=8 write=0 report=200", "").live(life, "disk: ready");
     File::options()
         .write(true)

@@ -2,17 +2,15 @@
 //! bear it stay whole, and nothing is lost or comes twice.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use std::fs::File;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tandem_tests::disk::Image;
 use tandem_tests::guest::{Ended, Guest, GuestBuilder, Life};
 use tandem_tests::network::{CMDLINE, GUEST, Network};
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
 use tandem_tests::{in_each_life, in_every_life};
-use tempfile::TempDir;
 
 const IMAGE_SIZE: u64 = 32 << 20;
 /// A nominal time that is by far longer than any request takes.
@@ -22,21 +20,6 @@ const PACE: [&str; 4] = ["pace", "guest", "net0", "nic-1g"];
 
 in_each_life!(nothing_is_lost_or_comes_twice);
 in_every_life!(a_paced_card_serves_its_clients);
-
-struct Image {
-    _directory: TempDir,
-    path: PathBuf,
-}
-
-fn image() -> Image {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("disk.img");
-    File::create(&path).unwrap().set_len(IMAGE_SIZE).unwrap();
-    Image {
-        _directory: directory,
-        path,
-    }
-}
 
 fn guest(name: &str, image: &Image, cmdline: &str, pace: &str) -> GuestBuilder {
     let disk = format!("path={},pace={pace}", image.path.display());
@@ -74,7 +57,7 @@ fn a_guest_that_waits_is_faster_than_the_nominal_disk() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let words = "blocks=2048 ops=400 depth=1 flush=0 write=50 verify stay";
     let mut guest = guest("disk", &image, words, SLOW).start();
     guest.wait_for("disk: ready");
@@ -98,7 +81,7 @@ fn without_safepoints_the_disk_keeps_its_nominal_time() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let pace = format!("{SLOW}+safepoints:");
     let mut guest = guest(
         "disk",
@@ -119,7 +102,7 @@ fn nothing_is_lost_or_comes_twice(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let pace = "hdd+safepoints:kick";
     let words = "blocks=512 ops=600 depth=16 flush=0 write=60 verify stay report=50";
     let mut guest = guest("disk", &image, words, pace).start();
@@ -137,7 +120,7 @@ fn moves(life: Life) -> u32 {
 }
 
 fn fragile(pace: &str) -> Ended {
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let words = "ops=60 service-us=3000";
     let guest = guest("fragile", &image, words, pace).start();
     guest.wait()
@@ -160,7 +143,7 @@ fn a_busy_guest_is_interrupted_where_it_is_seen_in_user_mode() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let pace = format!("{SLOW}+safepoints:user-mode");
     let mut guest = guest("fragile", &image, "ops=30 busy stay", &pace).start();
     let begun = Instant::now();
@@ -176,7 +159,7 @@ fn of_several_vcpus_the_one_counts_that_is_interrupted() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let pace = format!("{SLOW}+safepoints:halted");
     let words = "blocks=512 ops=100 depth=1 flush=0 stay";
     let two = guest("disk", &image, words, &pace).arg("--cpus").arg("2");
@@ -199,7 +182,7 @@ fn a_pace_is_changed_while_the_guest_runs() {
     if must_skip(&[Need::Kvm]) {
         return;
     }
-    let image = image();
+    let image = Image::new(IMAGE_SIZE);
     let words = "blocks=256 ops=0 depth=1 flush=0 write=0 report=200";
     let mut guest = guest("disk", &image, words, "none").start();
     guest.wait_for("disk: ready");
