@@ -112,6 +112,46 @@ impl Shared {
     }
 }
 
+/// A store, and images of a guest's disk on hosts.
+struct Disks(TempDir);
+
+impl Disks {
+    /// Host 0 has an image.
+    fn new() -> Self {
+        let disks = Self(tempfile::tempdir().unwrap());
+        fs::create_dir(disks.store()).unwrap();
+        let file = fs::File::create(disks.image(0)).unwrap();
+        file.set_len(DISK_BYTES).unwrap();
+        disks
+    }
+
+    fn store(&self) -> PathBuf {
+        self.0.path().join("store")
+    }
+
+    fn image(&self, host: usize) -> PathBuf {
+        self.0.path().join(format!("{host}.img"))
+    }
+
+    fn flag(&self, host: usize) -> String {
+        format!("path={}", self.image(host).display())
+    }
+
+    /// A guest on host 0, which knows what it wrote, and looks at it again and again.
+    fn guest(&self) -> GuestBuilder {
+        let cmdline = "blocks=2048 ops=0 depth=8 write=60 flush=16 report=100";
+        let guest = GuestBuilder::image("disk", cmdline);
+        let guest = guest.arg("--checkpoint").arg(self.store());
+        let guest = guest.arg("--every").arg("50ms");
+        guest.arg("--disk").arg(self.flag(0))
+    }
+
+    fn resume(&self, host: usize) -> Guest {
+        let guest = GuestBuilder::resumed(&self.store());
+        guest.arg("--disk").arg(self.flag(host)).start()
+    }
+}
+
 /// Checkpoints that the primary of a pair has made.
 fn made_by_primary(pair: &mut Pair) -> u64 {
     completed(&pair.wait_status(Side::Primary, |_| true)["checkpoints"])
@@ -281,19 +321,9 @@ fn disks_of_a_pair_are_what_they_were_at_the_checkpoint() {
     if cannot_run() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
-    let store = directory.path().join("store");
-    fs::create_dir(&store).unwrap();
-    let image = |number: usize| directory.path().join(format!("{number}.img"));
-    let flag = |number| format!("path={}", image(number).display());
-    let file = fs::File::create(image(0)).unwrap();
-    file.set_len(DISK_BYTES).unwrap();
-    let cmdline = "blocks=2048 ops=0 depth=8 write=60 flush=16 report=100";
-    let guest = GuestBuilder::image("disk", cmdline);
-    let guest = guest.arg("--checkpoint").arg(&store);
-    let guest = guest.arg("--every").arg("50ms");
-    let guest = guest.arg("--disk").arg(flag(0));
-    let mut pair = Pair::start_prepared(guest, |standby| standby.arg("--disk").arg(flag(1)));
+    let disks = Disks::new();
+    let copys = disks.flag(1);
+    let mut pair = Pair::start_prepared(disks.guest(), |standby| standby.arg("--disk").arg(copys));
     pair.wait_ready("disk: ready");
     for _ in 0..4 {
         wait_stored(&mut pair);
@@ -302,10 +332,7 @@ fn disks_of_a_pair_are_what_they_were_at_the_checkpoint() {
     wait_stored(&mut pair);
     Side::BOTH.into_iter().for_each(|side| pair.kill(side));
     drop(pair);
-    let mut guest = GuestBuilder::resumed(&store)
-        .arg("--disk")
-        .arg(flag(2))
-        .start();
+    let mut guest = disks.resume(2);
     expect_sound(&mut guest);
     expect_sound(&mut guest);
 }
@@ -315,29 +342,15 @@ fn disks_are_what_they_were_at_the_checkpoint() {
     if cannot_run() {
         return;
     }
-    let directory = tempfile::tempdir().unwrap();
-    let store = directory.path().join("store");
-    fs::create_dir(&store).unwrap();
-    let image = |number: usize| directory.path().join(format!("{number}.img"));
-    let flag = |number| format!("path={}", image(number).display());
-    let file = fs::File::create(image(0)).unwrap();
-    file.set_len(DISK_BYTES).unwrap();
-    // It knows what it wrote, and looks at it again and again.
-    let cmdline = "blocks=2048 ops=0 depth=8 write=60 flush=16 report=100";
-    let guest = GuestBuilder::image("disk", cmdline);
-    let guest = guest.arg("--checkpoint").arg(&store);
-    let guest = guest.arg("--every").arg("50ms");
-    let mut guest = guest.arg("--disk").arg(flag(0)).start();
+    let disks = Disks::new();
+    let mut guest = disks.guest().start();
     guest.wait_for("disk: ready");
     // Each time on another host, where there is no image yet, and at last where it was before.
     for host in [1, 2, 0] {
         wait_completed(&guest, 4);
         expect_sound(&mut guest);
         guest.kill();
-        guest = GuestBuilder::resumed(&store)
-            .arg("--disk")
-            .arg(flag(host))
-            .start();
+        guest = disks.resume(host);
     }
     expect_sound(&mut guest);
     expect_sound(&mut guest);
