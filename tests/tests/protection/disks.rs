@@ -183,6 +183,20 @@ pub(super) fn kill(guest: Guest) -> Ended {
     ended
 }
 
+/// Asks for resyncs, one after the other.
+pub(super) fn begin_resyncs(pair: &mut Pair) -> Vec<Child> {
+    let primary = pair.side(Side::Primary);
+    let asked = (0..RESYNCS).map(|_| primary.begin(&["resync", "guest"]));
+    asked.collect()
+}
+
+/// Waits for those who asked, which may have been done, or lost their guest.
+pub(super) fn wait_each(asked: Vec<Child>) {
+    for mut asked in asked {
+        drop(asked.wait());
+    }
+}
+
 /// A side is killed; the other one goes on, is killed too, and left all that was promised on its image.
 fn expect_other(images: &Images, mut pair: Pair, killed: Side) {
     pair.kill(killed);
@@ -265,16 +279,10 @@ fn whoever_is_lost_during_resyncs_the_other_has_all_that_was_promised() {
         if round > RESYNCS {
             pair.hold_copy();
         }
-        let primary = pair.side(Side::Primary);
-        let asked: Vec<Child> = (0..RESYNCS)
-            .map(|_| primary.begin(&["resync", "guest"]))
-            .collect();
+        let asked = begin_resyncs(&mut pair);
         std::thread::sleep(chance.part_of(RESYNC_WATCHED));
         expect_other(&images, pair, killed);
-        for mut asked in asked {
-            // It may have been done, or lost its guest.
-            drop(asked.wait());
-        }
+        wait_each(asked);
     }
 }
 

@@ -18,8 +18,9 @@ use tempfile::TempDir;
 
 use super::clients::Chance;
 use super::disks::{
-    BLOCKS, LOAD, LittleRoom, SMALL, STORE, STORE_PORT, add_journal, disk, expect_logged,
-    expect_reports, expect_sound, find_each, guest, has_printed, kill, make, reaches, set_each,
+    BLOCKS, LOAD, LittleRoom, SMALL, STORE, STORE_PORT, add_journal, begin_resyncs, disk,
+    expect_logged, expect_reports, expect_sound, find_each, guest, has_printed, kill, make,
+    reaches, set_each, wait_each,
 };
 use crate::{ATTEMPTS, RESYNC_WATCHED, RESYNCS};
 
@@ -145,15 +146,10 @@ fn whoever_is_killed_during_resyncs_the_other_has_all_that_was_promised() {
             // Its writes are of another order from then on.
             pair.hold_copy();
         }
-        let primary = pair.side(Side::Primary);
-        let asked: Vec<_> = (0..RESYNCS)
-            .map(|_| primary.begin(&["resync", "guest"]))
-            .collect();
+        let asked = begin_resyncs(&mut pair);
         std::thread::sleep(chance.part_of(RESYNC_WATCHED));
         expect_other(&image, pair, killed);
-        for mut asked in asked {
-            drop(asked.wait());
-        }
+        wait_each(asked);
     }
 }
 
