@@ -106,20 +106,19 @@ fn signals_end_the_guest(life: Life) {
     }
 }
 
+/// Runs a guest of the same name once more.
+fn run_beside(guest: &Guest) -> Output {
+    let kernel = tandem_tests::images::guest("hello");
+    let kernel = kernel.to_str().unwrap();
+    guest.tandem(&["run", "--name", "guest", "--kernel", kernel])
+}
+
 fn two_guests_of_one_name_are_refused(life: Life) {
     if must_skip(&[Need::Kvm]) {
         return;
     }
     let guest = staying(life);
-    let kernel = tandem_tests::images::guest("hello");
-    let arguments = [
-        "run",
-        "--name",
-        "guest",
-        "--kernel",
-        kernel.to_str().unwrap(),
-    ];
-    let output = guest.tandem(&arguments);
+    let output = run_beside(&guest);
     assert_eq!(output.status.code(), Some(RESOURCE), "{output:?}");
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(
@@ -144,15 +143,7 @@ fn a_killed_guest_leaves_a_name_that_can_be_used_again(life: Life) {
         assert!(Instant::now() < deadline, "a dead guest is listed");
         std::thread::sleep(Duration::from_millis(10));
     }
-    let kernel = tandem_tests::images::guest("hello");
-    let arguments = [
-        "run",
-        "--name",
-        "guest",
-        "--kernel",
-        kernel.to_str().unwrap(),
-    ];
-    let output = guest.tandem(&arguments);
+    let output = run_beside(&guest);
     assert!(output.status.success(), "{output:?}");
 }
 
