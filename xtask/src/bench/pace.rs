@@ -1,9 +1,9 @@
 //! Paced completions: what they gain a guest that waits, and what they cost one that does not. Ours only.
 
-use std::fs;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use procfs::process::Process;
 
 use super::engine::{Bench, Engine, Machine, NAME};
 use super::figures::{Better, Sample};
@@ -139,14 +139,12 @@ fn total(metrics: &str, name: &str) -> u64 {
 
 /// Time that all threads of a process were on a CPU, in nanoseconds (Documentation/scheduler/sched-stats).
 fn cpu_ns(pid: u32) -> Result<u64> {
-    let tasks = format!("/proc/{pid}/task");
-    let mut sum = 0;
-    for task in fs::read_dir(&tasks).with_context(|| format!("cannot read {tasks}"))? {
-        let text = fs::read_to_string(task?.path().join("schedstat")).unwrap_or_default();
-        let first = text.split_whitespace().next();
-        sum += first.and_then(|ns| ns.parse::<u64>().ok()).unwrap_or(0);
-    }
-    Ok(sum)
+    let process = Process::new(pid as i32);
+    let tasks = process.and_then(|process| process.tasks());
+    let tasks = tasks.with_context(|| format!("cannot find the threads of process {pid}"))?;
+    // They may end meanwhile.
+    let times = tasks.flatten().filter_map(|task| task.schedstat().ok());
+    Ok(times.map(|times| times.sum_exec_runtime).sum())
 }
 
 #[cfg(test)]
