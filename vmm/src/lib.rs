@@ -18,6 +18,8 @@ pub mod error;
 pub mod footprint;
 pub mod gates;
 pub mod kvm;
+#[cfg(test)]
+mod long_mode;
 pub mod machine;
 pub mod memory;
 pub mod memory_image;

@@ -5,9 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
-};
+use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Kvm, VcpuFd};
 use tandem_devices::GuestMemory;
 use tandem_devices::legacy::MachineRequest;
@@ -21,6 +19,7 @@ use crate::kvm::vcpu::{
     ExitHandler, Scheduling, VcpuEnd, VcpuSetup, VcpuThread, install_kick_handler,
 };
 use crate::kvm::vm::Vm;
+use crate::long_mode;
 use crate::until::Until;
 
 const MIB: u64 = 1 << 20;
@@ -31,9 +30,6 @@ pub(crate) const REGIONS: [(u64, u64); 2] = [(0, 16 * MIB), (4096 * MIB, 8 * MIB
 const DATA_START: u64 = 2 * MIB;
 const DATA_END: u64 = 24 * MIB;
 const CODE: u64 = MIB;
-const PML4: u64 = 0x9000;
-const PDPT: u64 = 0xa000;
-const PD: u64 = 0xb000;
 /// Where the guest writes: an address with as many bits as the mask after this.
 pub(crate) const WINDOW: u64 = 8 * MIB;
 /// Longest write of a device in bytes.
@@ -226,32 +222,18 @@ fn write_code_and_tables(memory: &GuestMemory, program: Program) {
         Program::Sweep { .. } => SWEEP,
     };
     memory.write_slice(code, GuestAddress(CODE)).unwrap();
-    // Present, writable, user; accessed and dirty are left for the processor to set.
-    memory.write_obj(PDPT | 7, GuestAddress(PML4)).unwrap();
-    memory.write_obj(PD | 7, GuestAddress(PDPT)).unwrap();
     let frames = REGIONS
         .iter()
         .flat_map(|(start, len)| (*start..start + len).step_by(2 * MIB as usize));
-    for (entry, frame) in (PD..).step_by(8).zip(frames) {
-        memory.write_obj(frame | 0x87, GuestAddress(entry)).unwrap();
-    }
+    long_mode::map(memory, frames);
 }
 
 fn set_registers(kvm: &Kvm, vcpu: &VcpuFd, program: Program, index: u8) {
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
-    vcpu.set_cpuid2(&cpuid).unwrap();
-    vcpu.set_mp_state(kvm_mp_state {
-        mp_state: KVM_MP_STATE_RUNNABLE,
-    })
-    .unwrap();
     let ring = if matches!(program, Program::Sweep { .. }) {
         0
     } else {
         3
     };
-    let mut sregs = vcpu.get_sregs().unwrap();
-    set_long_mode(&mut sregs, ring);
-    vcpu.set_sregs(&sregs).unwrap();
     let mut regs = kvm_regs {
         rip: CODE,
         rax: 0x1234_5678_9abc_def1 + u64::from(index),
@@ -267,43 +249,7 @@ fn set_registers(kvm: &Kvm, vcpu: &VcpuFd, program: Program, index: u8) {
         }
         Program::Sweep { bytes } => regs.rbp = bytes,
     }
-    vcpu.set_regs(&regs).unwrap();
-}
-
-fn set_long_mode(sregs: &mut kvm_sregs, ring: u8) {
-    let segment = |selector: u16, kind: u8, long: u8| kvm_segment {
-        limit: u32::MAX,
-        selector: selector | u16::from(ring),
-        type_: kind,
-        present: 1,
-        dpl: ring,
-        db: 1 - long,
-        s: 1,
-        l: long,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = segment(0x30, 0xb, 1);
-    for data in [
-        &mut sregs.ds,
-        &mut sregs.es,
-        &mut sregs.fs,
-        &mut sregs.gs,
-        &mut sregs.ss,
-    ] {
-        *data = segment(0x28, 0x3, 0);
-    }
-    sregs.tr = kvm_segment {
-        limit: 0x67,
-        selector: 0x40,
-        type_: 0xb,
-        present: 1,
-        ..Default::default()
-    };
-    sregs.cr3 = PML4;
-    sregs.cr4 = 0x620;
-    sregs.cr0 = 0x8001_0033;
-    sregs.efer = 0x500;
+    long_mode::begin(kvm, vcpu, ring, &regs);
 }
 
 /// The guest only writes memory.

@@ -6,9 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{
-    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment, kvm_sregs,
-};
+use kvm_bindings::kvm_regs;
 use kvm_ioctls::{Kvm, VcpuFd};
 use tandem_devices::GuestMemory;
 use tandem_devices::legacy::MachineRequest;
@@ -22,11 +20,9 @@ use crate::kvm::vcpu::{
     ExitHandler, Scheduling, VcpuEnd, VcpuSetup, VcpuThread, install_kick_handler,
 };
 use crate::kvm::vm::Vm;
+use crate::long_mode;
 use crate::memory_image::{CHUNK_SIZE, Loader, on_demand_is_available};
 
-const PML4: u64 = 0x9000;
-const PDPT: u64 = 0xa000;
-const PD: u64 = 0xb000;
 const CODE: u64 = CHUNK_SIZE;
 /// Where the guest leaves a mark once it has read the damaged chunk.
 const MARK: u64 = 2 * CHUNK_SIZE;
@@ -49,14 +45,7 @@ const A_WHILE: Duration = Duration::from_millis(200);
 fn guest() -> Arc<GuestMemory> {
     let memory = memory(REGIONS);
     memory.write_slice(PROGRAM, GuestAddress(CODE)).unwrap();
-    memory.write_obj(PDPT | 7, GuestAddress(PML4)).unwrap();
-    memory.write_obj(PD | 7, GuestAddress(PDPT)).unwrap();
-    for entry in 0..2_u64 {
-        let large_page = entry << 21 | 0x87;
-        memory
-            .write_obj(large_page, GuestAddress(PD + 8 * entry))
-            .unwrap();
-    }
+    long_mode::map(&memory, [0, 2 << 20]);
     // The chunk of the mark and the one that is damaged are stored.
     memory.write_obj(1_u8, GuestAddress(MARK + 1)).unwrap();
     memory.write_obj(1_u8, GuestAddress(DAMAGED)).unwrap();
@@ -64,13 +53,6 @@ fn guest() -> Arc<GuestMemory> {
 }
 
 fn set_registers(kvm: &Kvm, vcpu: &VcpuFd, ring: u8) {
-    let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).unwrap();
-    vcpu.set_cpuid2(&cpuid).unwrap();
-    let mp_state = KVM_MP_STATE_RUNNABLE;
-    vcpu.set_mp_state(kvm_mp_state { mp_state }).unwrap();
-    let mut sregs = vcpu.get_sregs().unwrap();
-    set_long_mode(&mut sregs, ring);
-    vcpu.set_sregs(&sregs).unwrap();
     let regs = kvm_regs {
         rip: CODE,
         rbx: DAMAGED,
@@ -78,37 +60,7 @@ fn set_registers(kvm: &Kvm, vcpu: &VcpuFd, ring: u8) {
         rflags: 0x2,
         ..Default::default()
     };
-    vcpu.set_regs(&regs).unwrap();
-}
-
-fn set_long_mode(sregs: &mut kvm_sregs, ring: u8) {
-    let segment = |selector: u16, kind: u8, long: u8| kvm_segment {
-        limit: u32::MAX,
-        selector: selector | u16::from(ring),
-        type_: kind,
-        present: 1,
-        dpl: ring,
-        db: 1 - long,
-        s: 1,
-        l: long,
-        g: 1,
-        ..Default::default()
-    };
-    sregs.cs = segment(0x30, 0xb, 1);
-    for data in [&mut sregs.ds, &mut sregs.es, &mut sregs.ss] {
-        *data = segment(0x28, 0x3, 0);
-    }
-    sregs.tr = kvm_segment {
-        limit: 0x67,
-        selector: 0x40,
-        type_: 0xb,
-        present: 1,
-        ..Default::default()
-    };
-    sregs.cr3 = PML4;
-    sregs.cr4 = 0x620;
-    sregs.cr0 = 0x8001_0033;
-    sregs.efer = 0x500;
+    long_mode::begin(kvm, vcpu, ring, &regs);
 }
 
 /// Remembers that the vCPU ended because it was asked to.
