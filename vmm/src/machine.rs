@@ -16,6 +16,7 @@ mod restore;
 mod saving;
 mod serve;
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -108,6 +109,8 @@ struct Running {
     probes: Vec<Probe>,
     tracker: Arc<DirtyTracker>,
     vm: Arc<Vm>,
+    /// Whether a vCPU may have run since KVM knew no page tables.
+    ran: Cell<bool>,
     /// What the vCPUs show of the processor, if the guest goes on from a saved state.
     cpuid: Option<Vec<Vec<CpuidEntry>>>,
 }

@@ -1,5 +1,6 @@
 //! KVM's side of a guest: built for each boot, gone with it.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use kvm_ioctls::VcpuFd;
@@ -83,6 +84,7 @@ impl Machine {
             vcpus,
             tracker,
             vm,
+            ran: Cell::new(false),
             cpuid: None,
         });
         Ok(())
@@ -143,6 +145,7 @@ impl Machine {
 
     pub(super) fn resume_vcpus(&self) {
         if let Some(running) = &self.running {
+            running.ran.set(true);
             running.vcpus.iter().for_each(VcpuThread::resume);
         }
     }

@@ -2,10 +2,7 @@
 
 use std::time::Instant;
 
-use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE, kvm_lapic_state, kvm_mp_state, kvm_sregs, kvm_xcr,
-    kvm_xcrs,
-};
+use kvm_bindings::{kvm_lapic_state, kvm_mp_state, kvm_sregs, kvm_xcr, kvm_xcrs};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
@@ -153,19 +150,10 @@ impl VcpuState {
     /// as its timer, in either mode.
     ///
     /// # Errors
-    /// When KVM of this host refuses a part, or either is a vCPU that waits to be started.
+    /// When KVM of this host refuses a part.
     pub fn restore_in_place(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
-        // Asking for it makes KVM act on an INIT or SIPI that is on its way.
-        let now = read_mp_state(vcpu)?;
-        for value in [now, self.mp_state] {
-            if ![KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_HALTED].contains(&value) {
-                return Err(StateError::Value {
-                    what: "the run state of a vCPU that goes on from another",
-                    value: value.into(),
-                    allowed: "0 or 3",
-                });
-            }
-        }
+        // Asking for it makes KVM act on an INIT or SIPI that is on its way: one that waits to be started has none after that.
+        read_mp_state(vcpu)?;
         let mut other: kvm_sregs = self.system.into();
         // Page tables are looked up anew only where their root changes.
         other.cr3 ^= CR3_PCD;

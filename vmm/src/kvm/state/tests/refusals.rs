@@ -100,3 +100,28 @@ fn a_vcpu_that_waits_to_be_started_still_does() {
     assert_eq!(again.mp_state, state.mp_state);
     assert_eq!(again.lapic, state.lapic);
 }
+
+#[test]
+fn a_vcpu_is_started_and_waits_again_in_place() {
+    let Some(machine) = Machine::empty() else {
+        println!("skipped: there is no KVM");
+        return;
+    };
+    let mut second = machine.vm.create_vcpu(1).unwrap();
+    let mut probe =
+        crate::kvm::state::VcpuProbe::new(&machine.kvm, machine.vm.fd(), &second).unwrap();
+    let waits = VcpuState::capture(&mut second, &mut probe).unwrap();
+    let mut asked = waits.clone();
+    asked.mp_state = kvm_bindings::KVM_MP_STATE_INIT_RECEIVED;
+    let mut runs = waits.clone();
+    runs.mp_state = kvm_bindings::KVM_MP_STATE_RUNNABLE;
+    runs.registers.rax = 7;
+    let orders = [&waits, &runs, &asked, &runs, &waits, &asked, &waits];
+    for state in orders {
+        state.restore_in_place(machine.vm.fd(), &second).unwrap();
+        let found = VcpuState::capture(&mut second, &mut probe).unwrap();
+        assert_eq!(found.mp_state, state.mp_state);
+        assert_eq!(found.registers, state.registers);
+        assert_eq!(found.lapic, state.lapic);
+    }
+}
