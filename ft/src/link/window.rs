@@ -83,6 +83,11 @@ impl Window {
         self.size
     }
 
+    /// Bytes that were sent, and those that were taken, together.
+    pub fn moved(&self) -> u64 {
+        self.sent.wrapping_add(self.taken)
+    }
+
     /// So many bytes are about to be sent; must be called before they are.
     pub fn sending(&mut self, now: Instant, bytes: u64) {
         self.sent += bytes;

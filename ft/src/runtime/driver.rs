@@ -44,7 +44,7 @@ const CHECKPOINT_INTERVAL_MAX: Duration = Duration::from_secs(10);
 const STANDING_INTERVAL_MAX: Duration = Duration::from_secs(1);
 /// Bytes of disks that may be written between checkpoints: all are read and compared then.
 const WRITTEN_MAX: u64 = 1 << 30;
-/// How long the secondary may take to load a checkpoint.
+/// How long the secondary may take to load a checkpoint, if what it does meanwhile is not known (see [`super::loading`]).
 const LOAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a thread that waits looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(100);
@@ -302,7 +302,7 @@ impl<'a> Driver<'a> {
             status.trying = None;
         }
         core.pair.joined();
-        core.event(PrimaryEvent::Joined);
+        core.joined();
         drop(begin.send(link));
         Ok(Connected {
             staged: Staging::new(Arc::clone(&session.saving().memory)),
@@ -473,7 +473,7 @@ impl<'a> Driver<'a> {
                 if last.elapsed() >= LOAD_TIMEOUT =>
             {
                 self.core.pair.lock_status().reason =
-                    ProtectionError::Slow(LOAD_TIMEOUT.as_secs()).to_string();
+                    ProtectionError::Slow(LOAD_TIMEOUT).to_string();
                 PrimaryEvent::GivenUp
             }
             _ => return,

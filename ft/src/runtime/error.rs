@@ -1,5 +1,7 @@
 //! Why a guest is not protected.
 
+use std::time::Duration;
+
 use tandem_vmm::control::ControlError;
 use tandem_vmm::migration::MigrationError;
 use tandem_vmm::snapshot::SnapshotError;
@@ -27,9 +29,9 @@ pub enum ProtectionError {
     /// The arbiter cannot be used.
     #[error(transparent)]
     Arbiter(#[from] ArbiterError),
-    /// The other side did not load a checkpoint in time.
-    #[error("the secondary did not load a checkpoint within {0} s")]
-    Slow(u64),
+    /// The other side lives, and got no further with a checkpoint.
+    #[error("the secondary got no further with a checkpoint for {} ms", .0.as_millis())]
+    Slow(Duration),
     /// The other side said what does not fit.
     #[error("the other side sent {0}")]
     Garbled(String),

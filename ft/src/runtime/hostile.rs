@@ -56,7 +56,8 @@ impl Arbiter for Generous {
     }
 }
 
-fn claims() -> Claims {
+/// Who is given every term.
+pub(super) fn claims() -> Claims {
     let owner = Owner {
         claimant: Claimant::from_bytes([7; 16]),
         host: "here".into(),

@@ -31,6 +31,7 @@ mod image;
 mod inviting;
 mod late;
 mod link_thread;
+mod loading;
 mod modes;
 mod moving;
 mod owed;

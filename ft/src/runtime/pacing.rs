@@ -1,6 +1,7 @@
 //! The connection of checkpoints, of which no more is on its way than a [`Window`] allows.
 
 use std::io::{self, Read, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,8 @@ pub(super) struct Flow {
     /// None once the secondary is lost.
     state: Mutex<Option<Window>>,
     changed: Condvar,
+    /// Bytes that were received.
+    received: AtomicU64,
 }
 
 impl Flow {
@@ -29,6 +32,14 @@ impl Flow {
         }
         self.changed.notify_all();
         Ok(())
+    }
+
+    /// Bytes that moved over the connection in any way, if that is known: a number that stays the same while nothing does.
+    pub(super) fn moved(&self) -> Option<u64> {
+        let state = lock(&self.state);
+        let window = state.as_ref()?;
+        let received = self.received.load(Ordering::Relaxed);
+        Some(window.moved().wrapping_add(received))
     }
 
     /// Nobody says any more what was taken.
@@ -105,7 +116,11 @@ impl AsRef<Link> for Paced {
 
 impl Read for Paced {
     fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
-        self.link.read(room)
+        let length = self.link.read(room)?;
+        if let Some(flow) = &self.flow {
+            flow.received.fetch_add(length as u64, Ordering::Relaxed);
+        }
+        Ok(length)
     }
 }
 

@@ -14,9 +14,10 @@ use tandem_vmm::migration::Link;
 use super::asking::Claims;
 use super::eagerness::Eagerness;
 use super::link_thread::{Talk, listen};
+use super::loading::{Load, Loading};
 use super::pacing::Flow;
 use super::status::{BOTH_RUN, COPY_STANDS};
-use super::{Pair, lock};
+use super::{Pair, ProtectionError, lock};
 use crate::arbiter::Term;
 use crate::detector::Scheduling;
 use crate::link::{Kind, Message, MessageError};
@@ -52,6 +53,8 @@ pub(super) struct Core {
     pub(super) link: Mutex<Option<Link>>,
     /// What is on its way of checkpoints.
     pub(super) flow: Arc<Flow>,
+    /// How far the secondary is with the checkpoint that was cut.
+    loading: Mutex<Loading>,
     /// The guest stands because the core said so.
     suspended: AtomicBool,
     /// The secondary is to take over: nothing is said to anybody any more.
@@ -74,6 +77,7 @@ impl Core {
             orders: Mutex::new(None),
             link: Mutex::new(None),
             flow: Arc::default(),
+            loading: Mutex::default(),
             suspended: AtomicBool::new(false),
             left: AtomicBool::new(false),
             shut: AtomicBool::new(false),
@@ -126,6 +130,20 @@ impl Core {
         if due.is_some_and(|due| Instant::now() >= due) {
             self.event(PrimaryEvent::Timer);
         }
+    }
+
+    /// Another secondary is connected.
+    pub(super) fn joined(&self) {
+        *lock(&self.loading) = Loading::default();
+        self.event(PrimaryEvent::Joined);
+    }
+
+    /// Checkpoint `epoch` was cut, and outputs wait until the secondary has done `load`. False if that is gone meanwhile.
+    pub(super) fn cut(&self, epoch: Epoch, load: &Load) -> bool {
+        if let Some(moved) = self.flow.moved() {
+            lock(&self.loading).cut(Instant::now(), load, moved);
+        }
+        self.event(PrimaryEvent::CutDone(epoch))
     }
 
     /// Whether no checkpoint was sent that is not loaded, and nobody is asked whose the guest is.
@@ -243,6 +261,7 @@ impl Core {
 
     /// The secondary has the checkpoint.
     fn committed(&self, epoch: Epoch) {
+        lock(&self.loading).loaded(Instant::now());
         let took = self.pair.lock_status().count_resync();
         let (switched, mode) = {
             let mut modes = self.pair.modes();
@@ -335,6 +354,21 @@ impl PrimaryTalk {
         if called {
             self.core.event(PrimaryEvent::OutputsQueued);
         }
+    }
+
+    /// Gives the secondary up if it lives and gets no further with a checkpoint. When to look again.
+    fn look_at_loading(&self, now: Instant) -> Option<Instant> {
+        let core = &self.core;
+        let mut loading = lock(&core.loading);
+        let patience = loading.look(now, core.flow.moved()?);
+        let due = loading.deadline();
+        drop(loading);
+        if let Some(patience) = patience {
+            let why = ProtectionError::Slow(patience);
+            core.pair.happened("slow", why.to_string());
+            core.event(PrimaryEvent::GivenUp);
+        }
+        due
     }
 
     /// The host's disk failed, which the guest does not know yet: its copy goes on with its own.
@@ -441,6 +475,7 @@ impl Talk for PrimaryTalk {
         self.look_at_gates(now);
         self.look_at_disks();
         let checkpoint = self.look_at_modes(now);
+        let loaded = self.look_at_loading(now);
         let core = &self.core;
         core.pair.tell_settled();
         core.pair.tell_committed();
@@ -456,7 +491,7 @@ impl Talk for PrimaryTalk {
             _ => core.pair.runs_with_disks(),
         }
         let due = lock(&core.machine).deadline();
-        let all = [due, checkpoint, core.pair.deadline()];
+        let all = [due, checkpoint, loaded, core.pair.deadline()];
         let all = all.into_iter().flatten().min();
         Some(all.unwrap_or(now + LOOK))
     }
@@ -471,5 +506,66 @@ impl Talk for PrimaryTalk {
             }
             MessageError::Broken(_) | MessageError::Untaken { .. } => PrimaryEvent::LinkBroken,
         });
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "test code fails by panicking")]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    use super::super::hostile;
+    use super::super::pacing::Paced;
+    use super::*;
+    use crate::link::{self, Reader};
+
+    const FIRST: Epoch = Epoch(1);
+    const SECOND: Epoch = Epoch(2);
+
+    /// Answers each beat that comes, and says nothing else, until the other side ends.
+    fn answer(mut link: UnixStream) {
+        let mut reader = Reader::default();
+        while reader.fill(|room| link.read(room)).unwrap_or(false) {
+            let mut answers = Vec::new();
+            while let Some(message) = reader.take().unwrap() {
+                if message.kind == Kind::Beat {
+                    link::put(&mut answers, Kind::Answer, 0, message.payload);
+                }
+            }
+            if link.write_all(&answers).is_err() {
+                break;
+            }
+        }
+    }
+
+    #[test]
+    fn a_secondary_that_answers_and_loads_nothing_is_given_up() {
+        let pair = Arc::new(Pair::new("guest", 0, 0).unwrap());
+        let handle = Handle::to_nobody().unwrap();
+        let core = Core::alone(pair, handle, hostile::claims(), Term::FIRST);
+        let (checkpoints, _taken) = UnixStream::pair().unwrap();
+        let (_checkpoints, _flowing) = Paced::new(Link::Unix(checkpoints), Some(&core.flow));
+        let (near, far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let link = Link::Unix(near);
+        core.pair.outbox().connect(link.try_clone().unwrap());
+        let answering = thread::spawn(move || answer(far));
+        core.joined();
+        assert!(core.cut(FIRST, &Load::default()));
+        core.event(PrimaryEvent::Loaded(FIRST));
+        assert_eq!(core.state(), PrimaryState::Protected(FIRST));
+        core.event(PrimaryEvent::ResyncDemanded);
+        assert!(core.cut(SECOND, &Load::default()));
+        let begun = Instant::now();
+        // Ends as soon as the primary is alone.
+        talk(&core, &link);
+        assert_eq!(core.state(), PrimaryState::Alone);
+        let took = begun.elapsed();
+        let bounds = Duration::from_millis(450)..Duration::from_secs(5);
+        assert!(bounds.contains(&took), "{took:?}");
+        core.pair.outbox().disconnect();
+        answering.join().unwrap();
     }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use roaring::RoaringTreemap;
 use tandem_vmm::control::{FreezeTimes, Frozen};
+use tandem_vmm::dirty::PAGE_SIZE;
 use tandem_vmm::kvm::standing::Stand;
 use tandem_vmm::migration::frame;
 use tandem_vmm::migration::pages::PageSender;
@@ -22,8 +23,9 @@ use crate::delta::Ahead;
 use crate::link::Kind;
 use crate::mirror::{self, Base, Grain, Image, Traffic};
 use crate::mode::Mode;
-use crate::pair::{Cause, Epoch, PrimaryEvent};
+use crate::pair::{Cause, Epoch};
 use crate::runtime::checkpoint::encode_rest;
+use crate::runtime::loading::Load;
 use crate::runtime::modes::Made;
 use crate::runtime::pacing::Paced;
 use crate::runtime::pair::PairCut;
@@ -69,7 +71,8 @@ impl Driver<'_> {
     ) -> Result<(), ProtectionError> {
         let mut making = Making::begin(&self.core.pair, epoch, cause);
         let stopped = connected.stop(copying, &mut making)?;
-        if !self.core.event(PrimaryEvent::CutDone(epoch)) {
+        let load = connected.load(&making, &stopped);
+        if !self.core.cut(epoch, &load) {
             // The secondary is gone meanwhile.
             connected.encoder.forget();
             connected.session.thaw()?;
@@ -246,6 +249,19 @@ impl Connected<'_> {
                 session.freeze(staged)?
             }
         })
+    }
+
+    /// What the secondary has to do with a checkpoint of the guest, which was just stopped.
+    fn load(&self, making: &Making, stopped: &Stopped) -> Load {
+        let all = self.session.saving().hardware.memory / PAGE_SIZE;
+        Load {
+            pages: match making.cause {
+                Cause::Join => all,
+                _ => making.pages + stopped.pages,
+            },
+            disks: !self.images.is_empty(),
+            sending: making.began.elapsed(),
+        }
     }
 
     /// Sends what the guest was when it stood; it may run by now.
