@@ -26,6 +26,7 @@ mod gathering;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod memory;
 pub mod open;
+pub mod redo;
 mod request;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! A disk served by worker threads, for hosts without io_uring.
+//! A disk served by worker threads: for hosts without io_uring, and for disks that are more than one file.
 
 use std::collections::VecDeque;
 use std::io;
@@ -18,6 +18,76 @@ pub const WORKERS: usize = 2;
 /// Stack of a worker in bytes.
 const STACK_SIZE: usize = 128 << 10;
 
+/// What carries out requests, one after the other on each worker.
+pub trait Serve: Send + Sync {
+    /// As [`BlockBackend::sectors`].
+    fn sectors(&self) -> u64;
+
+    /// As [`BlockBackend::block_size`].
+    fn block_size(&self) -> u32;
+
+    /// As [`BlockBackend::is_readonly`].
+    fn is_readonly(&self) -> bool;
+
+    /// Whether requests may come. If not, the backend is woken when they may again.
+    fn has_room(&self) -> bool {
+        true
+    }
+
+    /// By `event` the backend is woken.
+    fn woken_by(&self, _event: EventFd) {}
+
+    /// Carries out a request.
+    ///
+    /// # Errors
+    /// Those of the host.
+    fn execute(&self, io: BlockIo) -> io::Result<()>;
+}
+
+impl Serve for DiskFile {
+    fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    fn is_readonly(&self) -> bool {
+        self.readonly
+    }
+
+    fn execute(&self, io: BlockIo) -> io::Result<()> {
+        execute(self, io)
+    }
+}
+
+impl<T: Serve> Serve for Arc<T> {
+    fn sectors(&self) -> u64 {
+        self.as_ref().sectors()
+    }
+
+    fn block_size(&self) -> u32 {
+        self.as_ref().block_size()
+    }
+
+    fn is_readonly(&self) -> bool {
+        self.as_ref().is_readonly()
+    }
+
+    fn has_room(&self) -> bool {
+        self.as_ref().has_room()
+    }
+
+    fn woken_by(&self, event: EventFd) {
+        self.as_ref().woken_by(event);
+    }
+
+    fn execute(&self, io: BlockIo) -> io::Result<()> {
+        self.as_ref().execute(io)
+    }
+}
+
 #[derive(Default)]
 struct State {
     jobs: VecDeque<BlockIo>,
@@ -30,7 +100,7 @@ struct Shared {
     work: Condvar,
     finished: Condvar,
     event: EventFd,
-    disk: DiskFile,
+    disk: Box<dyn Serve>,
 }
 
 impl Shared {
@@ -50,7 +120,7 @@ impl Shared {
             };
             drop(state);
             let token = job.token;
-            let result = execute(&self.disk, job);
+            let result = self.disk.execute(job);
             state = self.lock();
             let first = state.done.is_empty();
             state.done.push_back((token, result));
@@ -74,7 +144,7 @@ impl ThreadsBackend {
     ///
     /// # Errors
     /// When the host has no thread or descriptor left.
-    pub fn new(disk: DiskFile) -> io::Result<Self> {
+    pub fn new(disk: impl Serve + 'static) -> io::Result<Self> {
         Self::beginning_with(disk, || Ok(()))
     }
 
@@ -83,15 +153,17 @@ impl ThreadsBackend {
     /// # Errors
     /// When the host has no thread or descriptor left, and those of `begin`.
     pub fn beginning_with(
-        disk: DiskFile,
+        disk: impl Serve + 'static,
         begin: impl Fn() -> io::Result<()> + Clone + Send + 'static,
     ) -> io::Result<Self> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        disk.woken_by(event.try_clone()?);
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             work: Condvar::new(),
             finished: Condvar::new(),
-            event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-            disk,
+            event,
+            disk: Box::new(disk),
         });
         let mut backend = Self {
             shared,
@@ -135,15 +207,15 @@ impl ThreadsBackend {
 
 impl BlockBackend for ThreadsBackend {
     fn sectors(&self) -> u64 {
-        self.shared.disk.sectors
+        self.shared.disk.sectors()
     }
 
     fn block_size(&self) -> u32 {
-        self.shared.disk.block_size
+        self.shared.disk.block_size()
     }
 
     fn is_readonly(&self) -> bool {
-        self.shared.disk.readonly
+        self.shared.disk.is_readonly()
     }
 
     fn start(&mut self, poller: &mut dyn Poller, token: u32) -> io::Result<()> {
@@ -155,11 +227,14 @@ impl BlockBackend for ThreadsBackend {
     }
 
     fn has_room(&self) -> bool {
-        self.in_flight < usize::from(QUEUE_SIZE)
+        self.in_flight < usize::from(QUEUE_SIZE) && self.shared.disk.has_room()
     }
 
     fn submit(&mut self, io: BlockIo) {
-        assert!(self.has_room(), "the device asks for room first");
+        assert!(
+            self.in_flight < usize::from(QUEUE_SIZE),
+            "the device asks for room first"
+        );
         self.in_flight += 1;
         self.shared.lock().jobs.push_back(io);
         self.shared.work.notify_one();
