@@ -29,7 +29,7 @@ use crate::settings::{Located, Origin, Problem, Settings, value};
 
 const FILE: &str = "\
 File: the keys of the TOML file are the names of these flags without the dashes in front, as in \
-`memory = \"512MiB\"`; devices are tables: [[disk]] with path, readonly, id, direct, shared, engine and \
+`memory = \"512MiB\"`; devices are tables: [[disk]] with path, readonly, id, direct, shared, redo, engine and \
 pace; [[net]] with tap or socket, mac and pace; [vsock] with cid and path. Relative paths in it are relative to \
 its directory. Flags win over the file; --disk and --net add to it.";
 
@@ -449,7 +449,7 @@ pub struct RunArgs {
     /// Memory, such as 512MiB [default: 128MiB]
     #[arg(long, value_name = "SIZE", value_parser = value::memory)]
     pub memory: Option<u64>,
-    /// Disk: path=FILE[,readonly][,id=ID][,direct][,shared][,engine=auto|uring|threads][,pace=P]; repeatable
+    /// Disk: path=FILE[,readonly][,id=ID][,direct][,shared][,redo=FILE][,engine=auto|uring|threads][,pace=P]; repeatable
     #[arg(long = "disk", value_name = "DISK", value_parser = value::disk)]
     pub disks: Vec<DiskConfig>,
     /// Network interface: tap=NAME[,mac=M][,pace=P] or socket=PATH[,mac=M][,pace=P]; repeatable
@@ -660,7 +660,7 @@ pub struct PlaceArgs {
     /// Name of the guest, unique on this host [default: the one it had]
     #[arg(long, value_parser = value::name)]
     pub name: Option<String>,
-    /// Disk: path=FILE[,readonly][,id=ID][,direct][,shared][,engine=auto|uring|threads][,pace=P]; repeatable
+    /// Disk: path=FILE[,readonly][,id=ID][,direct][,shared][,redo=FILE][,engine=auto|uring|threads][,pace=P]; repeatable
     #[arg(long = "disk", value_name = "DISK", value_parser = value::disk)]
     pub disks: Vec<DiskConfig>,
     /// Network interface: tap=NAME[,mac=M][,pace=P] or socket=PATH[,mac=M][,pace=P]; repeatable

@@ -95,6 +95,7 @@ fn confine(args: &BucketArgs) -> Result<(), Failure> {
         user: args.user,
         grants: grants(),
         store: None,
+        logs: Vec::new(),
         log: None,
     })?;
     load_lookups();

@@ -144,6 +144,29 @@ impl Opened {
     }
 }
 
+/// Sees that nobody else uses an image with a redo log of a guest that begins anew.
+///
+/// # Errors
+/// When somebody does.
+pub(crate) fn expect_alone(machine: &Machine) -> Result<(), Failure> {
+    let mut disks = machine.redo_disks().iter();
+    let alone = disks.try_for_each(|(_, disk)| disk.expect_alone());
+    Ok(alone.map_err(StoreError::from)?)
+}
+
+/// Begins the redo logs of a guest that begins anew, with all that was written to its disks before.
+///
+/// # Errors
+/// When another has an image open, or a log cannot be read.
+pub(crate) fn begin_logs(machine: &Machine, owned: &Owned) -> Result<(), Failure> {
+    let term = owned.tenure.as_ref().map_or(0, |tenure| tenure.term.0);
+    for (_, disk) in machine.redo_disks() {
+        let chain = disk.recover().map_err(StoreError::from)?;
+        disk.begin(chain, term).map_err(StoreError::from)?;
+    }
+    Ok(())
+}
+
 /// Sees to it that copies of the guest of `pair` are told of its store, unless it can have none.
 pub(crate) fn tell_copies(pair: &Pair, checkpoints: &Checkpoints, owned: &Owned) {
     let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
@@ -219,6 +242,7 @@ pub(crate) fn beside(
         pair: beside.pair.clone(),
         handle: machine.handle(),
         description,
+        redo: machine.redo_disks().to_vec(),
         confinement: confinement.entry(ThreadKind::Checkpoints),
     };
     let others = beside.begin;

@@ -34,9 +34,16 @@ pub(crate) fn begin(launch: &Launch, claim: &Claim) -> Result<Confinement, Failu
         user: launch.user,
         grants: grants(&launch.machine, claim),
         store: store.map(Path::to_owned),
+        logs: logs(&launch.machine),
         log: Some(log),
     })?;
     Ok(confinement)
+}
+
+/// Directories of the redo logs of a guest's disks.
+fn logs(machine: &MachineConfig) -> Vec<PathBuf> {
+    let logs = machine.disks.iter().filter_map(|disk| disk.redo.as_deref());
+    logs.map(directory).collect()
 }
 
 /// A panic is told without the list of calls that led to it, which reads files.

@@ -77,12 +77,31 @@ pub struct Commander {
     handle: Handle,
     pair: Arc<Pair>,
     desk: Desk,
+    /// Some of the guest's disks have redo logs.
+    logs: bool,
 }
 
 impl Commander {
-    /// Commands the machine of `handle`, whose gates are `pair`'s and whose protection is asked for at `desk`.
-    pub fn new(handle: Handle, pair: Arc<Pair>, desk: Desk) -> Self {
-        Self { handle, pair, desk }
+    /// Commands the machine of `handle`, whose gates are `pair`'s and whose protection is asked for at `desk`; some of its
+    /// disks have redo `logs`, or none.
+    pub fn new(handle: Handle, pair: Arc<Pair>, desk: Desk, logs: bool) -> Self {
+        Self {
+            handle,
+            pair,
+            desk,
+            logs,
+        }
+    }
+
+    /// Fails for a guest whose disks are not in their images.
+    fn expect_no_logs(&self) -> Result<(), ControlError> {
+        match self.logs {
+            true => Err(ControlError::Failed(
+                "what the guest's disks have is in redo logs, which go with its checkpoints only: allowed is `tandem resume`"
+                    .to_owned(),
+            )),
+            false => Ok(()),
+        }
     }
 }
 
@@ -130,6 +149,7 @@ impl Control for Commander {
         resync: ResyncMode,
         wish: Wish,
     ) -> Result<(), ControlError> {
+        self.expect_no_logs()?;
         let routes = to.iter().map(Peer::open).collect::<Result<_, _>>();
         let to = Standbys::new(routes.map_err(|e| ControlError::Failed(causes(&e)))?);
         let asked = self.desk.protect(to, arbiter.to_owned(), resync, wish);
@@ -172,6 +192,7 @@ impl Control for Commander {
         description: &str,
     ) -> Result<SnapshotReport, SnapshotError> {
         self.desk.expect_owner().map_err(ControlError::Failed)?;
+        self.expect_no_logs()?;
         Ok(directory::save(&self.handle, directory, description)?.into())
     }
 
@@ -181,6 +202,7 @@ impl Control for Commander {
         description: &str,
         budget: Duration,
     ) -> Result<MigrationReport, MigrationError> {
+        self.expect_no_logs().map_err(SnapshotError::from)?;
         let moves = self.desk.begin_move().map_err(ControlError::Failed);
         let mut mover = moves.map_err(SnapshotError::from)?;
         let to = to.open()?;

@@ -204,7 +204,11 @@ fn store_exit(error: &StoreError) -> Exit {
         StoreError::Snapshot(_) | StoreError::Memory(_) => Exit::Snapshot,
         StoreError::NoCheckpoint { damaged, .. } if !damaged.is_empty() => Exit::Snapshot,
         error if error.is_damage() => Exit::Snapshot,
-        StoreError::Backend(_) | StoreError::Arbiter(_) | StoreError::File { .. } => Exit::Resource,
+        StoreError::Redo(error) if error.is_damage() => Exit::Snapshot,
+        StoreError::Backend(_)
+        | StoreError::Arbiter(_)
+        | StoreError::File { .. }
+        | StoreError::Redo(_) => Exit::Resource,
         _ => Exit::Failed,
     }
 }

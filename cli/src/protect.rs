@@ -71,7 +71,10 @@ pub(crate) fn run(
         let description = made.1.clone();
         let store = match store {
             Some((opened, settings)) => {
+                // Before anything is taken from anybody.
+                checkpoints::expect_alone(&machine)?;
                 let owned = opened.begin_anew(anew)?;
+                checkpoints::begin_logs(&machine, &owned)?;
                 checkpoints::tell_copies(&made.0, &settings, &owned);
                 Some((owned, settings.plan))
             }
@@ -103,7 +106,7 @@ fn gates(machine: &MachineConfig, protected: bool) -> io::Result<Pair> {
     let pair = Pair::new(&machine.name, machine.nets.len(), machine.disks.len())?;
     let pair = pair.sharing(shared)?;
     for (number, disk) in numbered() {
-        if !disk.readonly && !disk.shared {
+        if !disk.readonly && !disk.shared && disk.redo.is_none() {
             pair.keep_changes(number, &disk.path, protected)?;
         }
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tandem_devices::GuestMemory;
+use tandem_devices::virtio::block::redo::Chain;
 use tandem_ft::mirror;
 use tandem_ft::runtime::ProtectionError;
 use tandem_store::capture::disks::image_name;
@@ -12,7 +13,7 @@ use tandem_store::capture::{Begin, Owned, Plan, addresses_of, outputs_of};
 use tandem_store::disk;
 use tandem_store::manifest::Manifest;
 use tandem_store::memory::{SavedMemory as StoredMemory, state_of};
-use tandem_store::{Place, StoreError};
+use tandem_store::{Place, StoreError, redo};
 use tandem_vmm::config::MachineConfig;
 use tandem_vmm::confinement::{Confinement, ThreadKind};
 use tandem_vmm::error::causes;
@@ -57,13 +58,16 @@ pub fn resume(args: &ResumeArgs, from: &Place, context: &RunContext) -> Result<E
         let made = (protect::pair(&config, false)?, describe(&config));
         let surroundings = protect::surroundings(confinement, &made.0);
         let resources = Machine::reserve(&config, confinement)?;
+        let logs = resources.redo_disks();
+        redo::expect(&newest.manifest, &logs)?;
         let room = memory::allocate(config.memory, config.hugepages)?;
         // The kernel copies what is missing in pages of its own size only.
         let eager = args.eager || config.hugepages;
-        let owned = take(opened, eager.then_some(&room))?;
+        let (owned, chains) = take(opened, eager.then_some(&room), &logs)?;
         let manifest = owned.base.clone().ok_or(Failure::NothingTaken)?;
         let state = state_of(&owned.guest, &manifest)?;
         restore_disks(&owned, &manifest, &config)?;
+        redo::begin(&logs, chains, &owned)?;
         let saved = match eager {
             true => SavedMemory::Loaded(room),
             false => on_demand(&owned, &manifest, room, confinement)?,
@@ -146,10 +150,17 @@ fn restore_disks(
     Ok(())
 }
 
-/// Takes the guest; with `room`, its memory is loaded and checked there before the checkpoint is settled on.
-fn take(opened: Opened, room: Option<&Arc<GuestMemory>>) -> Result<Owned, Failure> {
+/// Takes the guest, whose disks' redo logs are read and checked before the checkpoint is settled on; and, with `room`,
+/// its memory, which is loaded there. Returns what was read of the logs too.
+fn take(
+    opened: Opened,
+    room: Option<&Arc<GuestMemory>>,
+    logs: &[redo::Logged],
+) -> Result<(Owned, Vec<Chain>), Failure> {
     let guest = opened.guest.clone();
-    opened.go_on(&mut |manifest| {
+    let mut chains = Vec::new();
+    let owned = opened.go_on(&mut |manifest| {
+        chains = redo::chains(manifest, logs)?;
         let Some(room) = room else {
             return Ok(());
         };
@@ -161,7 +172,8 @@ fn take(opened: Opened, room: Option<&Arc<GuestMemory>>) -> Result<Owned, Failur
             })?;
         }
         loaded
-    })
+    })?;
+    Ok((owned, chains))
 }
 
 /// Memory that is loaded when it is touched.

@@ -156,7 +156,8 @@ where
         confine::give_files(user, &facts.config, &claim)?;
     }
     let terminal = enter_terminal(&facts, context.quiet)?;
-    let commander = Commander::new(machine.handle(), beside.pair, beside.desk);
+    let logs = !machine.redo_disks().is_empty();
+    let commander = Commander::new(machine.handle(), beside.pair, beside.desk, logs);
     let guest = Guest::new(Arc::new(commander), facts);
     let confine = confinement.entry(ThreadKind::Api);
     let sweep = move || root.sweep();

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use tandem_devices::virtio::block::redo::RedoError;
 use tandem_ft::arbiter::{ArbiterError, NAME_LENGTH_MAX, Tenure};
 use tandem_ft::runtime::ProtectionError;
 use tandem_vmm::memory_image::MemoryImageError;
@@ -171,6 +172,9 @@ pub enum StoreError {
         /// Why not.
         what: String,
     },
+    /// The redo log of a disk cannot be used.
+    #[error(transparent)]
+    Redo(#[from] RedoError),
     /// A guest's outputs cannot be kept.
     #[error(transparent)]
     Outputs(#[from] Box<ProtectionError>),
@@ -203,12 +207,13 @@ impl StoreError {
 
     /// Whether an object is missing or not what was written, so that another checkpoint may do.
     pub fn is_damage(&self) -> bool {
-        matches!(
-            self,
+        match self {
             Self::Damaged { .. }
-                | Self::Missing { .. }
-                | Self::Backend(BackendError::TooLong { .. } | BackendError::Missing { .. })
-        )
+            | Self::Missing { .. }
+            | Self::Backend(BackendError::TooLong { .. } | BackendError::Missing { .. }) => true,
+            Self::Redo(error) => error.is_damage(),
+            _ => false,
+        }
     }
 
     /// That a file cannot be used.

@@ -46,6 +46,7 @@ pub mod place;
 pub mod plain;
 pub mod prune;
 pub mod read;
+pub mod redo;
 pub mod seal;
 mod store;
 pub mod survey;

@@ -9,13 +9,16 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, FileExt};
 use std::path::{Path, PathBuf};
 
+use tandem_devices::virtio::block::redo::{self, DiskRecord};
 use tandem_vmm::memory_image::{CHUNK_SIZE, Checksums};
 use tandem_vmm::snapshot::directory::{self as snapshot, CHECKSUMS, DESCRIPTION};
 use tandem_vmm::snapshot::{GuestState, MemoryState, Writer as StateWriter};
 use xxhash_rust::xxh3::xxh3_64;
 
+use crate::capture::disks::image_name;
 use crate::manifest::{MEMORY, Manifest, STATE, Section};
 use crate::read::Reader;
+use crate::redo::disks_of;
 use crate::write::{Committed, Writer};
 use crate::{Guest, PAGE, StoreError};
 
@@ -85,6 +88,10 @@ pub fn export(
         let path = partial.path.join(file_name(guest, &reader, &image.name)?);
         write_image(&reader, number, &path, image.bytes, progress)?;
     }
+    for disk in disks_of(reader.manifest())? {
+        let path = partial.path.join(image_name(disk.disk));
+        write_logged(&disk, &path, progress)?;
+    }
     let bytes = state.hardware.memory;
     let sums = checksums(&reader, &partial.path.join(snapshot::MEMORY), bytes)?;
     let memory = MemoryState {
@@ -148,6 +155,20 @@ fn write_image(
         progress(length);
         written.map_err(StoreError::file("write", path))
     })?;
+    file.sync_all().map_err(StoreError::file("write", path))
+}
+
+/// Writes the disk of a checkpoint that has a redo log to a file.
+fn write_logged(
+    disk: &DiskRecord,
+    path: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<(), StoreError> {
+    let file = File::options().write(true).create_new(true).open(path);
+    let file = file.map_err(StoreError::file("make", path))?;
+    file.set_len(disk.bytes)
+        .map_err(StoreError::file("write", path))?;
+    redo::export(disk, &file, progress)?;
     file.sync_all().map_err(StoreError::file("write", path))
 }
 

@@ -16,6 +16,7 @@ use crate::manifest::{Manifest, ObjectRecord};
 use crate::names::{GUESTS, ObjectId, ObjectKind};
 use crate::owner::{ObjectArbiter, Start};
 use crate::read::{self, NeededChunks, Reader};
+use crate::redo;
 use crate::{CheckpointId, Guest, Store, StoreError};
 
 /// Something that is not what was written.
@@ -248,9 +249,28 @@ impl Verifier<'_> {
                 if !counting.contains(&id) {
                     return Ok(());
                 }
+                let newest = counting.first() == Some(&id);
+                let logs = match newest {
+                    true => self.logs(guest, &manifest),
+                    false => Ok(()),
+                };
+                self.keep(&entry.name, logs, &[id])?;
                 let added = needs.add(guest, manifest);
                 self.keep(&entry.name, added, &[id])
             }
+        }
+    }
+
+    /// Reads redo logs of the disks of the newest checkpoint; older ones lose theirs when they are folded.
+    fn logs(&mut self, guest: &Guest, manifest: &Manifest) -> Result<(), StoreError> {
+        match redo::check(manifest) {
+            Ok(bytes) => {
+                self.report.bytes += bytes;
+                Ok(())
+            }
+            // Its guest runs, and went on.
+            Err(_) if guest.checkpoints()?.first() != Some(&manifest.id) => Ok(()),
+            Err(error) => Err(error),
         }
     }
 

@@ -126,6 +126,7 @@ fn config(name: &str, directory: &Path) -> MachineConfig {
         id: None,
         direct: false,
         shared: false,
+        redo: None,
         engine: DiskEngine::Auto,
         pace: Pace::default(),
     };

@@ -245,6 +245,7 @@ impl Bench {
             id: None,
             direct: false,
             shared: false,
+            redo: None,
             engine,
             pace: Pace::default(),
         }

@@ -101,6 +101,9 @@ pub struct DiskConfig {
     /// of either host is bypassed.
     #[serde(default)]
     pub shared: bool,
+    /// The head of a redo log beside the image, if writes go there until a checkpoint of the guest is complete.
+    #[serde(default)]
+    pub redo: Option<PathBuf>,
     /// How requests reach the host kernel.
     pub engine: DiskEngine,
     /// How fast completions reach the guest.

@@ -72,6 +72,9 @@ pub enum Error {
     /// A disk cannot be used.
     #[error(transparent)]
     Disk(#[from] tandem_devices::virtio::block::DiskError),
+    /// The redo log of a disk cannot be used.
+    #[error(transparent)]
+    Redo(#[from] tandem_devices::virtio::block::redo::RedoError),
     /// A network socket cannot be used.
     #[error(transparent)]
     Stream(#[from] tandem_devices::virtio::net::stream::StreamError),
@@ -145,6 +148,7 @@ impl Error {
             | Self::Memory { .. }
             | Self::Tap(_)
             | Self::Disk(_)
+            | Self::Redo(_)
             | Self::Stream(_)
             | Self::Vsock(_)
             | Self::Confinement(_)

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::Kvm;
 use tandem_devices::GuestMemory;
 use tandem_devices::legacy::MachineRequest;
+use tandem_devices::virtio::block::redo::RedoDisk;
 use tandem_devices::virtio::registers::RegisterBank;
 use vmm_sys_util::epoll::Epoll;
 use vmm_sys_util::eventfd::EventFd;
@@ -99,6 +100,8 @@ pub struct Machine {
     /// Events that came while the machine was paused.
     deferred: Vec<Source>,
     unpollable_input: bool,
+    /// Disks with redo logs.
+    redo: Vec<(u8, Arc<RedoDisk>)>,
     /// Rests between rounds of the loop, where it has no CPU to itself.
     moderation: Option<Moderation>,
 }
@@ -179,6 +182,7 @@ impl Machine {
             console: &console,
             gates: gates.as_ref(),
         };
+        let redo = resources.redo_disks();
         let (model, connections, port) = build::devices(&config, resources, &host)?;
         let shared = Arc::new(Shared {
             stands: model.watch_stands(),
@@ -224,6 +228,7 @@ impl Machine {
             resets: 0,
             deferred: Vec::new(),
             unpollable_input: false,
+            redo,
             moderation: None,
         })
     }
@@ -231,6 +236,11 @@ impl Machine {
     /// A way to command the machine from other threads.
     pub fn handle(&self) -> Handle {
         self.handle.clone()
+    }
+
+    /// Disks with redo logs, by their numbers: each has to begin before the guest runs.
+    pub fn redo_disks(&self) -> &[(u8, Arc<RedoDisk>)] {
+        &self.redo
     }
 
     /// Runs the guest on the calling thread until it ends. The thread is confined for good.

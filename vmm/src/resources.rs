@@ -5,10 +5,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tandem_devices::virtio::VirtioDevice;
-use tandem_devices::virtio::block::threads::ThreadsBackend;
+use tandem_devices::virtio::block::redo::RedoDisk;
+use tandem_devices::virtio::block::threads::{Serve, ThreadsBackend};
 use tandem_devices::virtio::block::uring::UringBackend;
 use tandem_devices::virtio::block::{Block, BlockBackend, DiskError, DiskFile, lock_image};
 use tandem_devices::virtio::console::Console;
@@ -116,6 +118,14 @@ impl Resources {
         })
     }
 
+    /// Disks with redo logs, by their numbers: each has to begin before the guest runs.
+    pub fn redo_disks(&self) -> Vec<(u8, Arc<RedoDisk>)> {
+        let disks = (0..).zip(&self.disks);
+        disks
+            .filter_map(|(number, disk)| Some((number, Arc::clone(disk.redo.as_ref()?))))
+            .collect()
+    }
+
     /// The primary end of the console.
     pub fn take_console(&mut self) -> Primary {
         self.console.take().unwrap_or(Primary::None)
@@ -127,7 +137,8 @@ impl Resources {
     /// When a device cannot be set up.
     pub fn into_devices(self, config: &MachineConfig, host: &Host<'_>) -> Result<Devices, Error> {
         let mut virtio: Vec<(String, Box<dyn VirtioDevice>)> = Vec::new();
-        for (index, Disk { backend, image }) in self.disks.into_iter().enumerate() {
+        for (index, disk) in self.disks.into_iter().enumerate() {
+            let Disk { backend, image, .. } = disk;
             let name = format!("disk{index}");
             let backend = match image {
                 Some(image) => {
@@ -194,17 +205,35 @@ struct Disk {
     backend: Box<dyn BlockBackend>,
     /// Its image once more, if the guest may write to it: by the page cache, unless it is shared.
     image: Option<File>,
+    /// Its redo log, if it has one: no gate sees what is written to it.
+    redo: Option<Arc<RedoDisk>>,
 }
 
 fn open_disk(config: &DiskConfig, confinement: &Confinement) -> Result<Disk, Error> {
     if config.shared {
         return open_shared(config, confinement);
     }
+    if let Some(log) = &config.redo {
+        return open_redo(config, log, confinement);
+    }
     let disk = DiskFile::open(&config.path, config.readonly, config.direct)?;
     let image = (!config.readonly).then(|| open_image(&config.path));
     Ok(Disk {
         image: image.transpose()?,
+        redo: None,
         backend: serve_disk(disk, config, confinement)?,
+    })
+}
+
+/// An image with a redo log, both of which its guest's next owner may have open too.
+fn open_redo(config: &DiskConfig, log: &Path, confinement: &Confinement) -> Result<Disk, Error> {
+    let disk = DiskFile::open_unlocked(&config.path, false, false)?;
+    let bytes = disk.bytes();
+    let redo = Arc::new(RedoDisk::open(log, disk.file, &config.path, bytes)?);
+    Ok(Disk {
+        backend: by_threads(Arc::clone(&redo), config, confinement)?,
+        image: None,
+        redo: Some(redo),
     })
 }
 
@@ -216,6 +245,7 @@ fn open_shared(config: &DiskConfig, confinement: &Confinement) -> Result<Disk, E
     let image = image.map_err(Error::host("open the image of a disk once more"))?;
     Ok(Disk {
         image: Some(image),
+        redo: None,
         backend: serve_disk(disk, config, confinement)?,
     })
 }
@@ -234,30 +264,37 @@ fn serve_disk(
     config: &DiskConfig,
     confinement: &Confinement,
 ) -> Result<Box<dyn BlockBackend>, Error> {
-    let failed = |engine| {
-        let path = config.path.clone();
-        move |source| {
-            Error::Disk(DiskError::Engine {
-                path,
-                engine,
-                source,
-            })
-        }
-    };
-    let confinement = confinement.entry(ThreadKind::BlockWorker);
-    let confine = move || confinement.enter().map_err(io::Error::other);
-    let threads = |disk| -> Result<Box<dyn BlockBackend>, Error> {
-        Ok(Box::new(
-            ThreadsBackend::beginning_with(disk, confine.clone()).map_err(failed("threads"))?,
-        ))
-    };
     if config.engine == DiskEngine::Threads {
-        return threads(disk);
+        return by_threads(disk, config, confinement);
     }
     match UringBackend::new(disk) {
         Ok(backend) => Ok(Box::new(backend)),
-        Err((disk, _)) if config.engine == DiskEngine::Auto => threads(disk),
-        Err((_, source)) => Err(failed("io_uring")(source)),
+        Err((disk, _)) if config.engine == DiskEngine::Auto => {
+            by_threads(disk, config, confinement)
+        }
+        Err((_, source)) => Err(unserved(config, "io_uring")(source)),
+    }
+}
+
+fn by_threads(
+    disk: impl Serve + 'static,
+    config: &DiskConfig,
+    confinement: &Confinement,
+) -> Result<Box<dyn BlockBackend>, Error> {
+    let confinement = confinement.entry(ThreadKind::BlockWorker);
+    let confine = move || confinement.enter().map_err(io::Error::other);
+    let backend = ThreadsBackend::beginning_with(disk, confine);
+    Ok(Box::new(backend.map_err(unserved(config, "threads"))?))
+}
+
+fn unserved(config: &DiskConfig, engine: &'static str) -> impl FnOnce(io::Error) -> Error {
+    let path = config.path.clone();
+    move |source| {
+        Error::Disk(DiskError::Engine {
+            path,
+            engine,
+            source,
+        })
     }
 }
 

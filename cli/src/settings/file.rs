@@ -135,6 +135,7 @@ fn disk(section: &mut Section<'_, '_>) -> Option<DiskSetting> {
     let readonly = section.boolean("readonly");
     let direct = section.boolean("direct");
     let shared = section.boolean("shared");
+    let redo = section.text("redo", value::path);
     let engine = section.text("engine", value::engine);
     let pace = section.pace();
     section.require("path");
@@ -148,6 +149,7 @@ fn disk(section: &mut Section<'_, '_>) -> Option<DiskSetting> {
             id: id.map(|id| id.value),
             direct: direct.is_some_and(|v| v.value),
             shared: shared.is_some_and(|v| v.value),
+            redo: redo.map(|v| v.value),
             engine: engine.map_or(DiskEngine::Auto, |v| v.value),
             pace,
         },

@@ -392,9 +392,10 @@ impl Settings {
         if let Some(ConsoleConfig::File(path)) = self.console.as_mut().map(|c| &mut c.value) {
             rebase(path);
         }
-        self.disks
-            .iter_mut()
-            .for_each(|d| rebase(&mut d.config.path));
+        for disk in self.disks.iter_mut().map(|disk| &mut disk.config) {
+            rebase(&mut disk.path);
+            disk.redo.iter_mut().for_each(rebase);
+        }
         for net in &mut self.nets {
             if let NetBackendConfig::Socket(path) = &mut net.config.backend {
                 rebase(path);

@@ -429,16 +429,18 @@ fn some_disk() -> impl Strategy<Value = DiskSetting> {
         id,
         any::<bool>(),
         any::<bool>(),
+        proptest::option::of(some_path()),
         engine,
         some_pace(),
     )
-        .prop_map(|(path, readonly, id, direct, shared, engine, pace)| {
+        .prop_map(|(path, readonly, id, direct, shared, redo, engine, pace)| {
             DiskSetting::from(DiskConfig {
                 path,
                 readonly,
                 id,
                 direct,
                 shared,
+                redo,
                 engine,
                 pace,
             })

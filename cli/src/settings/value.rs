@@ -605,13 +605,12 @@ impl Part<'_> {
     }
 }
 
-const DISK_FORM: &str =
-    "path=FILE[,readonly][,id=ID][,direct][,shared][,engine=auto|uring|threads][,pace=P]";
+const DISK_FORM: &str = "path=FILE[,readonly][,id=ID][,direct][,shared][,redo=FILE][,engine=auto|uring|threads][,pace=P]";
 
 /// A disk as the flag gives it.
 ///
 /// # Errors
-/// When it does not have the form `path=FILE[,readonly][,id=ID][,direct][,shared][,engine=E][,pace=P]`.
+/// When it does not have the form `path=FILE[,readonly][,id=ID][,direct][,shared][,redo=FILE][,engine=E][,pace=P]`.
 pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
     let mut file = None;
     let mut disk = DiskConfig {
@@ -620,6 +619,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
         id: None,
         direct: false,
         shared: false,
+        redo: None,
         engine: DiskEngine::Auto,
         pace: Pace::default(),
     };
@@ -627,7 +627,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
         text,
         DISK_FORM,
         &[
-            "path", "readonly", "id", "direct", "shared", "engine", "pace",
+            "path", "readonly", "id", "direct", "shared", "redo", "engine", "pace",
         ],
     )? {
         match part.key {
@@ -636,6 +636,7 @@ pub fn disk(text: &str) -> Result<DiskConfig, ValueError> {
             "id" => disk.id = Some(part.read(disk_id)?),
             "direct" => disk.direct = part.flag()?,
             "shared" => disk.shared = part.flag()?,
+            "redo" => disk.redo = Some(part.read(path)?),
             "pace" => disk.pace = part.read(pace)?,
             _ => disk.engine = part.read(engine)?,
         }
@@ -658,6 +659,9 @@ pub fn disk_text(disk: &DiskConfig) -> String {
     }
     if let Some(id) = &disk.id {
         text += &format!(",id={id}");
+    }
+    if let Some(log) = &disk.redo {
+        text += &format!(",redo={}", log.display());
     }
     text + &format!(
         ",engine={}{}",

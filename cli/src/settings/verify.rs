@@ -10,7 +10,7 @@ use std::path::Path;
 use rustix::thread::{CpuSet, sched_getaffinity};
 use tandem_ft::runtime::{ResyncMode, STANDBYS_MAX};
 use tandem_store::seal::Key;
-use tandem_vmm::config::{ConsoleConfig, NetBackendConfig, VIRTIO_DEVICES_MAX};
+use tandem_vmm::config::{ConsoleConfig, DiskEngine, NetBackendConfig, VIRTIO_DEVICES_MAX};
 use tandem_vmm::confinement::credentials;
 use tandem_vmm::error::causes;
 use tandem_vmm::migration::tls::Keys;
@@ -201,6 +201,7 @@ fn disks(settings: &Settings, problems: &mut Problems) {
     });
     problems.unique("disk.id", ids);
     disks_of_copies(settings, problems);
+    redo_logs(settings, problems);
     images_given_twice(settings, problems);
 }
 
@@ -217,6 +218,61 @@ fn disks_of_copies(settings: &Settings, problems: &mut Problems) {
             problems.add(disk.path_at, "disk.shared", message);
         }
     }
+}
+
+/// Reports redo logs that cannot be, and why.
+fn redo_logs(settings: &Settings, problems: &mut Problems) {
+    for disk in &settings.disks {
+        let Some(log) = &disk.config.redo else {
+            continue;
+        };
+        let mut refuse = |message: &str| problems.add(disk.path_at, "disk.redo", message);
+        if settings.checkpoint.is_none() {
+            refuse("writes are in it until a checkpoint is complete; allowed with `checkpoint`");
+        }
+        if settings.protect.is_some() {
+            refuse(
+                "the guest's copy writes to its disk too, and has no log; allowed without `protect`",
+            );
+        }
+        if disk.config.readonly {
+            refuse(
+                "a disk that the guest only reads needs none: allowed is one of `redo` and `readonly`",
+            );
+        }
+        if disk.config.shared {
+            refuse("a disk that a copy uses too has none: allowed is one of `redo` and `shared`");
+        }
+        if disk.config.direct {
+            refuse(
+                "a log goes through the host's page cache: allowed is one of `redo` and `direct`",
+            );
+        }
+        if disk.config.engine == DiskEngine::Uring {
+            refuse(
+                "a disk with a log is served by threads; allowed engines are `auto` and `threads`",
+            );
+        }
+        let fits = |m: &fs::Metadata| m.is_file();
+        if log.exists() && !fs::metadata(log).is_ok_and(|m| fits(&m)) {
+            refuse("it must be a regular file, or a path at which there is nothing yet");
+        }
+        problems.parent(disk.path_at, "disk.redo", log);
+    }
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let logs = settings.disks.iter().filter_map(|disk| {
+        let log = disk.config.redo.as_ref()?;
+        Some((real(log), disk.path_at, log.display().to_string()))
+    });
+    let images = settings
+        .disks
+        .iter()
+        .filter(|disk| disk.config.redo.is_some());
+    let images = images.map(|disk| {
+        let path = &disk.config.path;
+        (real(path), disk.path_at, path.display().to_string())
+    });
+    problems.unique("disk.redo", images.chain(logs));
 }
 
 /// Reports images that are given twice and written at least once.

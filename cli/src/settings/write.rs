@@ -138,6 +138,7 @@ impl Settings {
                     out.line(key, on);
                 }
             }
+            out.path("redo", disk.redo.as_deref());
             if disk.engine != DiskEngine::Auto {
                 out.text("engine", Some(value::engine_text(disk.engine)));
             }

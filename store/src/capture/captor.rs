@@ -10,6 +10,7 @@ use tandem_vmm::snapshot::save::Session;
 
 use super::attempt::{Content, Source, attempt, drain, sections};
 use super::disks::Disks;
+use super::logs::Logs;
 use super::sink::{Sink, give};
 use super::tally::Made;
 use super::{Captured, LEFT_PAGES_MAX, Plan, ROUNDS_MAX, Shared};
@@ -40,6 +41,7 @@ pub(super) struct Captor<'a> {
     last: Option<CheckpointId>,
     staged: Staging,
     disks: Disks,
+    logs: &'a Logs,
     images: Vec<(String, u64)>,
 }
 
@@ -47,7 +49,7 @@ impl<'a> Captor<'a> {
     /// Of a guest whose writes `session` follows, with `uploads` to a store in which `last` is what it went on from. With
     /// `whole`, nothing is known of what it wrote since.
     pub(super) fn new(
-        guest: &'a Captured,
+        (guest, logs): (&'a Captured, &'a Logs),
         shared: &'a Shared,
         plan: Plan,
         session: Session<'a>,
@@ -62,6 +64,7 @@ impl<'a> Captor<'a> {
             images: images.into_iter().chain(disks.images()).collect(),
             disks,
             disks_whole: whole,
+            logs,
             staged: Staging::new(memory),
             guest,
             shared,
@@ -88,6 +91,7 @@ impl<'a> Captor<'a> {
             Ok(_) => {
                 self.handed.clear();
                 self.disks.complete();
+                self.logs.complete();
                 if self.plan.commit {
                     self.guest.pair.complete();
                 }
@@ -168,13 +172,16 @@ impl Source for Captor<'_> {
     }
 
     fn capture(&mut self) -> Result<Content, StoreError> {
+        self.logs.prepare()?;
         self.copy_disks()?;
         self.copy_while_much()?;
         self.staged.clear(STAGING_KEPT);
         let stopped = self.session.freeze(&mut self.staged)?;
         let held = self.disks.hold();
+        let cut = self.logs.cut();
         let outputs = self.plan.commit.then(|| self.guest.pair.explain());
         let stand = self.session.thaw()?;
+        cut?;
         let blocks = self.rest_of_disks()?;
         // Before anything waits for the store.
         drop(held);
@@ -185,14 +192,12 @@ impl Source for Captor<'_> {
         for (image, batch) in blocks {
             self.give(Job::Pages(image, batch))?;
         }
+        let state = stopped.frozen.state.to_bytes()?;
+        let mut sections = sections(self.guest, &self.plan, state, outputs)?;
+        sections.extend(self.logs.seal()?);
         Ok(Content {
             description: self.guest.description.clone(),
-            sections: sections(
-                self.guest,
-                &self.plan,
-                stopped.frozen.state.to_bytes()?,
-                outputs,
-            )?,
+            sections,
             stood: stand.from,
             pause: Some(stand.until - stand.from),
             left: stopped.pages,

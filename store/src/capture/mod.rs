@@ -19,6 +19,7 @@ mod attempt;
 mod cadence;
 mod captor;
 pub mod disks;
+mod logs;
 mod sink;
 mod stream;
 mod tally;
@@ -41,6 +42,7 @@ use tandem_vmm::control::{Handle, Outcome};
 
 use crate::manifest::Manifest;
 use crate::owner::SharedArbiter;
+use crate::redo::Logged;
 use crate::{Guest, Store, StoreError};
 
 /// How often checkpoints are made, where nothing else is said.
@@ -148,6 +150,8 @@ pub struct Captured {
     pub handle: Handle,
     /// Its file, as `tandem run` takes it.
     pub description: String,
+    /// Its disks that have redo logs.
+    pub redo: Vec<Logged>,
     /// What the threads that make checkpoints may still do.
     pub confinement: Entry,
 }
@@ -204,6 +208,8 @@ struct Shared {
     settled: AtomicBool,
     /// Another has the guest, and it ends here.
     fenced: AtomicBool,
+    /// The guest has ended, and its redo logs are folded, however long that takes.
+    folding: AtomicBool,
     /// The term in which this process makes checkpoints, or did last.
     tenure: Mutex<Option<Tenure>>,
 }
@@ -264,7 +270,12 @@ impl Capture {
         drop(self.watch);
         // It may have ended.
         let _ = self.stop.try_send(());
-        match self.ended.recv_timeout(FINISH_TIMEOUT) {
+        let mut ended = self.ended.recv_timeout(FINISH_TIMEOUT);
+        while ended == Err(RecvTimeoutError::Timeout) && self.shared.folding.load(Ordering::SeqCst)
+        {
+            ended = self.ended.recv_timeout(LOOK);
+        }
+        match ended {
             // The end of the process is the end of it.
             Err(RecvTimeoutError::Timeout) => {
                 tracing::warn!("the store does not answer: it is not waited for any longer");

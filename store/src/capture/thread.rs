@@ -1,5 +1,6 @@
 //! The thread that makes checkpoints: when, what becomes of failures, and the end.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -13,6 +14,7 @@ use tandem_vmm::snapshot::save::Session;
 
 use super::cadence::Cadence;
 use super::captor::Captor;
+use super::logs::Logs;
 use super::stream::Streamer;
 use super::tally::{Made, Tally};
 use super::watch::{fence, is_foreign, is_kins};
@@ -43,13 +45,21 @@ pub(super) fn run(
     owned: Owned,
     plan: Plan,
     begin: Begin,
-    shared: &Shared,
+    shared: &Arc<Shared>,
     stopped: &Receiver<()>,
 ) {
     if let Err(error) = guest.confinement.enter() {
         tracing::error!(%error, "the thread that makes checkpoints cannot be confined");
         return;
     }
+    let logs = match Logs::start(guest, &owned, shared) {
+        Ok(logs) => logs,
+        Err(error) => {
+            let why = causes(&error);
+            tracing::error!(%why, "there are no checkpoints, as redo logs cannot be folded");
+            return;
+        }
+    };
     let followed = (begin != Begin::Follows).then(|| Session::begin(&guest.handle));
     if begin == Begin::LetRun
         && let Err(error) = guest.handle.resume()
@@ -62,6 +72,7 @@ pub(super) fn run(
         owned,
         plan,
         shared,
+        logs: &logs,
         stopped,
         cadence: Cadence::new(&plan),
         back_off: plan.interval.max(BACK_OFF_MIN),
@@ -113,6 +124,7 @@ struct Thread<'a> {
     owned: Owned,
     plan: Plan,
     shared: &'a Shared,
+    logs: &'a Logs,
     stopped: &'a Receiver<()>,
     tally: Tally,
     cadence: Cadence,
@@ -182,7 +194,9 @@ impl<'a> Thread<'a> {
                 }
                 Err(error) => self.fail(&error),
             }
-            self.rest_until(due, |thread| thread.may_leave());
+            self.rest_until(due, |thread| {
+                thread.may_leave() || thread.logs.want_checkpoint()
+            });
         }
         Ok(Ceased::Stops)
     }
@@ -438,7 +452,9 @@ impl<'a> Thread<'a> {
                 Ok((session, (uploads, last))) => {
                     let known = (last, whole);
                     let (guest, shared) = (self.guest, self.shared);
-                    let captor = Captor::new(guest, shared, self.plan, session, uploads, known);
+                    let logs = self.logs;
+                    let captor =
+                        Captor::new((guest, logs), shared, self.plan, session, uploads, known);
                     return Ok(Some(captor));
                 }
                 Err(error) if self.is_final(&error) => return Err(error),
@@ -530,6 +546,8 @@ impl<'a> Thread<'a> {
                 self.tally
                     .ended("ended", "the guest ended by itself".to_owned());
                 self.shared.settled.store(true, Ordering::SeqCst);
+                self.shared.folding.store(true, Ordering::SeqCst);
+                self.logs.finish();
             }
             Err(error) => {
                 let why = causes(&error);

@@ -22,7 +22,7 @@ type Run = fn(Prepare<'_>);
 const FRAME_LEN: u32 = 60;
 
 /// All of them, by name.
-pub(crate) const ALL: [(&str, Run); 25] = [
+pub(crate) const ALL: [(&str, Run); 26] = [
     ("reset", reset),
     ("console", console),
     ("verbs", verbs),
@@ -40,6 +40,7 @@ pub(crate) const ALL: [(&str, Run); 25] = [
     ("keeper", keeper),
     ("checkpoint", checkpoint),
     ("checkpoint-end", checkpoint_end),
+    ("redo", redo),
     ("resume", resume),
     ("bucket", bucket),
     ("migrate-tls", migrate_encrypted),
@@ -253,6 +254,21 @@ fn checkpoint_end(prepare: Prepare<'_>) {
     let guest = stored("disk", "blocks=512 ops=2000 write=60", store.path());
     let guest = guest.arg("--disk").arg(format!("path={}", path.display()));
     let ended = prepare(guest).start().wait();
+    ended.assert_success().assert_console("errors=0");
+}
+
+/// A guest with checkpoints whose disk has a redo log elsewhere, which is folded into its image at last.
+fn redo(prepare: Prepare<'_>) {
+    let (store, disk) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (path, log) = (disk.path().join("disk.img"), disk.path().join("disk.redo"));
+    File::create(&path).unwrap().set_len(32 << 20).unwrap();
+    let guest = stored(
+        "disk",
+        "blocks=512 ops=4000 flush=16 write=60",
+        store.path(),
+    );
+    let disk = format!("path={},redo={}", path.display(), log.display());
+    let ended = prepare(guest.arg("--disk").arg(disk)).start().wait();
     ended.assert_success().assert_console("errors=0");
 }
 

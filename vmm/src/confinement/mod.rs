@@ -144,6 +144,8 @@ pub struct Plan {
     pub grants: Vec<Grant>,
     /// The directory of the store that checkpoints of the guest are in, if there is one.
     pub store: Option<PathBuf>,
+    /// Directories of redo logs, in which who makes checkpoints makes and removes files.
+    pub logs: Vec<PathBuf>,
     /// Where a forbidden system call is reported besides standard error; opened for appending.
     pub log: Option<File>,
 }
@@ -253,14 +255,19 @@ impl Entry {
         Ok(())
     }
 
-    /// What the thread may do with the store.
+    /// What the thread may do with the store, and with redo logs.
     fn stored(&self) -> Vec<Grant> {
         let what = match self.kind {
             ThreadKind::Checkpoints => Use::Store,
             _ => Use::Read,
         };
-        let store = self.confinement.0.plan.store.iter();
-        store
+        let plan = &self.confinement.0.plan;
+        let logs = match self.kind {
+            ThreadKind::Checkpoints => &plan.logs[..],
+            _ => &[],
+        };
+        let places = plan.store.iter().chain(logs);
+        places
             .map(|place| Grant {
                 place: place.clone(),
                 what,

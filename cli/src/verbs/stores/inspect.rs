@@ -3,7 +3,9 @@
 use std::ffi::OsStr;
 
 use serde_json::{Value, json};
+use tandem_store::capture::disks::image_name;
 use tandem_store::manifest::{Counts, Manifest, STATE};
+use tandem_store::redo::disks_of;
 use tandem_store::survey::{Part, parts};
 use tandem_store::{CheckpointId, Guest};
 use tandem_vmm::snapshot::{GuestState, HardwareState};
@@ -136,6 +138,20 @@ impl Inspected {
                 image.name.escape_debug().to_string(),
                 value::size(image.bytes),
                 output::bytes(page_bytes(image.held)),
+            ]);
+        }
+        // One that cannot be read is said by `verify`.
+        for disk in disks_of(&self.manifest).unwrap_or_default() {
+            let layers: u64 = disk.layers.iter().map(|layer| layer.bytes).sum();
+            table.row(vec![
+                image_name(disk.disk),
+                value::size(disk.bytes),
+                format!(
+                    "{} in {} layers of the redo log `{}`",
+                    output::bytes(layers),
+                    disk.layers.len(),
+                    disk.log.display()
+                ),
             ]);
         }
         table.text()

@@ -95,6 +95,7 @@ pub(super) fn of(kind: ThreadKind) -> &'static [&'static [Rule]] {
             runtime::STARTS_THREADS,
             store::READ,
             store::WRITE,
+            store::LOGS,
             kvm::DIRTY_PAGES,
             kvm::DIRTY_RINGS,
         ],

@@ -17,6 +17,20 @@ pub(super) const READ: &[Rule] = &[
     .rare("only for a store in a bucket, of which tests need a server that not all have"),
 ];
 
+/// Redo logs, whose layers are made durable and folded.
+pub(super) const LOGS: &[Rule] = &[
+    allow(
+        Sysno::fdatasync,
+        "a layer is durable before a checkpoint names it, and an image before its layers go",
+    ),
+    allow(Sysno::flock, "one host folds a log at a time"),
+    allow(
+        Sysno::fallocate,
+        "zeros in a layer become holes of an image",
+    )
+    .rare("only guests that discard or zero blocks"),
+];
+
 /// Objects that are made, and removed when no checkpoint needs them; pages of the guest.
 pub(super) const WRITE: &[Rule] = &[
     allow(
