@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tandem_ft::delta::Staging;
 use tandem_vmm::dirty::PageSet;
+use tandem_vmm::memory_image::is_pending;
 use tandem_vmm::migration::pages::Batch;
 use tandem_vmm::snapshot::save::Session;
 
@@ -82,6 +83,11 @@ impl<'a> Captor<'a> {
         self.whole = true;
         self.handed.clear();
         Ok(())
+    }
+
+    /// Whether all of the guest's memory is there, so that it needs no more of the checkpoint that it went on from.
+    pub(super) fn is_loaded(&self) -> bool {
+        !is_pending(&self.session.saving().memory)
     }
 
     /// Makes a checkpoint, and waits until it is complete. Outputs that it explains leave then.

@@ -20,6 +20,7 @@ mod cadence;
 mod captor;
 pub mod disks;
 mod logs;
+mod old;
 mod sink;
 mod stream;
 mod tally;

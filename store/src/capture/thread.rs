@@ -15,6 +15,7 @@ use tandem_vmm::snapshot::save::Session;
 use super::cadence::Cadence;
 use super::captor::Captor;
 use super::logs::Logs;
+use super::old::Old;
 use super::stream::Streamer;
 use super::tally::{Made, Tally};
 use super::watch::{fence, is_foreign, is_kins};
@@ -36,8 +37,6 @@ const BACK_OFF_MIN: Duration = Duration::from_millis(100);
 const RESET_PAUSE: Duration = Duration::from_millis(20);
 /// Checkpoints of a guest that are kept.
 const KEPT: usize = 16;
-/// How many are made until those that are too many are removed.
-const PRUNE_EVERY: u64 = 32;
 
 /// Makes checkpoints until the guest ends or is lost to another owner.
 pub(super) fn run(
@@ -77,6 +76,7 @@ pub(super) fn run(
         cadence: Cadence::new(&plan),
         back_off: plan.interval.max(BACK_OFF_MIN),
         left_to: None,
+        old: Old::default(),
     };
     thread.tell_tenure();
     let start = Start {
@@ -131,6 +131,8 @@ struct Thread<'a> {
     back_off: Duration,
     /// Which copy of the guest makes checkpoints.
     left_to: Option<u64>,
+    /// Those that are too many.
+    old: Old,
 }
 
 impl<'a> Thread<'a> {
@@ -168,16 +170,13 @@ impl<'a> Thread<'a> {
         let Some(mut captor) = self.begin(start)? else {
             return Ok(Ceased::Stops);
         };
-        let mut made = 0;
         while !self.stops() {
             if self.leaves() {
                 return Ok(Ceased::Left);
             }
             let due = Instant::now() + self.cadence.interval();
             match captor.checkpoint() {
-                Ok(complete) => {
-                    self.made(&complete, &mut made);
-                }
+                Ok(complete) => self.made(&complete, captor.is_loaded()),
                 Err(error) if self.is_final(&error) => return Err(error),
                 Err(error) if self.is_kins(&error) => {
                     self.leave();
@@ -201,14 +200,13 @@ impl<'a> Thread<'a> {
         Ok(Ceased::Stops)
     }
 
-    /// A checkpoint is complete.
-    fn made(&mut self, complete: &Made, made: &mut u64) {
+    /// A checkpoint is complete of a guest whose memory `is_loaded`, all of it.
+    fn made(&mut self, complete: &Made, is_loaded: bool) {
         let bytes = complete.committed.counts.stored_bytes;
         self.cadence.made(complete.pause, bytes);
         self.tally.made(complete, self.cadence.interval());
         self.back_off = self.cadence.interval().max(BACK_OFF_MIN);
-        *made += 1;
-        if (*made).is_multiple_of(PRUNE_EVERY) {
+        if self.old.are_due(is_loaded) {
             remove_old(&self.owned.guest);
         }
     }
@@ -351,13 +349,11 @@ impl<'a> Thread<'a> {
         let Some(mut streamer) = self.begin_stream(before)? else {
             return Ok(None);
         };
-        let mut made = 0;
         while self.follows() {
             let due = Instant::now() + self.cadence.interval();
             match streamer.checkpoint() {
-                Ok(complete) => {
-                    self.made(&complete, &mut made);
-                }
+                // A copy has all that it has of its guest.
+                Ok(complete) => self.made(&complete, true),
                 Err(error) if self.is_final(&error) || self.is_kins(&error) => return Err(error),
                 Err(_) if !self.follows() => {}
                 Err(error) => self.fail(&error),

@@ -47,6 +47,7 @@ pub use error::{ChunkPlace, MemoryImageError};
 pub use image::MemorySource;
 pub use load::load_all;
 pub use loader::{Loader, Stopper, on_demand_is_available};
+pub use pending::is_pending;
 pub use progress::LoaderStats;
 pub use source::touched_frames;
 pub use writer::MemoryWriter;

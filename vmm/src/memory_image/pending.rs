@@ -1,7 +1,8 @@
 //! Which guest memory is being loaded on demand, in the whole process.
 //!
 //! What was not loaded yet looks like memory that nobody touched. Whoever takes untouched memory
-//! for zeros has to ask here first; the two ends know nothing else of each other.
+//! for zeros has to ask here first, and whoever removes what memory may be loaded from; they know nothing else of
+//! who loads it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,6 +14,11 @@ static PENDING: Mutex<Vec<usize>> = Mutex::new(Vec::new());
 
 fn lock() -> MutexGuard<'static, Vec<usize>> {
     PENDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether some of a guest's memory is yet to be loaded, so that what it is loaded from is still needed.
+pub fn is_pending(memory: &GuestMemory) -> bool {
+    PendingKey::of(memory).is_pending()
 }
 
 /// A guest memory of this process.

@@ -18,7 +18,7 @@ use super::sources::{
 };
 use crate::dirty::PAGE_SIZE;
 use crate::memory_image::{
-    CHUNK_SIZE, Checksums, Loader, MemoryImageError, MemorySource, Stopper, load_all,
+    CHUNK_SIZE, Checksums, Loader, MemoryImageError, MemorySource, Stopper, is_pending, load_all,
     on_demand_is_available,
 };
 
@@ -89,6 +89,24 @@ fn page(memory: &GuestMemory, frame: u64) -> Vec<u8> {
         .read_slice(&mut bytes, GuestAddress(frame * PAGE_SIZE))
         .unwrap();
     bytes
+}
+
+#[test]
+fn what_is_loaded_from_is_needed_until_all_of_memory_is_there() {
+    if !available() {
+        return;
+    }
+    let (file, sums) = save(&patchwork(SMALL, 1));
+    let restored = memory(SMALL);
+    assert!(!is_pending(&restored));
+    let to = Arc::clone(&restored);
+    let fail = Box::new(|error: MemoryImageError| panic!("{error}"));
+    let mut loader = Loader::start_beginning_with(file, sums, to, fail, || Ok(())).unwrap();
+    assert!(is_pending(&restored), "only what is touched is loaded");
+    loader.load_ahead();
+    loader.wait().unwrap();
+    loader.stop();
+    assert!(!is_pending(&restored));
 }
 
 proptest! {
