@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 use tandem_tests::emulated::{EmulatedHost, GuestConsole, HostBuilder};
-use tandem_tests::rounds::rounds;
 
 /// The guest's root image as a disk of the emulated host.
 const ROOT: &str = "/dev/vdb";
@@ -182,38 +181,4 @@ fn goes_on_on_another_host(one: &mut EmulatedHost, other: &mut EmulatedHost, red
         "{}",
         there.text()
     );
-}
-
-/// A guest is lost and resumed, round after round: what its clients were told holds.
-#[test]
-fn stock_linux_goes_on_from_its_checkpoints() {
-    let Some(builder) = builder() else { return };
-    let mut host = builder.start();
-    make_tap(&mut host);
-    host.succeed("mkdir /tmp/store");
-    let words = words("bzImage", 2, "ip=10.99.0.2/24");
-    let stored = "--net tap=tap0 --checkpoint /tmp/store --every 200ms --commit";
-    let mut guest = host.start_guest("server", &format!("{words} {stored}"));
-    guest.wait_for("READY", 1);
-    let redis = "redis-cli --raw -h 10.99.0.2";
-    let mut told = 0;
-    for round in 0..rounds(2) {
-        let count = format!("for n in 1 2 3; do {redis} INCR count; done | tail -n 1");
-        let counted: u64 = host.succeed(&count).trim().parse().unwrap();
-        assert_eq!(counted, told + 3, "round {round}");
-        told = counted;
-        // With a client that hears nothing of what it is told meanwhile.
-        host.succeed(&format!(
-            "({redis} INCR lost >/dev/null &) ; kill -9 $(cat /run/tandem/server/pid)"
-        ));
-        guest.wait();
-        guest = host.start_tandem("server", "resume server --from /tmp/store --console off");
-        let found = host.succeed(&format!(
-            "until {redis} GET count; do sleep 1; done 2>/dev/null | tail -n 1"
-        ));
-        assert_eq!(found.trim(), told.to_string(), "round {round}");
-        println!("linux, round {round}: {told}");
-    }
-    host.succeed("tandem stop --force server");
-    guest.wait();
 }
