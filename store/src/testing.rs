@@ -1,6 +1,7 @@
-//! What tests of this crate and of others need: storage, which is moto's S3 server, and snapshots that an earlier Tandem
-//! made.
+//! What tests of this crate and of others need: storage, which is moto's S3 server or directories that hosts share, and
+//! snapshots that an earlier Tandem made.
 
+use std::env;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -11,6 +12,12 @@ use std::time::{Duration, Instant};
 
 use tandem_vmm::snapshot::directory::{CHECKSUMS, DESCRIPTION, MEMORY, STATE};
 
+use crate::names::random_name;
+
+/// Names directories of one shared storage, as each host has it: separated by colons.
+const SHARED: &str = "TANDEM_SHARED_DIRECTORIES";
+/// How many hosts there are where nothing is named: all have a directory of this machine.
+const HOSTS: usize = 2;
 /// Names moto's server, if it is not on the path.
 const MOTO: &str = "TANDEM_MOTO_SERVER";
 /// Longest wait until it answers.
@@ -50,9 +57,9 @@ impl S3Server {
     /// # Panics
     /// When it is installed and does not start.
     pub fn start() -> Option<Self> {
-        let path = std::env::var("PATH").unwrap_or_default();
-        let on_path = std::env::split_paths(&path).map(|directory| directory.join("moto_server"));
-        let named = std::env::var(MOTO).map(PathBuf::from);
+        let path = env::var("PATH").unwrap_or_default();
+        let on_path = env::split_paths(&path).map(|directory| directory.join("moto_server"));
+        let named = env::var(MOTO).map(PathBuf::from);
         let Some(program) = named.into_iter().chain(on_path).find(|path| path.is_file()) else {
             println!("skipped: no program moto_server (of the Python package moto), and no {MOTO}");
             return None;
@@ -108,5 +115,55 @@ impl Drop for S3Server {
     fn drop(&mut self) {
         self.child.kill().expect("it is a child");
         self.child.wait().expect("it was killed");
+    }
+}
+
+/// A fresh directory of storage that hosts share, which is removed when the test ends.
+#[derive(Debug)]
+pub struct SharedDirectory {
+    places: Vec<PathBuf>,
+}
+
+impl SharedDirectory {
+    /// One on the storage that `TANDEM_SHARED_DIRECTORIES` names, such as two mounts of CephFS. Without, hosts have one of this
+    /// machine's temporary directories.
+    ///
+    /// # Panics
+    /// When it cannot be made, or not all hosts see it.
+    pub fn new() -> Self {
+        let roots: Vec<PathBuf> = match env::var_os(SHARED) {
+            Some(named) => env::split_paths(&named).collect(),
+            None => vec![env::temp_dir(); HOSTS],
+        };
+        let name = format!("tandem-store-{}", random_name());
+        let places: Vec<PathBuf> = roots.iter().map(|root| root.join(&name)).collect();
+        fs::create_dir(&places[0]).expect("it is new");
+        for place in &places {
+            assert!(place.is_dir(), "{} is not shared", place.display());
+        }
+        Self { places }
+    }
+
+    /// The directory as one of the hosts has it, which have it in turn.
+    pub fn of_host(&self, number: usize) -> &Path {
+        &self.places[number % self.places.len()]
+    }
+
+    /// The directory, once for each host.
+    pub fn places(&self) -> &[PathBuf] {
+        &self.places
+    }
+}
+
+impl Default for SharedDirectory {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for SharedDirectory {
+    fn drop(&mut self) {
+        // What is left of a test that fails harms nobody.
+        drop(fs::remove_dir_all(&self.places[0]));
     }
 }

@@ -2,7 +2,8 @@
 //! told: with `--commit` nothing is lost or contradicted, without it no more than what came after the last checkpoint that
 //! was complete. In some rounds two race for the guest, in some the old owner only stands still, and wakes later.
 //!
-//! `TANDEM_ROUNDS` says how many rounds there are, which is what such tests are for; the suite has a few.
+//! `TANDEM_ROUNDS` says how many rounds there are, which is what such tests are for; the suite has a few. Hosts have the store by the
+//! mounts that `TANDEM_SHARED_DIRECTORIES` names in turn, such as two of CephFS, or else in a directory of this machine.
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 #[allow(
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 use protection::clients::{KV, Load, NATIVE};
 use protection::history::Recording;
 use rustix::process::Signal;
+use tandem_store::testing::SharedDirectory;
 use tandem_tests::disk::expect_sound;
 use tandem_tests::guest::{Guest, GuestBuilder};
 use tandem_tests::kv::{count_up, counted};
@@ -28,7 +30,6 @@ use tandem_tests::network::{CMDLINE, Network};
 use tandem_tests::rounds::rounds;
 use tandem_tests::skip::{Need, must_skip};
 use tandem_tests::stored::{wait_checkpoints, wait_completed, winner};
-use tempfile::TempDir;
 
 /// Taps that hosts have in turn: a host that was lost a few rounds ago surely let go of its own.
 const TAPS: usize = 8;
@@ -66,7 +67,7 @@ impl Loss {
 
 /// A store, a network, and hosts on both.
 struct Shared {
-    store: TempDir,
+    store: SharedDirectory,
     network: Network,
     taps: BTreeSet<usize>,
     hosts: usize,
@@ -75,7 +76,7 @@ struct Shared {
 impl Shared {
     fn new() -> Self {
         Self {
-            store: tempfile::tempdir().unwrap(),
+            store: SharedDirectory::new(),
             network: Network::new(),
             taps: BTreeSet::new(),
             hosts: 0,
@@ -84,7 +85,7 @@ impl Shared {
 
     fn serve(&self, how: &[&str]) -> Guest {
         let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(&self.network);
-        let guest = guest.arg("--checkpoint").arg(self.store.path());
+        let guest = guest.arg("--checkpoint").arg(self.store.of_host(0));
         let mut guest = how.iter().fold(guest, GuestBuilder::arg).start();
         guest.wait_for("kv: ready");
         wait_completed(&guest, 1);
@@ -103,7 +104,7 @@ impl Shared {
 
     fn resume(&mut self) -> Guest {
         let tap = format!("tap={}", self.next_tap());
-        let guest = GuestBuilder::resumed(self.store.path());
+        let guest = GuestBuilder::resumed(self.store.of_host(self.hosts));
         let guest = guest.in_namespace(self.network.namespace());
         guest.arg("--net").arg(tap).start()
     }
@@ -202,8 +203,7 @@ fn in_no_round_a_disk_is_another_than_its_guest_wrote() {
         return;
     }
     let directory = tempfile::tempdir().unwrap();
-    let store = directory.path().join("store");
-    fs::create_dir(&store).unwrap();
+    let store = SharedDirectory::new();
     let image = |host: usize| directory.path().join(format!("{}.img", host % IMAGES));
     let flag = |host| format!("path={}", image(host).display());
     let file = fs::File::create(image(0)).unwrap();
@@ -211,7 +211,7 @@ fn in_no_round_a_disk_is_another_than_its_guest_wrote() {
     // It knows what it wrote, and looks at it again and again.
     let cmdline = "blocks=1024 ops=0 depth=8 write=60 flush=16 report=50";
     let guest = GuestBuilder::image("disk", cmdline);
-    let guest = guest.arg("--checkpoint").arg(&store);
+    let guest = guest.arg("--checkpoint").arg(store.of_host(0));
     let guest = guest.arg("--every").arg("50ms");
     let mut guest = guest.arg("--disk").arg(flag(0)).start();
     guest.wait_for("disk: ready");
@@ -221,7 +221,7 @@ fn in_no_round_a_disk_is_another_than_its_guest_wrote() {
         guest.kill();
         // In every other round its console waits for checkpoints too.
         let commit = format!("--commit={}", round % 2 == 1);
-        let guest_again = GuestBuilder::resumed(&store).arg("--disk");
+        let guest_again = GuestBuilder::resumed(store.of_host(round + 1)).arg("--disk");
         guest = guest_again.arg(flag(round + 1)).arg(commit).start();
         expect_sound(&mut guest);
         println!("disk, round {round}");

@@ -20,6 +20,8 @@ pub(crate) enum Purpose {
     Test,
     /// Measuring beside other monitors.
     Bench,
+    /// Tests of stores on CephFS, which nothing else needs.
+    Ceph,
 }
 
 /// A program, the Debian package that brings it, and what needs it.
@@ -41,10 +43,16 @@ const fn program(
     }
 }
 
-use Purpose::{Bench, Demo, Images, Test};
+use Purpose::{Bench, Ceph, Demo, Images, Test};
 
 /// All programs that tasks call and that a Debian system may lack.
 const PROGRAMS: &[Program] = &[
+    program("ceph", "ceph-common", &[Ceph]),
+    program("ceph-fuse", "ceph-fuse", &[Ceph]),
+    program("ceph-mds", "ceph-mds", &[Ceph]),
+    program("ceph-mgr", "ceph-mgr", &[Ceph]),
+    program("ceph-mon", "ceph-mon", &[Ceph]),
+    program("ceph-osd", "ceph-osd", &[Ceph]),
     program("curl", "curl", &[Demo, Test, Bench]),
     program("iasl", "acpica-tools", &[Test]),
     program("ip", "iproute2", &[Demo, Test, Bench]),
@@ -73,7 +81,7 @@ pub(crate) fn prepare(purpose: Purpose) -> Result<()> {
     Ok(())
 }
 
-/// Says what the machine has; installs what any task needs.
+/// Says what the machine has; installs what any task needs, but for what is large and seldom wanted.
 pub(crate) fn run() -> Result<()> {
     for purpose in [Test, Bench, Demo, Images] {
         prepare(purpose)?;

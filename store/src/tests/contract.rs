@@ -1,10 +1,15 @@
 //! What every backend must do.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::backend::{Backend, BackendError, Created, Directory, Entry, race};
+use crate::testing::SharedDirectory;
 use crate::{Options, Store, StoreError};
+
+/// How often hosts race.
+const RACES: usize = 20;
 
 /// All that a store needs of a backend.
 pub(super) fn fulfil(backend: Arc<dyn Backend>) {
@@ -95,8 +100,74 @@ fn checkpoints_can_be_kept(backend: Arc<dyn Backend>) {
 
 #[test]
 fn a_directory_fulfils_it() {
-    let root = directory();
-    fulfil(Arc::new(Directory::open(root.path()).unwrap()));
+    let shared = SharedDirectory::new();
+    fulfil(Arc::new(Directory::open(shared.of_host(0)).unwrap()));
+}
+
+/// A directory as several hosts have it, which are asked in turn: what one did all others have to see at once.
+#[derive(Debug)]
+struct InTurn {
+    hosts: Vec<Directory>,
+    asked: AtomicUsize,
+}
+
+impl InTurn {
+    fn new(shared: &SharedDirectory) -> Self {
+        let open = |place: &std::path::PathBuf| Directory::open(place).unwrap();
+        Self {
+            hosts: shared.places().iter().map(open).collect(),
+            asked: AtomicUsize::new(0),
+        }
+    }
+
+    fn next(&self) -> &Directory {
+        &self.hosts[self.asked.fetch_add(1, Ordering::SeqCst) % self.hosts.len()]
+    }
+}
+
+impl Backend for InTurn {
+    fn place(&self) -> String {
+        self.hosts[0].place()
+    }
+
+    fn create(&self, name: &str, bytes: &[u8]) -> Result<Created, BackendError> {
+        self.next().create(name, bytes)
+    }
+
+    fn get(&self, name: &str, length_max: u64) -> Result<Option<Vec<u8>>, BackendError> {
+        self.next().get(name, length_max)
+    }
+
+    fn get_range(&self, name: &str, range: std::ops::Range<u64>) -> Result<Vec<u8>, BackendError> {
+        self.next().get_range(name, range)
+    }
+
+    fn list(&self, prefix: &str) -> Result<Vec<Entry>, BackendError> {
+        self.next().list(prefix)
+    }
+
+    fn remove(&self, name: &str) -> Result<(), BackendError> {
+        self.next().remove(name)
+    }
+
+    fn refresh(&self, prefix: &str) -> Result<(), BackendError> {
+        self.hosts.iter().try_for_each(|host| host.refresh(prefix))
+    }
+}
+
+#[test]
+fn a_directory_that_hosts_share_fulfils_it_whichever_is_asked() {
+    let shared = SharedDirectory::new();
+    fulfil(Arc::new(InTurn::new(&shared)));
+}
+
+#[test]
+fn of_hosts_that_race_for_a_name_one_gets_it() {
+    let shared = SharedDirectory::new();
+    let hosts = InTurn::new(&shared);
+    for _ in 0..RACES {
+        race(&hosts).unwrap();
+    }
 }
 
 /// A backend that gives a name to whoever asks.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::ceph::CephFs;
 use super::moto;
 use super::output::{self, Counts};
 use crate::progress::Step;
@@ -22,6 +23,8 @@ const SHOWN_MAX: usize = 150;
 pub(super) struct Stage {
     /// Its name on the command line and in the report.
     pub(super) name: &'static str,
+    /// Whether it is run where no stages are named.
+    pub(super) by_default: bool,
     work: fn(&Workspace) -> Result<Work>,
 }
 
@@ -29,6 +32,8 @@ pub(super) struct Stage {
 enum Work {
     /// Runs commands one after the other.
     Commands(Vec<Command>),
+    /// Runs commands while there is such a file system.
+    On(CephFs, Vec<Command>),
     /// Was done by the stage itself.
     Done,
     /// Has nothing to do, and says why.
@@ -46,6 +51,9 @@ pub(super) struct Ended {
     pub(super) duration: Duration,
 }
 
+/// Longest that tests on Ceph may take, each command of them: what waits for a file system cannot be ended otherwise.
+const CEPH_TIME_MAX: Duration = Duration::from_secs(1800);
+
 /// What is tested is all that can be built: buckets are no default of the command.
 const FEATURES: [&str; 2] = ["--features", "tandem/s3"];
 
@@ -53,31 +61,43 @@ const FEATURES: [&str; 2] = ["--features", "tandem/s3"];
 pub(super) const STAGES: &[Stage] = &[
     Stage {
         name: "format",
+        by_default: true,
         work: format,
     },
     Stage {
         name: "clippy",
+        by_default: true,
         work: clippy,
     },
     Stage {
         name: "licences",
+        by_default: true,
         work: licences,
     },
     Stage {
         name: "images",
+        by_default: true,
         work: build_images,
     },
     Stage {
         name: "tests",
+        by_default: true,
         work: tests,
     },
     Stage {
         name: "guests",
+        by_default: true,
         work: guests,
     },
     Stage {
         name: "docs",
+        by_default: true,
         work: docs,
+    },
+    Stage {
+        name: "ceph",
+        by_default: false,
+        work: ceph,
     },
 ];
 
@@ -88,6 +108,11 @@ impl Stage {
         let step = Step::begin(self.name);
         let (success, counts) = match (self.work)(workspace) {
             Ok(Work::Commands(commands)) => self.commands(workspace, commands)?,
+            Ok(Work::On(storage, commands)) => {
+                let ended = self.commands(workspace, commands)?;
+                drop(storage);
+                ended
+            }
             Ok(Work::Done) => (true, Counts::default()),
             Ok(Work::Absent(why)) => {
                 eprintln!("xtask: {}: {why}", self.name);
@@ -144,6 +169,14 @@ fn show_end(text: &str, log: &Path) {
 fn cargo(arguments: &[&str]) -> Command {
     let mut command = process::command("cargo", arguments);
     command.env("CARGO_TERM_COLOR", "never");
+    command
+}
+
+/// The same, which is ended if it takes longer.
+fn cargo_within(at_most: Duration, arguments: &[&str]) -> Command {
+    let mut command = process::command("timeout", ["--kill-after=10"]);
+    command.arg(at_most.as_secs().to_string()).arg("cargo");
+    command.args(arguments).env("CARGO_TERM_COLOR", "never");
     command
 }
 
@@ -213,6 +246,28 @@ fn tests(workspace: &Workspace) -> Result<Work> {
         run,
         cargo(&[&["test", "--locked", "--workspace", "--doc"][..], &FEATURES].concat()),
     ]))
+}
+
+/// What every backend must do, on CephFS by two mounts, and guests whose checkpoints are there.
+fn ceph(workspace: &Workspace) -> Result<Work> {
+    images::run(workspace, &images::Arguments::only(["kv", "disk"]))?;
+    let storage = CephFs::start(workspace)?;
+    let directories = storage.directories()?;
+    let build = ["build", "--locked", "--quiet", "--package", "tandem"];
+    let build = cargo(&[&build[..], &FEATURES].concat());
+    // What is built is what other stages build.
+    let test = |words: &[&str]| {
+        let test = ["test", "--locked", "--no-fail-fast", "--workspace"];
+        let mut run = cargo_within(CEPH_TIME_MAX, &[&test[..], &FEATURES, words].concat());
+        run.args(["--nocapture", "--test-threads=1"]);
+        run.env("TANDEM_SHARED_DIRECTORIES", &directories);
+        run.env("TANDEM_BIN", workspace.target().join("debug/tandem"));
+        run.env("TANDEM_IMAGES", workspace.images());
+        run
+    };
+    let contract = test(&["--lib", "--", "tests::contract"]);
+    let rounds = test(&["--test", "rounds", "--"]);
+    Ok(Work::On(storage, vec![build, contract, rounds]))
 }
 
 /// Tests of the guests' logic that run on the host.
