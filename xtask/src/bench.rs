@@ -15,6 +15,7 @@ mod protect;
 mod qmp;
 mod rows;
 mod state;
+mod store;
 
 use std::fs;
 use std::process::ExitCode;

@@ -48,6 +48,8 @@ struct Settings {
     pages: usize,
     /// Microseconds from one round to the next, 0 for no pause.
     period_us: u64,
+    /// Whether pages are touched at random, rather than all before one is touched again.
+    random: bool,
     /// Words changed in each touched page.
     words: usize,
     /// Rounds between two lines.
@@ -62,6 +64,7 @@ fn main() {
     let settings = Settings {
         pages: args().get("pages", 256usize).min(span),
         period_us: args().get("period_ms", 10u64).saturating_mul(1000),
+        random: args().flag("random"),
         words: args().get("bytes", 8usize).div_ceil(8).clamp(1, WORDS),
         report: args().get("report", 100u64).max(1),
         rounds: args().get("rounds", 0u64),
@@ -77,10 +80,14 @@ fn main() {
 
 fn run(settings: &Settings, memory: &mut Span) {
     let (mut place, mut sum) = (0, 0u64);
+    let mut random = Random(1);
     let mut next = clock::now();
     for round in 1.. {
         for _ in 0..settings.pages {
-            place = (place + STRIDE) % memory.pages;
+            place = match settings.random {
+                true => random.below(memory.pages),
+                false => (place + STRIDE) % memory.pages,
+            };
             sum = touch(memory.page(place), settings.words, sum, round);
         }
         if round % settings.report == 0 {
@@ -94,6 +101,18 @@ fn run(settings: &Settings, memory: &mut Span) {
             next += settings.period_us;
             clock::sleep_until(next);
         }
+    }
+}
+
+/// The same numbers each time (Marsaglia's xorshift).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % end as u64) as usize
     }
 }
 

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::engine::{Bench, Engine};
 use super::figures::Sample;
-use super::{loads, moves, pace, protect};
+use super::{loads, moves, pace, protect, store};
 use crate::process;
 
 /// A row: one guest under one load, which may give several figures.
@@ -92,6 +92,12 @@ pub(super) const ROWS: &[Row] = &[
         programs: &[],
         images: &[],
         measure: moves::migrate,
+    },
+    Row {
+        name: "store",
+        programs: &[],
+        images: &[],
+        measure: store::store,
     },
     Row {
         name: "linux-start",
