@@ -45,6 +45,9 @@ pub(super) struct Cluster {
     parts: Vec<Background>,
 }
 
+/// Starts a part of it.
+type Start = fn(&mut Cluster) -> Result<()>;
+
 impl Cluster {
     /// Makes a cluster in `directory` and waits until its file system can be mounted.
     pub(super) fn start(directory: &Path) -> Result<Self> {
@@ -58,7 +61,7 @@ impl Cluster {
             monitor,
             parts: Vec::new(),
         };
-        let steps: [(&str, fn(&mut Self) -> Result<()>); 4] = [
+        let steps: [(&str, Start); 4] = [
             ("start Ceph's monitor", Self::start_monitor),
             ("start Ceph's manager", Self::start_manager),
             ("start Ceph's OSD", Self::start_osd),
