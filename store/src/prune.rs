@@ -39,6 +39,17 @@ pub struct Pruned {
     pub bytes: u64,
 }
 
+/// What is to stay.
+#[derive(Clone, Copy, Debug)]
+struct Keep {
+    /// So many of the newest.
+    newest: usize,
+    /// Those that were begun then or later.
+    since_ms: Option<u64>,
+    /// The one that the owner went on from.
+    base: bool,
+}
+
 /// What is to go.
 #[derive(Debug)]
 struct Plan {
@@ -59,11 +70,31 @@ pub fn sweep(store: &Store) -> Result<u64, StoreError> {
 /// Removes all checkpoints of `guest` but the newest `keep`, and what only they needed. With `dry`, says what it
 /// would remove.
 ///
+/// The checkpoint that its owner went on from stays too: it may still load memory from it.
+///
 /// # Errors
 /// When the storage fails, or fewer than [`KEEP_MIN`] are to be kept. What was removed until then is
 /// gone; nothing that is kept needed it.
 pub fn prune(guest: &Guest, keep: usize, dry: bool) -> Result<Pruned, StoreError> {
-    prune_begun_before(guest, keep, None, dry)
+    let keep = Keep {
+        newest: keep,
+        since_ms: None,
+        base: true,
+    };
+    prune_but(guest, keep, dry)
+}
+
+/// As [`prune`], for the guest's owner, which has all of its memory: the checkpoint that it went on from goes too.
+///
+/// # Errors
+/// As [`prune`].
+pub fn prune_loaded(guest: &Guest, keep: usize) -> Result<Pruned, StoreError> {
+    let keep = Keep {
+        newest: keep,
+        since_ms: None,
+        base: false,
+    };
+    prune_but(guest, keep, false)
 }
 
 /// As [`prune`], but keeps more: from the newest back as far as they were begun at `before_ms` or later, in
@@ -77,22 +108,22 @@ pub fn prune_before(
     before_ms: u64,
     dry: bool,
 ) -> Result<Pruned, StoreError> {
-    prune_begun_before(guest, keep, Some(before_ms), dry)
+    let keep = Keep {
+        newest: keep,
+        since_ms: Some(before_ms),
+        base: true,
+    };
+    prune_but(guest, keep, dry)
 }
 
-fn prune_begun_before(
-    guest: &Guest,
-    keep: usize,
-    before_ms: Option<u64>,
-    dry: bool,
-) -> Result<Pruned, StoreError> {
-    if keep < KEEP_MIN {
+fn prune_but(guest: &Guest, keep: Keep, dry: bool) -> Result<Pruned, StoreError> {
+    if keep.newest < KEEP_MIN {
         return Err(StoreError::Foreign {
-            place: format!("a guest of which {keep} checkpoints are kept"),
+            place: format!("a guest of which {} checkpoints are kept", keep.newest),
             what: format!("at least {KEEP_MIN} must be kept"),
         });
     }
-    let Some(plan) = plan(guest, keep, before_ms)? else {
+    let Some(plan) = plan(guest, keep)? else {
         return Ok(Pruned::default());
     };
     if !dry && !raise_floor(guest, &plan)? {
@@ -134,18 +165,18 @@ fn remove(guest: &Guest, name: &str, dry: bool) -> Result<(), StoreError> {
 }
 
 /// What is to go; nothing if there is no checkpoint yet that could be kept.
-fn plan(guest: &Guest, keep: usize, before_ms: Option<u64>) -> Result<Option<Plan>, StoreError> {
+fn plan(guest: &Guest, keep: Keep) -> Result<Option<Plan>, StoreError> {
     guest.refresh()?;
     let floor = guest.floor()?;
     let starts = guest.starts()?;
     let all = guest.all_ids()?;
     let mut kept = Vec::new();
     for id in owner::counting(&starts, &all, floor) {
-        let enough = kept.len() >= keep;
-        if enough && before_ms.is_none() {
+        let enough = kept.len() >= keep.newest;
+        if enough && keep.since_ms.is_none() {
             break;
         }
-        let is_old = |manifest: &Manifest| before_ms.is_none_or(|ms| manifest.begun_ms < ms);
+        let is_old = |manifest: &Manifest| keep.since_ms.is_none_or(|ms| manifest.begun_ms < ms);
         match guest.manifest(id) {
             Ok(manifest) if enough && is_old(&manifest) => break,
             Ok(manifest) => kept.push(manifest),
@@ -161,6 +192,12 @@ fn plan(guest: &Guest, keep: usize, before_ms: Option<u64>) -> Result<Option<Pla
         return Ok(None);
     };
     let newest_start = starts.keys().next_back().copied().unwrap_or_default();
+    if keep.base {
+        kept.extend(base(guest, &starts, oldest)?);
+    }
+    let floor = kept
+        .last()
+        .map_or(oldest, |manifest| manifest.id.min(oldest));
     // What never counted goes too, unless its term may yet start.
     let goes = |id: &CheckpointId| {
         let is_kept = kept.iter().any(|manifest| manifest.id == *id);
@@ -168,10 +205,28 @@ fn plan(guest: &Guest, keep: usize, before_ms: Option<u64>) -> Result<Option<Pla
     };
     Ok(Some(Plan {
         manifests: all.iter().copied().filter(goes).collect(),
-        floor: oldest,
+        floor,
         starts,
         kept,
     }))
+}
+
+/// The checkpoint that the guest's owner went on from, if it is older than all that are kept, and there.
+fn base(
+    guest: &Guest,
+    starts: &Starts,
+    oldest: CheckpointId,
+) -> Result<Option<Manifest>, StoreError> {
+    let base = starts.last_key_value().and_then(|(_, base)| *base);
+    let Some(base) = base.filter(|base| *base < oldest) else {
+        return Ok(None);
+    };
+    match guest.manifest(base) {
+        Ok(manifest) => Ok(Some(manifest)),
+        Err(StoreError::NoSuchCheckpoint { .. }) => Ok(None),
+        Err(error) if error.is_damage() => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Says that what is before the floor is going; false if somebody needs it.

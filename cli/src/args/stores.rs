@@ -46,9 +46,9 @@ JSON: place, checkpoints, objects, bytes, unneeded (objects that no checkpoint n
 checkpoints.";
 
 const PRUNE: &str = "\
-Safety: nothing is removed that a checkpoint needs which is kept, or one that is being made, whoever is at work meanwhile. If a \
-host takes the guest at that moment, nothing is removed at all. The times of checkpoints are by the clocks of the hosts that made \
-them.
+Safety: nothing is removed that a checkpoint needs which is kept, or one that is being made, whoever is at work meanwhile; nor the \
+checkpoint that the guest's owner went on from, which may still load memory from it. If a host takes the guest at that moment, \
+nothing is removed at all. The times of checkpoints are by the clocks of the hosts that made them.
 
 JSON: guest, dry_run, checkpoints, objects and bytes that were removed, and left (drafts of killed writers).";
 

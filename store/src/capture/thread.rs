@@ -24,7 +24,7 @@ use crate::backend::BackendError;
 use crate::frames::Frames;
 use crate::manifest::Manifest;
 use crate::owner::{SharedArbiter, are_kin, kin_of, this_host_of};
-use crate::prune::prune;
+use crate::prune::prune_loaded;
 use crate::upload::Uploads;
 use crate::write::Writer;
 use crate::{CheckpointId, Guest, StoreError};
@@ -570,7 +570,7 @@ fn is_reset(error: &StoreError) -> bool {
 
 /// Removes the checkpoints that are too many.
 fn remove_old(guest: &Guest) {
-    match prune(guest, KEPT, false) {
+    match prune_loaded(guest, KEPT) {
         Ok(pruned) => tracing::debug!(?pruned, "old checkpoints were removed"),
         Err(error) => {
             let why = causes(&error);

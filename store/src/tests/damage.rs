@@ -42,7 +42,7 @@ fn small_store(options: &Options) -> Disk {
     memory.pages[2][101] = 8;
     memory.dirty.insert(2, ());
     memory.checkpoint(&mut writer).unwrap();
-    crate::prune::prune(&store.guest(GUEST).unwrap(), 2, false).unwrap();
+    crate::prune::prune_loaded(&store.guest(GUEST).unwrap(), 2).unwrap();
     disk
 }
 

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::names::CheckpointId;
-use crate::prune::{prune, prune_before, usage};
+use crate::prune::{objects_of, prune, prune_before, prune_loaded, usage};
 use crate::verify::verify;
 use crate::{Guest, Store, StoreError};
 
@@ -211,6 +211,42 @@ fn who_removes_and_who_resumes_see_each_other() {
     memory.run(5);
     memory.checkpoint(&mut resumed).unwrap();
     prune(&guest, 2, false).unwrap();
+    expect_sound(&store);
+    assert!(newest(&guest).unwrap().unwrap().1 == memory.pages);
+}
+
+#[test]
+fn what_a_resumed_guest_may_yet_load_stays_until_it_has_all() {
+    let root = directory();
+    let store = store_in(root.path());
+    let guest = store.guest(GUEST).unwrap();
+    let mut memory = Memory::new(2000, 17);
+    let mut writer = new_writer(&store);
+    memory.run(3000);
+    let base = memory.checkpoint(&mut writer).unwrap().id;
+    let mut resumed = resumed_writer(&store, "b").unwrap();
+    let made = (0..30).map(|_| {
+        memory.run(400);
+        memory.checkpoint(&mut resumed).unwrap().id
+    });
+    let made: Vec<_> = made.collect();
+    let needed = objects_of(&guest, &guest.manifest(base).unwrap());
+    let there = || {
+        let all = guest.object_lengths().unwrap();
+        needed
+            .iter()
+            .all(|object| all.get(&object.0) == Some(&object.1))
+    };
+    // Whoever removes by hand does not know how far the owner is.
+    prune(&guest, 2, false).unwrap();
+    assert_eq!(ids(&guest), [made[29], made[28], base]);
+    assert!(there());
+    expect_sound(&store);
+    prune_before(&guest, 2, u64::MAX, false).unwrap();
+    assert!(there());
+    prune_loaded(&guest, 2).unwrap();
+    assert_eq!(ids(&guest), [made[29], made[28]]);
+    assert!(!there());
     expect_sound(&store);
     assert!(newest(&guest).unwrap().unwrap().1 == memory.pages);
 }
