@@ -7,6 +7,7 @@ mod protection {
     mod again;
     mod changed;
     pub(crate) mod clients;
+    mod database;
     mod disks;
     pub(crate) mod history;
     mod links;

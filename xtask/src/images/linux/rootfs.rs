@@ -11,7 +11,7 @@ use super::Places;
 use crate::process;
 
 /// The packages whose programs are in the image; their libraries are found by what they need.
-pub(super) const PACKAGES: &[&str] = &["busybox-static", "redis-tools", "nginx", "fio"];
+pub(super) const PACKAGES: &[&str] = &["busybox-static", "redis-tools", "nginx", "fio", "sqlite3"];
 
 /// Programs: where they are in the packages, and in the image. Debian's one redis binary acts by
 /// the name it is called by.
@@ -19,6 +19,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("usr/bin/redis-check-rdb", "bin/redis-server"),
     ("usr/sbin/nginx", "bin/nginx"),
     ("usr/bin/fio", "bin/fio"),
+    ("usr/bin/sqlite3", "bin/sqlite3"),
 ];
 
 /// Scripts, in the image and in the repository's templates.
