@@ -399,11 +399,10 @@ fn golden_stores_are_read_by_all_verbs() {
         // Its state is that of no guest.
         place.expect(SNAPSHOT, &words(&["export", "web", "@out"]));
         assert!(!place.at("out").exists());
-        assert_eq!(
-            place.json(&words(&["prune", "web", "--keep", "2"]))["checkpoints"],
-            1
-        );
-        assert_eq!(place.json(&words(&["verify", "web"]))["checkpoints"], 2);
+        // The owner of term 2 went on from 1-1, and may still load memory from it.
+        let pruned = place.json(&words(&["prune", "web", "--keep", "2"]));
+        assert_eq!(pruned["checkpoints"], 0);
+        assert_eq!(place.json(&words(&["verify", "web"]))["checkpoints"], 3);
     }
 }
 

@@ -11,7 +11,7 @@
 //!   fold                                        layers before 17 > image, durable > head > next time: files removed
 //! ```
 //!
-//! Writes go to the end of the newest layer; reads look in an [index](Index) in memory, and in the image for what no
+//! Writes go to the end of the newest layer; reads look in an index in memory, and in the image for what no
 //! layer has. At a checkpoint the layer is closed, while the guest stands, and a new one begins. So the disk of a
 //! checkpoint is its image and the layers that it names, which nobody changes any more, and no block of it is copied.
 //!
