@@ -13,14 +13,12 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tandem_tests::guest::{GuestBuilder, PATIENCE};
-use tandem_tests::images::optional;
 use tandem_tests::network::{CMDLINE, Network};
 use tandem_tests::pair::{Pair, Side};
-use tandem_tests::skip::{Need, must_skip};
 use tempfile::TempDir;
 
 use super::disks::{
-    add_journal, begin_resyncs, disk, expect_sound, has_printed, reaches, wait_each,
+    add_journal, begin_resyncs, disk, expect_sound, has_printed, linux, reaches, wait_each,
 };
 use crate::ATTEMPTS;
 
@@ -119,17 +117,7 @@ fn wait_stored(stored: &AtomicU64, number: u64) {
 
 #[test]
 fn a_database_has_all_that_it_said_is_stored_whenever_its_host_is_lost() {
-    if must_skip(&[
-        Need::Kvm,
-        Need::Root,
-        Need::Program("ip"),
-        Need::Program("e2fsck"),
-        Need::Program("tune2fs"),
-    ]) {
-        return;
-    }
-    let both = (optional("vmlinux-ring3"), optional("rootfs.ext4"));
-    let (Some(kernel), Some(root)) = both else {
+    let Some((kernel, root)) = linux() else {
         return;
     };
     let place = TempDir::new().unwrap();

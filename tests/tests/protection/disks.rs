@@ -555,6 +555,21 @@ pub(super) fn find_each(stream: &TcpStream, numbers: Range<u64>) {
     });
 }
 
+/// A kernel, and an image of a file system that it has, if there is what is needed to see what becomes of them.
+pub(super) fn linux() -> Option<(PathBuf, PathBuf)> {
+    let needs = [
+        Need::Kvm,
+        Need::Root,
+        Need::Program("ip"),
+        Need::Program("e2fsck"),
+        Need::Program("tune2fs"),
+    ];
+    if must_skip(&needs) {
+        return None;
+    }
+    Some((optional("vmlinux-ring3")?, optional("rootfs.ext4")?))
+}
+
 /// Gives the file system at `image` a journal. Without one, what a crash leaves is whole for nobody.
 pub(super) fn add_journal(image: &Path) {
     let mut add = Command::new("tune2fs");
@@ -576,17 +591,7 @@ pub(super) fn expect_sound(image: &Path) {
 
 #[test]
 fn a_store_on_a_file_system_has_all_that_it_said_it_has() {
-    if must_skip(&[
-        Need::Kvm,
-        Need::Root,
-        Need::Program("ip"),
-        Need::Program("e2fsck"),
-        Need::Program("tune2fs"),
-    ]) {
-        return;
-    }
-    let both = (optional("vmlinux-ring3"), optional("rootfs.ext4"));
-    let (Some(kernel), Some(root)) = both else {
+    let Some((kernel, root)) = linux() else {
         return;
     };
     let images = Images::new(0);

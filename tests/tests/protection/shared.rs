@@ -10,7 +10,6 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::disk::expect_promises;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
-use tandem_tests::images::optional;
 use tandem_tests::network::{CMDLINE, Network};
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
@@ -19,7 +18,7 @@ use tempfile::TempDir;
 use super::clients::Chance;
 use super::disks::{
     BLOCKS, LOAD, LittleRoom, SMALL, STORE, STORE_PORT, add_journal, begin_resyncs, disk,
-    expect_logged, expect_reports, expect_sound, find_each, guest, has_printed, kill, make,
+    expect_logged, expect_reports, expect_sound, find_each, guest, has_printed, kill, linux, make,
     reaches, set_each, wait_each,
 };
 use crate::{ATTEMPTS, RESYNC_WATCHED, RESYNCS};
@@ -373,17 +372,7 @@ fn end(guest: Guest) {
 
 #[test]
 fn a_store_on_a_shared_file_system_has_all_that_it_said_it_has() {
-    if must_skip(&[
-        Need::Kvm,
-        Need::Root,
-        Need::Program("ip"),
-        Need::Program("e2fsck"),
-        Need::Program("tune2fs"),
-    ]) {
-        return;
-    }
-    let both = (optional("vmlinux-ring3"), optional("rootfs.ext4"));
-    let (Some(kernel), Some(root)) = both else {
+    let Some((kernel, root)) = linux() else {
         return;
     };
     let image = Image::new();
