@@ -26,6 +26,8 @@ const MEMORY_MIB: u32 = 1024;
 const SPAN_PAGES: u32 = 250_000;
 /// Pages that it changes, wholly, in each of ten parts of a second: 5 % of its memory per second.
 const PAGES: u32 = 1311;
+/// Those that a guest may change which changes nearly all in a second: a prime, so that it comes to each of them.
+const SMALL_SPAN: u32 = 13_121;
 /// Memory of a guest that changes as many, and has hardly more.
 const SMALL_MIB: u32 = 96;
 /// How long it is waited until packs have grown old: it changed all of its memory several times.
@@ -71,7 +73,7 @@ pub(super) fn store(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
     if engine == Engine::Qemu {
         return Ok(Vec::new());
     }
-    let small = words(10 * PAGES, "");
+    let small = words(SMALL_SPAN, "");
     let changed = run(bench, &small, SMALL_MIB, SMALL_SETTLE)?;
     let mut samples = vec![
         sample("what changed, CPU of one core", "%", percent(&changed)).over(changed.checkpoints),
