@@ -4,7 +4,7 @@ use std::fs::File;
 use std::sync::Arc;
 
 use super::disk::pieces;
-use super::layer::{Chain, Log, needed, open_to_read};
+use super::layer::{needed, read_chain};
 use super::{DiskRecord, PAYLOAD_MAX, RedoError, Storage};
 
 /// Writes the disk of a checkpoint to `into`, which is empty and as long as it; zeros are left out. `progress` is told of
@@ -17,13 +17,7 @@ pub fn export(
     into: &File,
     progress: &mut dyn FnMut(u64),
 ) -> Result<(), RedoError> {
-    let (directory, head) = open_to_read(&disk.log)?;
-    let log = Log {
-        head: head.name.clone(),
-        id: disk.id,
-        bytes: disk.bytes,
-    };
-    let chain = Chain::of(&log, &head, &directory, disk)?;
+    let (directory, head, chain) = read_chain(disk)?;
     let failed = |action| RedoError::file(action, disk.image.clone());
     let image: Arc<dyn Storage> = Arc::new(File::open(&disk.image).map_err(failed("open"))?);
     let mut buffer = vec![0; PAYLOAD_MAX];

@@ -437,6 +437,12 @@ fn told(folded: LayerId, disk: &DiskRecord) -> String {
 /// # Errors
 /// When something is missing, not what was written, or cannot be read.
 pub fn verify(disk: &DiskRecord) -> Result<u64, RedoError> {
+    let (.., chain) = read_chain(disk)?;
+    Ok(chain.layers.iter().map(|layer| layer.record.bytes).sum())
+}
+
+/// The layers of a checkpoint's disk, each of which is read and checked, and where they are: nothing is locked or made.
+pub(super) fn read_chain(disk: &DiskRecord) -> Result<(Local, HeadFile, Chain), RedoError> {
     let (directory, head) = open_to_read(&disk.log)?;
     let log = Log {
         head: head.name.clone(),
@@ -444,10 +450,10 @@ pub fn verify(disk: &DiskRecord) -> Result<u64, RedoError> {
         bytes: disk.bytes,
     };
     let chain = Chain::of(&log, &head, &directory, disk)?;
-    Ok(chain.layers.iter().map(|layer| layer.record.bytes).sum())
+    Ok((directory, head, chain))
 }
 
-pub(super) fn open_to_read(path: &Path) -> Result<(Local, HeadFile), RedoError> {
+fn open_to_read(path: &Path) -> Result<(Local, HeadFile), RedoError> {
     let opened = std::fs::File::open(path).and_then(|file| {
         let directory = Local::of(path, file.try_clone()?)?;
         Ok((directory, file))
