@@ -5,6 +5,7 @@
 //! namespace of their own.
 
 mod clients;
+mod cpu;
 mod engine;
 mod figures;
 mod loads;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use procfs::process::Process;
 
+use super::cpu;
 use super::engine::{Bench, Engine, Machine, NAME};
 use super::figures::{Better, Sample};
 use super::loads::{make_disk, number_before};
@@ -109,9 +109,9 @@ fn run(bench: &Bench, pace: &'static str, depth: u32, operations: u64) -> Result
         .paced(pace);
     let mut guest = Guest::start(&mut bench.command(Engine::Tandem, &machine))?;
     guest.wait_for("disk: ready", PATIENCE)?;
-    let before = cpu_ns(guest.pid())?;
+    let before = cpu::time_of(guest.pid(), |_| true)?;
     guest.wait_for("disk: done", PATIENCE)?;
-    let spent = cpu_ns(guest.pid())?.saturating_sub(before);
+    let spent = cpu::time_of(guest.pid(), |_| true)?.saturating_sub(before);
     let console = guest.console();
     let rate = number_before(console, " iops/s")
         .with_context(|| format!("the disk guest printed no figure: {console}"))?;
@@ -119,7 +119,7 @@ fn run(bench: &Bench, pace: &'static str, depth: u32, operations: u64) -> Result
     let outside = total(&figures, "outside");
     Ok(Run {
         rate,
-        cpu_us: spent as f64 / 1e3 / operations as f64,
+        cpu_us: spent.as_nanos() as f64 / 1e3 / operations as f64,
         early: ["halted", "user_mode", "kick", "poll", "force_early"]
             .iter()
             .map(|kind| total(&figures, &format!("early_{kind}")))
@@ -137,16 +137,6 @@ fn total(metrics: &str, name: &str) -> u64 {
         .sum()
 }
 
-/// Time that all threads of a process were on a CPU, in nanoseconds (Documentation/scheduler/sched-stats).
-fn cpu_ns(pid: u32) -> Result<u64> {
-    let process = Process::new(pid as i32);
-    let tasks = process.and_then(|process| process.tasks());
-    let tasks = tasks.with_context(|| format!("cannot find the threads of process {pid}"))?;
-    // They may end meanwhile.
-    let times = tasks.flatten().filter_map(|task| task.schedstat().ok());
-    Ok(times.map(|times| times.sum_exec_runtime).sum())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -159,10 +149,5 @@ mod tests {
         assert_eq!(total(metrics, "early_halted"), 7);
         assert_eq!(total(metrics, "outside"), 0);
         assert_eq!(total(metrics, "mature"), 9);
-    }
-
-    #[test]
-    fn this_process_was_on_a_cpu() {
-        assert!(cpu_ns(std::process::id()).expect("it runs") > 0);
     }
 }

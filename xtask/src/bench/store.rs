@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::cpu;
 use super::engine::{Bench, Engine, Machine, NAME};
 use super::figures::{Better, Sample};
 use crate::guest::Guest;
@@ -170,22 +171,10 @@ fn mean_length(directory: &Path) -> Result<f64> {
     Ok(lengths.iter().sum::<f64>() / lengths.len().max(1) as f64)
 }
 
-/// Time that all threads of a process but vCPUs were on a CPU (Documentation/scheduler/sched-stats).
+/// Time that all threads of a process but vCPUs were on a CPU.
 fn cpu_seconds(pid: u32) -> Result<f64> {
-    let tasks = format!("/proc/{pid}/task");
-    let mut sum = 0;
-    for task in fs::read_dir(&tasks).with_context(|| format!("cannot read {tasks}"))? {
-        let task = task?.path();
-        // Those that have ended meanwhile did so before they are asked for what they are called.
-        let name = fs::read_to_string(task.join("comm")).unwrap_or_default();
-        let text = fs::read_to_string(task.join("schedstat")).unwrap_or_default();
-        if name.starts_with("vcpu") {
-            continue;
-        }
-        let first = text.split_whitespace().next();
-        sum += first.and_then(|ns| ns.parse::<u64>().ok()).unwrap_or(0);
-    }
-    Ok(sum as f64 / 1e9)
+    let time = cpu::time_of(pid, |name| !name.starts_with("vcpu"))?;
+    Ok(time.as_secs_f64())
 }
 
 #[cfg(test)]
