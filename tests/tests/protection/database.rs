@@ -13,12 +13,13 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use tandem_tests::guest::{GuestBuilder, PATIENCE};
-use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::network::Network;
 use tandem_tests::pair::{Pair, Side};
 use tempfile::TempDir;
 
 use super::disks::{
-    add_journal, begin_resyncs, disk, expect_sound, has_printed, linux, reaches, wait_each,
+    add_journal, begin_resyncs, disk, expect_sound, has_printed, linux, on_file_system, reaches,
+    wait_each,
 };
 use crate::ATTEMPTS;
 
@@ -82,14 +83,7 @@ impl Session {
 }
 
 fn database(kernel: &Path, image: &Path, network: &Network) -> GuestBuilder {
-    GuestBuilder::kernel(kernel)
-        .arg("--cmdline")
-        .arg(format!("{WORDS} {CMDLINE}"))
-        .arg("--memory")
-        .arg("128MiB")
-        .arg("--disk")
-        .arg(disk(image, ""))
-        .in_network(network)
+    on_file_system(kernel, WORDS, &disk(image, ""), network)
 }
 
 /// A database that answers and is protected.

@@ -503,14 +503,7 @@ fn a_guest_whose_disk_fails_goes_on_at_its_copy() {
 }
 
 fn store(kernel: &Path, image: &Path, network: &Network) -> GuestBuilder {
-    GuestBuilder::kernel(kernel)
-        .arg("--cmdline")
-        .arg(format!("{STORE} {CMDLINE}"))
-        .arg("--memory")
-        .arg("128MiB")
-        .arg("--disk")
-        .arg(disk(image, ""))
-        .in_network(network)
+    on_file_system(kernel, STORE, &disk(image, ""), network)
 }
 
 /// A store that answers and is protected.
@@ -568,6 +561,23 @@ pub(super) fn linux() -> Option<(PathBuf, PathBuf)> {
         return None;
     }
     Some((optional("vmlinux-ring3")?, optional("rootfs.ext4")?))
+}
+
+/// A Linux guest that does what `words` say, with its file system on `disk`.
+pub(super) fn on_file_system(
+    kernel: &Path,
+    words: &str,
+    disk: &str,
+    network: &Network,
+) -> GuestBuilder {
+    GuestBuilder::kernel(kernel)
+        .arg("--cmdline")
+        .arg(format!("{words} {CMDLINE}"))
+        .arg("--memory")
+        .arg("128MiB")
+        .arg("--disk")
+        .arg(disk)
+        .in_network(network)
 }
 
 /// Gives the file system at `image` a journal. Without one, what a crash leaves is whole for nobody.

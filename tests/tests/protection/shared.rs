@@ -10,7 +10,7 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::disk::expect_promises;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
-use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::network::Network;
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
 use tempfile::TempDir;
@@ -19,7 +19,7 @@ use super::clients::Chance;
 use super::disks::{
     BLOCKS, LOAD, LittleRoom, SMALL, STORE, STORE_PORT, add_journal, begin_resyncs, disk,
     expect_logged, expect_reports, expect_sound, find_each, guest, has_printed, kill, linux, make,
-    reaches, set_each, wait_each,
+    on_file_system, reaches, set_each, wait_each,
 };
 use crate::{ATTEMPTS, RESYNC_WATCHED, RESYNCS};
 
@@ -333,14 +333,7 @@ fn an_image_that_a_guest_uses_is_no_other_guests() {
 }
 
 fn store(kernel: &Path, image: &Path, network: &Network) -> GuestBuilder {
-    GuestBuilder::kernel(kernel)
-        .arg("--cmdline")
-        .arg(format!("{STORE} {CMDLINE}"))
-        .arg("--memory")
-        .arg("128MiB")
-        .arg("--disk")
-        .arg(disk(image, ",shared"))
-        .in_network(network)
+    on_file_system(kernel, STORE, &disk(image, ",shared"), network)
 }
 
 /// A store that answers and is protected.
