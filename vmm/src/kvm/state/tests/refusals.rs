@@ -1,8 +1,11 @@
 //! States that this host refuses, and why.
 #![allow(clippy::unwrap_used, reason = "test code fails by panicking")]
 
+use kvm_bindings::{KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_UNINITIALIZED};
+use kvm_ioctls::VcpuFd;
+
 use super::guest::{Counting, Machine, Stop};
-use crate::kvm::state::{StateError, VcpuState};
+use crate::kvm::state::{StateError, VcpuProbe, VcpuState};
 
 /// A guest's state; none where there is no KVM.
 fn state() -> Option<(Machine, VcpuState)> {
@@ -82,17 +85,22 @@ fn parts_of_another_size_are_refused() {
     );
 }
 
+/// A second vCPU, which nobody has started, and its state.
+fn waiting(machine: &Machine) -> (VcpuFd, VcpuProbe, VcpuState) {
+    let mut second = machine.vm.create_vcpu(1).unwrap();
+    let mut probe = VcpuProbe::new(&machine.kvm, machine.vm.fd(), &second).unwrap();
+    let state = VcpuState::capture(&mut second, &mut probe).unwrap();
+    assert_eq!(state.mp_state, KVM_MP_STATE_UNINITIALIZED);
+    (second, probe, state)
+}
+
 #[test]
 fn a_vcpu_that_waits_to_be_started_still_does() {
     let Some(machine) = Machine::empty() else {
         println!("skipped: there is no KVM");
         return;
     };
-    let mut second = machine.vm.create_vcpu(1).unwrap();
-    let mut probe =
-        crate::kvm::state::VcpuProbe::new(&machine.kvm, machine.vm.fd(), &second).unwrap();
-    let state = VcpuState::capture(&mut second, &mut probe).unwrap();
-    assert_eq!(state.mp_state, kvm_bindings::KVM_MP_STATE_UNINITIALIZED);
+    let (_, mut probe, state) = waiting(&machine);
     let other = Machine::empty().unwrap();
     let mut restored = other.vm.create_vcpu(1).unwrap();
     state.restore(other.vm.fd(), &restored).unwrap();
@@ -107,14 +115,11 @@ fn a_vcpu_is_started_and_waits_again_in_place() {
         println!("skipped: there is no KVM");
         return;
     };
-    let mut second = machine.vm.create_vcpu(1).unwrap();
-    let mut probe =
-        crate::kvm::state::VcpuProbe::new(&machine.kvm, machine.vm.fd(), &second).unwrap();
-    let waits = VcpuState::capture(&mut second, &mut probe).unwrap();
+    let (mut second, mut probe, waits) = waiting(&machine);
     let mut asked = waits.clone();
-    asked.mp_state = kvm_bindings::KVM_MP_STATE_INIT_RECEIVED;
+    asked.mp_state = KVM_MP_STATE_INIT_RECEIVED;
     let mut runs = waits.clone();
-    runs.mp_state = kvm_bindings::KVM_MP_STATE_RUNNABLE;
+    runs.mp_state = KVM_MP_STATE_RUNNABLE;
     runs.registers.rax = 7;
     let orders = [&waits, &runs, &asked, &runs, &waits, &asked, &waits];
     for state in orders {
