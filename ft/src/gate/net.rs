@@ -258,7 +258,8 @@ impl NetGate {
         &self.outbox
     }
 
-    fn wake_device(&self) {
+    /// Lets the device look at what waits on either side of it.
+    pub fn wake_device(&self) {
         if let Err(error) = self.event.write(1) {
             tracing::error!(%error, "cannot wake a network device");
         }

@@ -59,10 +59,12 @@ pub enum Kind {
     StoreWaits = 16,
     /// So many bytes of the connection of checkpoints were taken.
     Taken = 17,
+    /// So many bytes of this connection were heard.
+    Heard = 18,
 }
 
 impl Kind {
-    const ALL: [Self; 17] = [
+    const ALL: [Self; 18] = [
         Self::Input,
         Self::ConsoleInput,
         Self::Settled,
@@ -80,6 +82,7 @@ impl Kind {
         Self::Store,
         Self::StoreWaits,
         Self::Taken,
+        Self::Heard,
     ];
 
     fn of(number: u8) -> Option<Self> {
@@ -92,7 +95,7 @@ impl Kind {
             Self::Output | Self::ConsoleOutput | Self::Write => PAYLOAD_MAX,
             Self::Settled | Self::Cut | Self::Committed => 8,
             Self::Beat | Self::Loaded | Self::Answer | Self::Term | Self::WritesDone => 8,
-            Self::Store | Self::StoreWaits | Self::Taken => 8,
+            Self::Store | Self::StoreWaits | Self::Taken | Self::Heard => 8,
             Self::End => 0,
         }
     }

@@ -14,11 +14,13 @@
 //!   WritesDone                       ---------->  writes that it need not keep any more
 //!                                    <----------  Loaded: it runs on from the checkpoint
 //!                                    <----------  Taken: so much of the connection of checkpoints was read
+//!   Heard                           <---------->  so much of this connection was read
 //!   End                              ---------->  the guest ended, or is not protected any more
 //! ```
 //!
 //! Checkpoints go over a connection of their own, so that nothing waits behind them in a socket; a [`window`] sees to it
-//! that nothing does elsewhere on the link.
+//! that nothing does elsewhere on the link. Beats, and what decides, never wait for room; inputs and outputs of either side
+//! have a window too, so that what is sent for a guest, or by it, faster than the link takes it does not delay beats.
 
 pub mod message;
 pub mod outbox;

@@ -1,14 +1,14 @@
-//! How much of a checkpoint may be on its way, so that beats, which share the link with it, do not wait behind it.
+//! How much of a connection may be on its way, so that beats, which share the link with it, do not wait behind it.
 //!
 //! A link that is slower than its sender has a queue somewhere: in a socket, a switch, a tunnel. Who sends without
 //! end fills it, and everything else waits for as long as it takes to empty: 4 MiB at 20 MB/s are 200 ms, in
-//! which a live peer is taken for dead. So the secondary says how much of the connection it has taken, and the primary
-//! lets no more than a window be on its way. The time from when a byte was sent until it is said to be taken is that
+//! which a live peer is taken for dead. So who receives says how much of the connection it has taken, and who sends
+//! lets no more than a window be on its way: the primary of checkpoints, and either side of inputs and outputs. The time from when a byte was sent until it is said to be taken is that
 //! of the link without a queue, the least that was seen, and what the queue adds. While that is little, the window grows;
 //! when it is more than [`QUEUE_MAX`], the window shrinks, once for each window that is sent.
 //!
 //! A window of its least size costs nothing on a link that takes less than a millisecond. One that shrank because
-//! the secondary was late has its size again after some dozen reports. What the link takes without a queue is never
+//! the other side was late has its size again after some dozen reports. What the link takes without a queue is never
 //! forgotten: a queue that stands for long would pass for it. Where a route gets longer meanwhile, windows stay small.
 //!
 //! There is no clock in here: callers pass in the time.
@@ -16,7 +16,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Bytes after which a secondary says what it has taken.
+/// Who receives says what it has taken whenever it has one more times so many bytes.
 pub const REPORT: u64 = 64 << 10;
 /// Smallest window in bytes, 13 ms of 20 MB/s.
 pub const WINDOW_MIN: u64 = 4 * REPORT;
@@ -30,9 +30,26 @@ pub const QUEUE_MAX: Duration = Duration::from_millis(20);
 /// Moments that are remembered, at most: one per [`REPORT`] bytes of the largest window.
 const MOMENTS_MAX: usize = (WINDOW_MAX / REPORT) as usize;
 
+/// What is said of a connection by who receives.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reports {
+    told: u64,
+}
+
+impl Reports {
+    /// So many bytes were taken since the beginning. Whether to say so now.
+    pub fn are_due(&mut self, taken: u64) -> bool {
+        let due = taken / REPORT > self.told / REPORT;
+        if due {
+            self.told = taken;
+        }
+        due
+    }
+}
+
 /// The other side says that it took what cannot be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the other side took {taken} bytes of checkpoints; allowed are {before} to {sent}")]
+#[error("the other side took {taken} bytes; allowed are {before} to {sent}")]
 pub struct WindowError {
     /// What it said.
     pub taken: u64,
@@ -91,9 +108,11 @@ impl Window {
     /// So many bytes are about to be sent; must be called before they are.
     pub fn sending(&mut self, now: Instant, bytes: u64) {
         self.sent += bytes;
-        let newest = self.moments.back().map_or(0, |(sent, _)| *sent);
-        if self.sent >= newest + REPORT && self.moments.len() < MOMENTS_MAX {
-            self.moments.push_back((self.sent, now));
+        // That is when the other side says what it has taken: what comes behind may be long in coming.
+        let reported = self.sent - self.sent % REPORT;
+        let newest = self.moments.back().map_or(self.taken, |(sent, _)| *sent);
+        if reported > newest && self.moments.len() < MOMENTS_MAX {
+            self.moments.push_back((reported, now));
         }
     }
 
@@ -167,7 +186,7 @@ mod tests {
         /// What arrives when.
         arriving: VecDeque<(Instant, u64)>,
         came: u64,
-        reported: u64,
+        told: Reports,
         /// Reports on their way back.
         reports: VecDeque<(Instant, u64)>,
     }
@@ -183,7 +202,7 @@ mod tests {
                 free: now,
                 arriving: VecDeque::new(),
                 came: 0,
-                reported: 0,
+                told: Reports::default(),
                 reports: VecDeque::new(),
             }
         }
@@ -196,8 +215,7 @@ mod tests {
             }
             while let Some((_, bytes)) = self.arriving.pop_front_if(|(at, _)| *at <= now) {
                 self.came += bytes;
-                if self.came - self.reported >= REPORT {
-                    self.reported = self.came;
+                if self.told.are_due(self.came) {
                     self.reports.push_back((now + self.delay, self.came));
                 }
             }
@@ -262,6 +280,20 @@ mod tests {
         }
         window.taken(now, 100).unwrap();
         assert_eq!(window.room(), window.size());
+    }
+
+    #[test]
+    fn a_pause_is_not_taken_for_a_queue() {
+        let now = Instant::now();
+        let mut window = Window::default();
+        let mut told = Reports::default();
+        for at in (0..100).map(|step| now + MS * 1000 * step) {
+            window.sending(at, REPORT + 1);
+            if told.are_due(window.sent) {
+                window.taken(at + MS, window.sent).unwrap();
+            }
+        }
+        assert!(window.size() >= WINDOW_FIRST);
     }
 
     proptest! {

@@ -43,6 +43,7 @@
 //! |---|---|---|
 //! | `modes` | checkpoints as a mode | both copies run |
 //! | `paced` | windows | checkpoints are sent as fast as the socket takes them |
+//! | `heard` | windows of messages | inputs and outputs are sent as fast as the socket takes them, and up to some MiB wait |
 //! | `path`, `second` of a standby | second paths | there is one path |
 //! | `sectors` | groups | disks are compared, and sent, by parts of whole blocks |
 
@@ -101,6 +102,10 @@ pub struct Offer {
     /// Whether it wants to hear what was taken of its checkpoints; not so from a primary that knows of no such thing.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paced: bool,
+    /// Whether either side says what it has heard of the connection of messages; not so from a primary that knows of no such
+    /// thing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub heard: bool,
     /// By which path this is said, if there is a second one; none from a primary that knows of one path, or has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<u8>,
@@ -119,6 +124,7 @@ impl Offer {
             Some("modes") => self.modes.take().is_some(),
             Some("bases") => self.bases.take().is_some(),
             Some("paced") => std::mem::take(&mut self.paced),
+            Some("heard") => std::mem::take(&mut self.heard),
             Some("path") => self.path.take().is_some(),
             Some("second") => self.forget_seconds(),
             Some("sectors") => std::mem::take(&mut self.sectors),
@@ -409,6 +415,7 @@ mod tests {
             bases: None,
             store: None,
             paced: true,
+            heard: true,
             path: Some(0),
             sectors: true,
             hello: Hello {
@@ -439,9 +446,10 @@ mod tests {
         assert_eq!((left.modes, left.paced, left.sectors), (None, false, false));
         assert_eq!((left.path, &left.standbys[0].second), (None, &None));
         let left = taken_by::<Older>(offer(wish));
-        assert_eq!((left.modes, left.paced), (wish, false));
+        assert_eq!((left.modes, left.paced, left.heard), (wish, false, false));
         let left = taken_by::<Offer>(offer(wish));
         assert_eq!((left.modes, left.paced, left.sectors), (wish, true, true));
+        assert!(left.heard);
         assert_eq!(left.path, Some(0));
         assert!(left.standbys[0].second.is_some());
         // Nor does a checkpoint say anything of modes to one that knows none.

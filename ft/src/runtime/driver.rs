@@ -238,6 +238,7 @@ impl<'a> Driver<'a> {
             bases: Some(core.pair.bases()),
             store: core.pair.stored().cloned(),
             paced: true,
+            heard: true,
             path: to.second().map(|_| 0),
             sectors: true,
             hello: Hello {
@@ -292,7 +293,7 @@ impl<'a> Driver<'a> {
             })
             .map_err(ProtectionError::host("start the thread of a link"))?;
         // Nothing fails from here on.
-        core.pair.outbox().connect(shared.0);
+        core.pair.outbox().connect(shared.0, offer.heard);
         *lock(&core.link) = Some(shared.1);
         let (tell, orders) = channel();
         *lock(&core.orders) = Some(tell);

@@ -127,7 +127,7 @@ impl PrimaryEnd {
     /// When the host has no descriptors left.
     pub fn hear(self, said: &[u8]) -> io::Result<bool> {
         let (link, _far) = link_with(said)?;
-        self.core.pair.outbox().connect(link.try_clone()?);
+        self.core.pair.outbox().connect(link.try_clone()?, true);
         primary::talk(&self.core, &link);
         Ok(self.core.state() == PrimaryState::Alone)
     }
@@ -194,6 +194,7 @@ pub(super) fn offer() -> Offer {
         bases: None,
         store: None,
         paced: false,
+        heard: true,
         path: None,
         sectors: false,
         hello: Hello {

@@ -9,7 +9,8 @@ use tandem_vmm::migration::Link;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::link::outbox::OVERRUN;
-use crate::link::{Message, MessageError, Outbox, Reader};
+use crate::link::window::Reports;
+use crate::link::{Kind, Message, MessageError, Outbox, Reader};
 
 /// Longest sleep: what waits to be sent, and clocks, are looked at this often.
 const SLEEP_MAX: Duration = Duration::from_millis(5);
@@ -23,6 +24,9 @@ pub(super) trait Talk {
     /// The other side said `message`. An error ends the connection: what it said cannot be.
     fn hear(&mut self, now: Instant, message: Message<'_>) -> Result<(), String>;
 
+    /// The other side took what it was told, and somebody waited for that.
+    fn has_room(&self) {}
+
     /// Everything that came was heard. When to call again, at the latest; none to end.
     fn tick(&mut self, now: Instant) -> Option<Instant>;
 
@@ -32,10 +36,13 @@ pub(super) trait Talk {
 
 /// Reads `link` until `talk` ends it; `event` wakes the thread.
 pub(super) fn listen(link: &Link, outbox: &Outbox, event: &EventFd, talk: &mut impl Talk) {
-    let mut reader = Reader::default();
+    let mut hearing = Hearing::default();
     let mut open = true;
     while let Some(due) = talk.tick(Instant::now()) {
         outbox.flush();
+        if outbox.take_room() {
+            talk.has_room();
+        }
         if open && outbox.is_overrun() {
             open = false;
             talk.lost(Instant::now(), &MessageError::Untaken { most: OVERRUN });
@@ -45,7 +52,7 @@ pub(super) fn listen(link: &Link, outbox: &Outbox, event: &EventFd, talk: &mut i
         if !(ready && open) {
             continue;
         }
-        if let Err(error) = read(link, &mut reader, talk) {
+        if let Err(error) = hearing.read(link, outbox, talk) {
             open = false;
             talk.lost(Instant::now(), &error);
         }
@@ -53,28 +60,61 @@ pub(super) fn listen(link: &Link, outbox: &Outbox, event: &EventFd, talk: &mut i
     outbox.flush();
 }
 
-/// Reads what there is: all of it, unless ever more comes.
-fn read(link: &Link, reader: &mut Reader, talk: &mut impl Talk) -> Result<(), MessageError> {
-    for _ in 0..READS_MAX {
-        let mut all = false;
-        let more = reader.fill(|room| {
-            let wanted = room.len();
-            let length = link.recv(room)?;
-            all = length < wanted;
-            Ok(length)
-        })?;
-        if !more {
-            return Ok(());
+/// What was heard of a connection.
+#[derive(Default)]
+struct Hearing {
+    reader: Reader,
+    bytes: u64,
+    told: Reports,
+}
+
+impl Hearing {
+    /// Reads what there is: all of it, unless ever more comes.
+    fn read(
+        &mut self,
+        link: &Link,
+        outbox: &Outbox,
+        talk: &mut impl Talk,
+    ) -> Result<(), MessageError> {
+        let counted = outbox.is_counted();
+        for _ in 0..READS_MAX {
+            let mut all = false;
+            let more = self.reader.fill(|room| {
+                let wanted = room.len();
+                let length = link.recv(room)?;
+                self.bytes += length as u64;
+                all = length < wanted;
+                Ok(length)
+            })?;
+            if !more {
+                return Ok(());
+            }
+            if counted && self.told.are_due(self.bytes) {
+                outbox.tell(Kind::Heard, 0, self.bytes);
+            }
+            self.hear(outbox, talk)?;
+            if all {
+                return Ok(());
+            }
         }
-        let now = Instant::now();
-        while let Some(message) = reader.take()? {
-            talk.hear(now, message).map_err(MessageError::Refused)?;
-        }
-        if all {
-            return Ok(());
-        }
+        Ok(())
     }
-    Ok(())
+
+    /// Hears what was read.
+    fn hear(&mut self, outbox: &Outbox, talk: &mut impl Talk) -> Result<(), MessageError> {
+        let now = Instant::now();
+        while let Some(message) = self.reader.take()? {
+            let heard = match message.kind {
+                Kind::Heard if outbox.is_counted() => {
+                    let bytes = message.number()?;
+                    outbox.heard(now, bytes).map_err(|e| e.to_string())
+                }
+                _ => talk.hear(now, message),
+            };
+            heard.map_err(MessageError::Refused)?;
+        }
+        Ok(())
+    }
 }
 
 /// Waits until there is something to read or to look at, or until `due`. True if there may be something
@@ -136,7 +176,7 @@ mod tests {
         let outbox = Outbox::default();
         let (near, _far) = UnixStream::pair().unwrap();
         let link = Link::Unix(near);
-        outbox.connect(link.try_clone().unwrap());
+        outbox.connect(link.try_clone().unwrap(), false);
         while !outbox.is_overrun() {
             outbox.put(Kind::Output, 0, &[7; 60_000]);
         }

@@ -9,7 +9,7 @@ use tandem_vmm::migration::Link;
 
 use super::{Pair, lock};
 use crate::link::Kind;
-use crate::link::window::{REPORT, Window, WindowError};
+use crate::link::window::{REPORT, Reports, Window, WindowError};
 
 /// How long the other side may take nothing at all.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -147,7 +147,7 @@ impl Write for Paced {
 pub(super) struct Counted {
     link: Link,
     taken: u64,
-    told: u64,
+    told: Reports,
     /// Whose outbox it is said to; none for a primary that does not want to know.
     to: Option<Arc<Pair>>,
 }
@@ -158,16 +158,15 @@ impl Counted {
         Self {
             link,
             taken: 0,
-            told: 0,
+            told: Reports::default(),
             to,
         }
     }
 
     fn tell(&mut self) {
         if let Some(pair) = &self.to
-            && self.taken - self.told >= REPORT
+            && self.told.are_due(self.taken)
         {
-            self.told = self.taken;
             pair.outbox().tell(Kind::Taken, 0, self.taken);
         }
     }
@@ -249,7 +248,7 @@ mod tests {
     fn what_was_taken_is_said_each_so_often() {
         let pair = Arc::new(Pair::new("guest", 0, 0).unwrap());
         let (told, listens) = UnixStream::pair().unwrap();
-        pair.outbox().connect(Link::Unix(told));
+        pair.outbox().connect(Link::Unix(told), false);
         let (near, mut far) = UnixStream::pair().unwrap();
         let all = 5 * REPORT + 1;
         let says = thread::spawn(move || far.write_all(&vec![7; all as usize]));

@@ -609,6 +609,11 @@ impl Pair {
         }
     }
 
+    /// Lets network devices go on, which waited for room on the way to the other side.
+    pub(super) fn wake_nets(&self) {
+        self.nets.iter().for_each(|net| net.wake_device());
+    }
+
     /// A frame for the guest. False if too many wait, or there is no such device.
     pub(super) fn input(&self, device: u8, frame: &[u8]) -> bool {
         let net = self.nets.get(usize::from(device));

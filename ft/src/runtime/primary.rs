@@ -496,6 +496,10 @@ impl Talk for PrimaryTalk {
         Some(all.unwrap_or(now + LOOK))
     }
 
+    fn has_room(&self) {
+        self.core.pair.wake_nets();
+    }
+
     fn lost(&mut self, _now: Instant, error: &MessageError) {
         tracing::debug!(why = %causes(error), "the link ended");
         self.core.flow.end();
@@ -550,7 +554,7 @@ mod tests {
         let (near, far) = UnixStream::pair().unwrap();
         near.set_nonblocking(true).unwrap();
         let link = Link::Unix(near);
-        core.pair.outbox().connect(link.try_clone().unwrap());
+        core.pair.outbox().connect(link.try_clone().unwrap(), false);
         let answering = thread::spawn(move || answer(far));
         core.joined();
         assert!(core.cut(FIRST, &Load::default()));

@@ -385,7 +385,7 @@ impl Core {
             Some(standbys) => standbys,
             None => Standbys::told(&offer.standbys, offer.here, standby.keys.as_ref())?,
         };
-        pair.outbox().connect(link);
+        pair.outbox().connect(link, offer.heard);
         {
             let mut status = pair.lock_status();
             status.role = Role::Secondary;
@@ -775,6 +775,10 @@ impl Talk for SecondaryTalk {
             return None;
         }
         Some(lock(&core.machine).deadline().unwrap_or(now + LOOK))
+    }
+
+    fn has_room(&self) {
+        self.core.pair.wake_nets();
     }
 
     fn lost(&mut self, _now: Instant, error: &MessageError) {

@@ -59,6 +59,7 @@ fn offer(term: u64, mode: ResyncMode, keeper: bool, disks: Vec<(u8, u64)>) -> Ve
         bases: None,
         store: None,
         paced: true,
+        heard: true,
         path: None,
         sectors: false,
         hello: Hello {

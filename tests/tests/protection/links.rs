@@ -1,11 +1,12 @@
 //! Links of protected pairs that are slow, and that several pairs share.
 
+use std::net::UdpSocket;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tandem_tests::guest::GuestBuilder;
 use tandem_tests::link::{Direction, Link};
-use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::network::{CMDLINE, GUEST, Network};
 use tandem_tests::pair::{Pair, Side};
 
 use crate::cannot_run;
@@ -82,4 +83,46 @@ fn pairs_that_share_a_link_do_not_disturb_each_other() {
         load.finish();
         drop((pair, network));
     }
+}
+
+/// Bytes of a datagram.
+const DATAGRAM: usize = 1400;
+/// For how long datagrams come.
+const FLOODED: Duration = Duration::from_secs(4);
+
+/// What an output may wait for its copy meanwhile, in the middle, in microseconds: with a window it is some 25 ms, with as much on its
+/// way as buffers take it is a second, in which leases end.
+const HELD_MAX_US: u64 = 200_000;
+
+/// Sends more to the guest than a slow link takes, by what nothing slows down.
+fn flood(network: &Network) {
+    let socket = network.within(|| UdpSocket::bind("0.0.0.0:0").unwrap());
+    let end = Instant::now() + FLOODED;
+    while Instant::now() < end {
+        // A network that has no room loses it.
+        drop(socket.send_to(&[7; DATAGRAM], (GUEST, 9)));
+    }
+}
+
+#[test]
+fn beats_do_not_wait_behind_what_comes_for_the_guest_over_a_slow_link() {
+    if cannot_run() {
+        return;
+    }
+    let network = Network::new();
+    let guest = GuestBuilder::image(KV.image, CMDLINE).in_network(&network);
+    let mut pair = Pair::start(guest.arg("--mode").arg("lockstep"));
+    pair.wait_ready("kv: ready");
+    pair.link().limit(SLOW);
+    flood(&network);
+    pair.expect_no_alarm();
+    assert!(pair.is_protected(), "{}", pair.account());
+    let status = pair.status(Side::Primary).unwrap();
+    let held = status["added_latency_us"]["p50"].as_u64().unwrap();
+    assert!(held <= HELD_MAX_US, "{held} {}", pair.account());
+    pair.kill(Side::Primary);
+    assert_eq!(pair.wait_alone(), Side::Secondary);
+    let load = Load::start(&network, KV, NATIVE);
+    load.expect_progress();
+    load.finish();
 }
