@@ -2,8 +2,10 @@
 //! lost. Ours beside QEMU's COLO.
 //!
 //! The primary has the monitor's CPU, the secondary that of the clients; the unprotected guest, which is
-//! measured in the same turn, has the monitor's. Disks are read-only, and the two copies talk by unix sockets.
+//! measured in the same turn, has the monitor's. The two copies talk by unix sockets. Disks are read-only, but for rows that say
+//! otherwise, which are ours only: of those each copy has a replica.
 
+mod again;
 mod asking;
 mod busy;
 mod colo;
@@ -12,12 +14,14 @@ mod network;
 mod ours;
 mod takeover;
 
+use std::fs;
 use std::iter;
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use super::clients::Measured;
 use super::engine::{Bench, Engine, MONITOR_CPU, Machine};
@@ -25,9 +29,10 @@ use super::figures::{Better, Sample};
 use super::loads;
 use crate::guest::Guest;
 use crate::{interrupt, netns};
-use load::{HTTP, KV, Load, NGINX, REDIS};
+pub(super) use again::again;
+use load::{DURABLE, HTTP, KV, Load, NGINX, REDIS};
 use network::Network;
-pub(super) use takeover::{takeover_kv, takeover_linux};
+pub(super) use takeover::{takeover_disk, takeover_kv, takeover_linux};
 
 /// Longest wait for a guest to be ready, or to be protected.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -45,6 +50,8 @@ struct Server {
     ready: &'static str,
     /// Where it serves.
     port: u16,
+    /// An image as each of its starts finds it, and the one that it writes to.
+    written: Option<(PathBuf, PathBuf)>,
 }
 
 /// A guest and its copy.
@@ -68,6 +75,7 @@ pub(super) fn protect_nginx(bench: &Bench, engine: Engine) -> Result<Vec<Sample>
         machine: loads::linux(bench, &words),
         ready: "READY",
         port: 80,
+        written: None,
     };
     measure(bench, engine, &server, NGINX)
 }
@@ -83,6 +91,7 @@ pub(super) fn protect_http(bench: &Bench, engine: Engine) -> Result<Vec<Sample>>
         machine: loads::web_server(bench),
         ready: "http: ready",
         port: 80,
+        written: None,
     };
     measure(bench, engine, &server, HTTP)
 }
@@ -93,6 +102,25 @@ fn redis(bench: &Bench) -> Server {
         machine: loads::linux(bench, &words),
         ready: "READY",
         port: 6379,
+        written: None,
+    }
+}
+
+/// redis that makes each answer durable first.
+fn durable(bench: &Bench) -> Server {
+    let words = format!(
+        "{} rw linux.run=\"mkdir -p /data && redis-server --bind 0.0.0.0 --protected-mode no --save '' \
+         --dir /data --appendonly yes --appendfsync always\"",
+        netns::GUEST_WORDS
+    );
+    let image = bench.scratch("durable");
+    let mut machine = loads::linux(bench, &words);
+    machine.disks = vec![(image.clone(), false)];
+    Server {
+        machine,
+        ready: "linux: start",
+        port: 6379,
+        written: Some((bench.image("rootfs.ext4"), image)),
     }
 }
 
@@ -101,6 +129,7 @@ fn kv(bench: &Bench) -> Server {
         machine: loads::key_value_store(bench),
         ready: "kv: ready",
         port: 6379,
+        written: None,
     }
 }
 
@@ -179,6 +208,7 @@ fn alone(
     server: &Server,
     loads: &[Load],
 ) -> Result<Vec<Option<(Measured, f64)>>> {
+    server.renew()?;
     let mut guest = Guest::start(&mut match engine {
         Engine::Tandem => {
             let machine = server.machine.clone().on_tap(network::PRIMARY);
@@ -211,6 +241,14 @@ fn attempt(bench: &Bench, how: &str, load: &Load) -> Result<Option<Measured>> {
             bench.remark(format!("{how}, {}: failed: {error:#}", load.name));
             Ok(None)
         }
+    }
+}
+
+/// redis in Linux, which has what it answers on a disk of which there is a replica.
+pub(super) fn protect_disk(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
+    match engine {
+        Engine::Tandem => measure(bench, engine, &durable(bench), DURABLE),
+        Engine::Qemu => Ok(Vec::new()),
     }
 }
 
@@ -250,6 +288,14 @@ fn try_pair(bench: &Bench, engine: Engine, server: &Server) -> Result<Box<dyn Pa
 }
 
 impl Server {
+    /// Has the disk that it writes to begin anew.
+    fn renew(&self) -> Result<()> {
+        if let Some((from, to)) = &self.written {
+            fs::copy(from, to).context("cannot copy an image")?;
+        }
+        Ok(())
+    }
+
     /// Opens a connection and closes it, so that the guest has seen its clients before it is protected.
     fn meet(&self) -> Result<()> {
         self.meet_within(PATIENCE)

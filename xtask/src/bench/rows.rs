@@ -159,6 +159,24 @@ pub(super) const ROWS: &[Row] = &[
         images: LINUX,
         measure: protect::takeover_linux,
     },
+    Row {
+        name: "protect-disk",
+        programs: REDIS,
+        images: LINUX,
+        measure: protect::protect_disk,
+    },
+    Row {
+        name: "takeover-disk",
+        programs: &[],
+        images: LINUX,
+        measure: protect::takeover_disk,
+    },
+    Row {
+        name: "again",
+        programs: &[],
+        images: &[],
+        measure: protect::again,
+    },
 ];
 
 #[cfg(test)]

@@ -98,6 +98,9 @@ pub(super) const REDIS: &[Load] = &[
     },
 ];
 
+/// On redis that makes each answer durable first.
+pub(super) const DURABLE: &[Load] = &[SET_1, SET_50, GET_50];
+
 /// On nginx.
 pub(super) const NGINX: &[Load] = &[
     wrk("1 KiB, 50 clients", "/index.html", 50),

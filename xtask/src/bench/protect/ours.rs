@@ -1,6 +1,7 @@
 //! Our pair: `tandem run --protect` and `tandem standby`.
 
-use std::path::Path;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 use std::time::Instant;
@@ -46,12 +47,21 @@ impl Pair {
             .arg(&link)
             .arg("--arbiter")
             .arg(&arbiter);
+        server.renew()?;
         let mut primary = Guest::start(&mut run)?;
         primary.wait_for(server.ready, PATIENCE)?;
         server.meet()?;
+        let mut standby = standby(bench, &link, &arbiter);
+        for (number, (image, _)) in replicated(server) {
+            let replica = place.path().join(format!("replica{number}"));
+            File::create(&replica)?.set_len(fs::metadata(image)?.len())?;
+            standby
+                .arg("--disk")
+                .arg(format!("path={}", replica.display()));
+        }
         let mut pair = Self {
             primary,
-            secondary: Guest::start(&mut standby(bench, &link, &arbiter))?,
+            secondary: Guest::start(&mut standby)?,
             ask: bench.tandem(&["status", NAME, "--format", "json"]),
             ask_events: bench.tandem(&["events", NAME]),
             _place: place,
@@ -88,6 +98,12 @@ impl Pair {
         let said = said.with_context(|| format!("no status{}", self.primary.account()))?;
         Ok(serde_json::from_str(&said)?)
     }
+}
+
+/// Disks of which the copy needs a replica.
+fn replicated(server: &Server) -> impl Iterator<Item = (usize, &(PathBuf, bool))> {
+    let disks = server.machine.disks.iter().enumerate();
+    disks.filter(|(_, (_, readonly))| !readonly)
 }
 
 fn standby(bench: &Bench, link: &Path, arbiter: &Path) -> Command {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 
 use super::network::Network;
-use super::{Server, kv, redis, start_pair};
+use super::{Server, durable, kv, redis, start_pair};
 use crate::bench::engine::{Bench, Engine};
 use crate::bench::figures::{Better, Sample, Statistic};
 use crate::checking::{Clients, Seen};
@@ -30,6 +30,14 @@ pub(in crate::bench) fn takeover_kv(bench: &Bench, engine: Engine) -> Result<Vec
 /// With redis in Linux.
 pub(in crate::bench) fn takeover_linux(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
     measure(bench, engine, &redis(bench))
+}
+
+/// With redis in Linux that makes each answer durable first, on a disk of which there is a replica. Ours only.
+pub(in crate::bench) fn takeover_disk(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
+    match engine {
+        Engine::Tandem => measure(bench, engine, &durable(bench)),
+        Engine::Qemu => Ok(Vec::new()),
+    }
 }
 
 fn measure(bench: &Bench, engine: Engine, server: &Server) -> Result<Vec<Sample>> {
