@@ -184,12 +184,14 @@ impl<'a> Driver<'a> {
         self.shared.dismiss.load(Ordering::SeqCst)
     }
 
+    /// Whether the guest has ended, or is another's.
+    fn is_over(&self) -> bool {
+        let over = [PrimaryState::Fenced, PrimaryState::Ended];
+        over.contains(&self.core.state())
+    }
+
     fn stopped(&self) -> bool {
-        let over = matches!(
-            self.core.state(),
-            PrimaryState::Fenced | PrimaryState::Ended
-        );
-        over || self.dismissed() || self.shared.stop.load(Ordering::SeqCst)
+        self.is_over() || self.dismissed() || self.shared.stop.load(Ordering::SeqCst)
     }
 
     /// Waits until `place` is to be tried. False if it is not to be any more.
@@ -321,8 +323,28 @@ impl<'a> Driver<'a> {
         })
     }
 
-    /// Makes checkpoints until the secondary is lost or the guest is to end.
+    /// Makes checkpoints until the secondary is lost or the guest is to end, and lets go of the secondary.
     fn serve(&self, mut connected: Connected<'_>) {
+        // It may have ended while the secondary joined: no orders come then.
+        if !self.is_over() {
+            self.obey(&mut connected);
+        }
+        self.core.pair.set_checkpoint_memory(0);
+        drop(connected.paths);
+        if let Some(link) = lock(&self.core.link).take() {
+            link.shut_down();
+        }
+        if let Some(keeper) = &self.guest.keeper {
+            keeper.release();
+        }
+        *lock(&self.core.orders) = None;
+        self.core.pair.permit().wake();
+        drop(connected.thread.join());
+        self.pay();
+    }
+
+    /// Carries out orders, until one says that the guest is alone.
+    fn obey(&self, connected: &mut Connected<'_>) {
         let mut last = Instant::now();
         let mut rolled = last;
         loop {
@@ -332,7 +354,7 @@ impl<'a> Driver<'a> {
             match connected.orders.recv_timeout(LOOK) {
                 Ok(Order::Look) => {}
                 Ok(Order::Resync(epoch, cause)) => {
-                    if let Err(error) = self.checkpoint(&mut connected, epoch, cause) {
+                    if let Err(error) = self.checkpoint(connected, epoch, cause) {
                         let why = causes(&error);
                         tracing::warn!(%epoch, %why, "a checkpoint failed");
                         self.core.pair.lock_status().reason = why;
@@ -348,25 +370,13 @@ impl<'a> Driver<'a> {
                 Err(RecvTimeoutError::Timeout) => {
                     self.look(&mut last);
                     if rolled.elapsed() >= ROLLING_INTERVAL {
-                        self.roll(&mut connected);
+                        self.roll(connected);
                         connected.count_memory(&self.core);
                         rolled = Instant::now();
                     }
                 }
             }
         }
-        self.core.pair.set_checkpoint_memory(0);
-        drop(connected.paths);
-        if let Some(link) = lock(&self.core.link).take() {
-            link.shut_down();
-        }
-        if let Some(keeper) = &self.guest.keeper {
-            keeper.release();
-        }
-        *lock(&self.core.orders) = None;
-        self.core.pair.permit().wake();
-        drop(connected.thread.join());
-        self.pay();
     }
 
     /// Tries again to write what the guest was told is written, if it is alone and that could not be.

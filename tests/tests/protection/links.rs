@@ -126,3 +126,18 @@ fn beats_do_not_wait_behind_what_comes_for_the_guest_over_a_slow_link() {
     load.expect_progress();
     load.finish();
 }
+
+/// What anything takes from a host to the other while a copy joins, for which some ways are needed: longer than a guest lives.
+const JOINS_LATE: Duration = Duration::from_millis(300);
+
+#[test]
+fn a_guest_that_ends_while_its_copy_joins_has_ended() {
+    if cannot_run() {
+        return;
+    }
+    let link = Arc::new(Link::unused());
+    link.delay(JOINS_LATE);
+    let guest = GuestBuilder::image("hello", "");
+    let mut pair = Pair::start_on(guest, &link, Direction::ToStandby);
+    pair.wait_end(Side::Primary);
+}
