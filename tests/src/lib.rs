@@ -6,6 +6,7 @@
     reason = "tests fail by panicking"
 )]
 
+pub mod database;
 pub mod disk;
 pub mod emulated;
 pub mod guest;
@@ -14,6 +15,7 @@ pub mod images;
 pub mod keys;
 pub mod kv;
 pub mod link;
+pub mod linux;
 pub mod network;
 pub mod pair;
 pub mod rounds;

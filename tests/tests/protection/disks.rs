@@ -14,9 +14,11 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::disk::{expect_no_flaw, expect_promises};
 use tandem_tests::guest::{Ended, Guest, GuestBuilder, PATIENCE};
-use tandem_tests::images::optional;
-use tandem_tests::kv::Kv;
-use tandem_tests::network::{CMDLINE, Network};
+use tandem_tests::kv::{Kv, PORT};
+use tandem_tests::linux::{
+    STORE, STORE_READY, add_journal, expect_sound, kernel_and_root, on_file_system,
+};
+use tandem_tests::network::Network;
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
 use tempfile::TempDir;
@@ -39,11 +41,6 @@ pub(super) const LOAD: &str = "ops=0 depth=16 flush=16 write=70 report=500 verif
 const REPORTS: usize = 5;
 /// Room for a replica, in bytes.
 const ROOM: u64 = 16 << 20;
-/// Words of a kernel with everything built in that runs a store whose answers are on its disk.
-pub(super) const STORE: &str = "console=ttyS0 quiet acpi=off reboot=k panic=-1 tsc=reliable no-kvmapf \
-    root=/dev/vda rw linux.run=\"mkdir -p /data && redis-server --bind 0.0.0.0 --protected-mode no \
-    --dir /data --appendonly yes --appendfsync always\"";
-pub(super) const STORE_PORT: u16 = 6379;
 /// Answers that come before the store loses its host, and more that come until it loses the other one.
 const ANSWERS: u64 = 400;
 
@@ -513,7 +510,7 @@ fn protected_store(kernel: &Path, images: &Images, network: &Network) -> Pair {
         let replica = disk(&images.path(Side::Secondary), "");
         let mut pair = Pair::start_prepared(guest, |standby| standby.arg("--disk").arg(replica));
         if reaches(&mut pair, |pair| {
-            pair.is_protected() && has_printed(pair, "Ready to accept connections")
+            pair.is_protected() && has_printed(pair, STORE_READY)
         }) {
             return pair;
         }
@@ -548,60 +545,9 @@ pub(super) fn find_each(stream: &TcpStream, numbers: Range<u64>) {
     });
 }
 
-/// A kernel, and an image of a file system that it has, if there is what is needed to see what becomes of them.
-pub(super) fn linux() -> Option<(PathBuf, PathBuf)> {
-    let needs = [
-        Need::Kvm,
-        Need::Root,
-        Need::Program("ip"),
-        Need::Program("e2fsck"),
-        Need::Program("tune2fs"),
-    ];
-    if must_skip(&needs) {
-        return None;
-    }
-    Some((optional("vmlinux-ring3")?, optional("rootfs.ext4")?))
-}
-
-/// A Linux guest that does what `words` say, with its file system on `disk`.
-pub(super) fn on_file_system(
-    kernel: &Path,
-    words: &str,
-    disk: &str,
-    network: &Network,
-) -> GuestBuilder {
-    GuestBuilder::kernel(kernel)
-        .arg("--cmdline")
-        .arg(format!("{words} {CMDLINE}"))
-        .arg("--memory")
-        .arg("128MiB")
-        .arg("--disk")
-        .arg(disk)
-        .in_network(network)
-}
-
-/// Gives the file system at `image` a journal. Without one, what a crash leaves is whole for nobody.
-pub(super) fn add_journal(image: &Path) {
-    let mut add = Command::new("tune2fs");
-    add.args(["-j", "-J", "size=4"]).arg(image);
-    let added = add.output().unwrap();
-    assert!(added.status.success(), "{added:?}");
-}
-
-/// Sees that a copy of the file system at `image` needs no more than its journal.
-pub(super) fn expect_sound(image: &Path) {
-    let copy = image.with_extension("checked");
-    fs::copy(image, &copy).unwrap();
-    let checked = Command::new("e2fsck").arg("-fp").arg(&copy).output();
-    let checked = checked.unwrap();
-    // 1: something was corrected that is safe to, such as figures that the journal does not cover (e2fsck(8)).
-    assert!(matches!(checked.status.code(), Some(0 | 1)), "{checked:?}");
-    fs::remove_file(copy).unwrap();
-}
-
 #[test]
 fn a_store_on_a_file_system_has_all_that_it_said_it_has() {
-    let Some((kernel, root)) = linux() else {
+    let Some((kernel, root)) = kernel_and_root() else {
         return;
     };
     let images = Images::new(0);
@@ -611,7 +557,7 @@ fn a_store_on_a_file_system_has_all_that_it_said_it_has() {
     add_journal(&images.path(Side::Primary));
     let network = Network::new();
     let mut pair = protected_store(&kernel, &images, &network);
-    let stream = network.connect(STORE_PORT);
+    let stream = network.connect(PORT);
     set_each(&stream, 0..ANSWERS);
     assert!(
         reaches(&mut pair, |pair| pair.is_protected()),
@@ -631,6 +577,6 @@ fn a_store_on_a_file_system_has_all_that_it_said_it_has() {
     let image = images.path(Side::Secondary);
     expect_sound(&image);
     let mut again = store(&kernel, &image, &network).start();
-    again.wait_for("Ready to accept connections");
-    find_each(&network.connect(STORE_PORT), 0..2 * ANSWERS);
+    again.wait_for(STORE_READY);
+    find_each(&network.connect(PORT), 0..2 * ANSWERS);
 }

@@ -10,6 +10,10 @@ use rustix::process::Signal;
 use serde_json::Value;
 use tandem_tests::disk::expect_promises;
 use tandem_tests::guest::{Guest, GuestBuilder, PATIENCE};
+use tandem_tests::kv::PORT;
+use tandem_tests::linux::{
+    STORE, STORE_READY, add_journal, expect_sound, kernel_and_root, on_file_system,
+};
 use tandem_tests::network::Network;
 use tandem_tests::pair::{Pair, Side};
 use tandem_tests::skip::{Need, must_skip};
@@ -17,9 +21,8 @@ use tempfile::TempDir;
 
 use super::clients::Chance;
 use super::disks::{
-    BLOCKS, LOAD, LittleRoom, SMALL, STORE, STORE_PORT, add_journal, begin_resyncs, disk,
-    expect_logged, expect_reports, expect_sound, find_each, guest, has_printed, kill, linux, make,
-    on_file_system, reaches, set_each, wait_each,
+    BLOCKS, LOAD, LittleRoom, SMALL, begin_resyncs, disk, expect_logged, expect_reports, find_each,
+    guest, has_printed, kill, make, reaches, set_each, wait_each,
 };
 use crate::{ATTEMPTS, RESYNC_WATCHED, RESYNCS};
 
@@ -341,7 +344,7 @@ fn protected_store(kernel: &Path, image: &Path, network: &Network) -> Pair {
     for _ in 0..ATTEMPTS {
         let mut pair = Pair::start(store(kernel, image, network));
         if reaches(&mut pair, |pair| {
-            pair.is_protected() && has_printed(pair, "Ready to accept connections")
+            pair.is_protected() && has_printed(pair, STORE_READY)
         }) {
             return pair;
         }
@@ -365,7 +368,7 @@ fn end(guest: Guest) {
 
 #[test]
 fn a_store_on_a_shared_file_system_has_all_that_it_said_it_has() {
-    let Some((kernel, root)) = linux() else {
+    let Some((kernel, root)) = kernel_and_root() else {
         return;
     };
     let image = Image::new();
@@ -373,7 +376,7 @@ fn a_store_on_a_shared_file_system_has_all_that_it_said_it_has() {
     add_journal(&image.path());
     let network = Network::new();
     let mut pair = protected_store(&kernel, &image.path(), &network);
-    let stream = network.connect(STORE_PORT);
+    let stream = network.connect(PORT);
     set_each(&stream, 0..ANSWERS);
     settle(&mut pair);
     if pair.side(Side::Primary).runs() {
@@ -387,6 +390,6 @@ fn a_store_on_a_shared_file_system_has_all_that_it_said_it_has() {
     drop(stream);
     expect_sound(&image.path());
     let mut again = store(&kernel, &image.path(), &network).start();
-    again.wait_for("Ready to accept connections");
-    find_each(&network.connect(STORE_PORT), 0..2 * ANSWERS);
+    again.wait_for(STORE_READY);
+    find_each(&network.connect(PORT), 0..2 * ANSWERS);
 }
