@@ -9,10 +9,11 @@ use crate::images::optional;
 use crate::network::{CMDLINE, Network};
 use crate::skip::{Need, must_skip};
 
-/// Words that start redis, which answers when what it has to keep is on its disk.
+/// Words that start redis, which answers when what it has to keep is on its disk. Its log is made anew now and then, or else it
+/// had no room some day.
 pub const STORE: &str = "console=ttyS0 quiet acpi=off reboot=k panic=-1 tsc=reliable no-kvmapf \
     root=/dev/vda rw linux.run=\"mkdir -p /data && redis-server --bind 0.0.0.0 --protected-mode no \
-    --dir /data --appendonly yes --appendfsync always\"";
+    --dir /data --appendonly yes --appendfsync always --auto-aof-rewrite-min-size 1mb\"";
 /// What it prints when it answers.
 pub const STORE_READY: &str = "Ready to accept connections";
 
