@@ -24,7 +24,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use protection::clients::{KV, Load, NATIVE, Pace};
+use protection::clients::{Chance, KV, Load, NATIVE, Pace};
 use protection::history::Recording;
 use rustix::process::Signal;
 use tandem_store::testing::SharedDirectory;
@@ -53,6 +53,9 @@ const ROUNDED: Duration = Duration::from_millis(2);
 /// How checkpoints are made that outputs wait for.
 const COMMIT: [&str; 3] = ["--every", "20ms", "--commit"];
 
+/// How long after some replies a host is lost, at most.
+const LOST_WITHIN: Duration = Duration::from_millis(100);
+
 /// How a guest's owner is lost.
 #[derive(Clone, Copy, Debug)]
 enum Loss {
@@ -74,20 +77,42 @@ impl Loss {
     }
 }
 
-/// Images of a guest's disk, which hosts have in turn.
-struct Images(TempDir);
+/// Who reaches an image of a guest's disk.
+#[derive(Clone, Copy)]
+enum Reach {
+    /// Its host, of which each has one in turn: the disk is in the store.
+    Host,
+    /// All hosts, and there is one, with a redo log.
+    All,
+}
+
+/// Images of a guest's disk.
+struct Images {
+    directory: TempDir,
+    reach: Reach,
+}
 
 impl Images {
-    fn new() -> Self {
-        Self(tempfile::tempdir().unwrap())
+    fn new(reach: Reach) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        Self { directory, reach }
     }
 
     fn path(&self, host: usize) -> PathBuf {
-        self.0.path().join(format!("{}.img", host % IMAGES))
+        let number = match self.reach {
+            Reach::Host => host % IMAGES,
+            Reach::All => 0,
+        };
+        self.directory.path().join(format!("{number}.img"))
     }
 
     fn flag(&self, host: usize) -> String {
-        format!("path={}", self.path(host).display())
+        let path = self.path(host);
+        let log = match self.reach {
+            Reach::Host => String::new(),
+            Reach::All => format!(",redo={}", path.with_extension("redo").display()),
+        };
+        format!("path={}{log}", path.display())
     }
 }
 
@@ -182,9 +207,12 @@ fn cannot_run() -> bool {
 /// new in each round are told nothing that is lost or contradicted.
 fn lose_nothing(shared: &mut Shared, mut guest: Guest, pace: Pace, rounds: usize) -> Guest {
     let load = Load::start(&shared.network, KV, pace);
+    let mut chance = Chance(rounds as u64);
     for round in 0..rounds {
         let recording = Recording::start_next(&shared.network, round);
         load.expect_progress();
+        // Replies leave when a checkpoint is complete; a host is lost at any moment.
+        std::thread::sleep(chance.part_of(LOST_WITHIN));
         load.longest_silence();
         let (loss, began) = (Loss::of(round), Instant::now());
         guest = shared.lose(guest, loss);
@@ -256,7 +284,7 @@ fn in_no_round_a_disk_is_another_than_its_guest_wrote() {
     if cannot_run() {
         return;
     }
-    let (store, images) = (SharedDirectory::new(), Images::new());
+    let (store, images) = (SharedDirectory::new(), Images::new(Reach::Host));
     let file = fs::File::create(images.path(0)).unwrap();
     file.set_len(DISK_BYTES).unwrap();
     // It knows what it wrote, and looks at it again and again.

@@ -3,7 +3,8 @@
 //! that it said.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::thread;
@@ -11,6 +12,7 @@ use std::time::Instant;
 
 use tandem_tests::database::{self, Session, wait_stored};
 use tandem_tests::guest::{Guest, GuestBuilder};
+use tandem_tests::images::tandem;
 use tandem_tests::kv::{Kv, PORT};
 use tandem_tests::linux::{
     STORE, STORE_READY, add_journal, expect_sound, kernel_and_root, on_file_system,
@@ -18,7 +20,7 @@ use tandem_tests::linux::{
 use tandem_tests::rounds::rounds;
 
 use crate::protection::clients::{NATIVE, Pace};
-use crate::{COMMIT, Images, Loss, Shared, lose_little, lose_nothing};
+use crate::{COMMIT, Images, Loss, Reach, Shared, lose_little, lose_nothing};
 
 /// Each reply waits for a checkpoint, and for the guest's disk.
 const PACE: Pace = Pace {
@@ -38,9 +40,9 @@ struct Linux {
 
 impl Linux {
     /// `None`, said aloud, where it cannot run.
-    fn new(words: &'static str) -> Option<Self> {
+    fn new(words: &'static str, disk: Reach) -> Option<Self> {
         let (kernel, root) = kernel_and_root()?;
-        let images = Images::new();
+        let images = Images::new(disk);
         fs::copy(root, images.path(0)).unwrap();
         add_journal(&images.path(0));
         let shared = Shared::new(Some(images));
@@ -51,30 +53,53 @@ impl Linux {
         })
     }
 
-    fn image(&self) -> PathBuf {
-        let images = self.shared.images.as_ref();
-        images.unwrap().path(self.shared.hosts)
+    fn images(&self) -> &Images {
+        self.shared.images.as_ref().unwrap()
     }
 
-    fn builder(&self, image: &Path) -> GuestBuilder {
-        let disk = format!("path={}", image.display());
+    fn builder(&self) -> GuestBuilder {
+        let disk = self.images().flag(self.shared.hosts);
         on_file_system(&self.kernel, self.words, &disk, &self.shared.network)
     }
 
     fn start(&self, ready: &str, how: &[&str]) -> Guest {
-        let guest = self.builder(&self.image());
-        self.shared.start(guest, ready, how)
+        self.shared.start(self.builder(), ready, how)
     }
 
-    /// Loses a guest for the last time. Its disk is sound, and the guest that begins anew from it is ready.
-    fn begin_anew(&mut self, guest: Guest, ready: &str) -> Guest {
-        // Of two that raced either could have it.
-        self.shared.lose(guest, Loss::Killed).kill();
-        let image = self.image();
-        expect_sound(&image);
-        let mut again = self.builder(&image).start();
+    /// Loses a guest that goes on at the newest host. Before, that of two that raced either could have it.
+    fn settle(&mut self, guest: Guest) -> Guest {
+        self.shared.lose(guest, Loss::Killed)
+    }
+
+    /// Ends a guest at the newest host as the end of that would. Its disk is sound, and the guest that begins anew from it is
+    /// ready.
+    fn begin_anew(&self, guest: Guest, ready: &str) -> Guest {
+        guest.kill();
+        let mut again = match self.images().reach {
+            Reach::Host => {
+                expect_sound(&self.images().path(self.shared.hosts));
+                self.builder().start()
+            }
+            Reach::All => {
+                expect_sound(&self.exported());
+                let store = self.shared.store.of_host(self.shared.hosts);
+                let guest = self.builder().arg("--checkpoint").arg(store);
+                guest.arg("--anew").start()
+            }
+        };
         again.wait_for(ready);
         again
+    }
+
+    /// The disk of the newest checkpoint as a file of its own.
+    fn exported(&self) -> PathBuf {
+        let place = self.images().directory.path().join("exported");
+        let store = self.shared.store.of_host(self.shared.hosts);
+        let mut export = Command::new(tandem());
+        export.args(["export", "guest"]).arg(&place);
+        let exported = export.arg("--from").arg(store).output().unwrap();
+        assert!(exported.status.success(), "{exported:?}");
+        place.join("disk0")
     }
 
     /// What redis has of what clients counted and set.
@@ -87,8 +112,9 @@ impl Linux {
         names.map(|name| kv.ask(&["GET", &name]).unwrap()).collect()
     }
 
-    /// The last host of redis left on its disk what redis has.
-    fn expect_stored(mut self, guest: Guest) {
+    /// The last host of redis leaves on its disk what redis has at the end. It is asked there: what its clients asked before, and
+    /// its checkpoint has not answered, is done only then.
+    fn expect_left(&self, guest: Guest) {
         let stored = self.stored();
         assert!(stored.iter().any(Option::is_some), "{stored:?}");
         let _again = self.begin_anew(guest, STORE_READY);
@@ -96,29 +122,42 @@ impl Linux {
     }
 }
 
-#[test]
-fn with_commit_no_round_loses_or_contradicts_what_clients_of_redis_were_told() {
-    let Some(mut linux) = Linux::new(STORE) else {
+fn lose_nothing_of_redis(disk: Reach) {
+    let Some(mut linux) = Linux::new(STORE, disk) else {
         return;
     };
     let guest = linux.start(STORE_READY, &COMMIT);
     let guest = lose_nothing(&mut linux.shared, guest, PACE, rounds(4));
-    linux.expect_stored(guest);
+    let told = linux.stored();
+    let guest = linux.settle(guest);
+    assert_eq!(linux.stored(), told);
+    linux.expect_left(guest);
+}
+
+#[test]
+fn with_commit_no_round_loses_or_contradicts_what_clients_of_redis_were_told() {
+    lose_nothing_of_redis(Reach::Host);
+}
+
+#[test]
+fn with_commit_and_a_redo_log_no_round_loses_or_contradicts_what_clients_of_redis_were_told() {
+    lose_nothing_of_redis(Reach::All);
 }
 
 #[test]
 fn without_commit_redis_loses_in_no_round_more_than_came_after_the_last_checkpoint() {
-    let Some(mut linux) = Linux::new(STORE) else {
+    let Some(mut linux) = Linux::new(STORE, Reach::Host) else {
         return;
     };
     let guest = linux.start(STORE_READY, &["--every", "100ms"]);
     let guest = lose_little(&mut linux.shared, guest, rounds(2));
-    linux.expect_stored(guest);
+    let guest = linux.settle(guest);
+    linux.expect_left(guest);
 }
 
 #[test]
 fn with_commit_a_database_has_after_each_round_all_that_it_said_is_stored() {
-    let Some(mut linux) = Linux::new(database::WORDS) else {
+    let Some(mut linux) = Linux::new(database::WORDS, Reach::Host) else {
         return;
     };
     let mut guest = linux.start(database::READY, &COMMIT);
@@ -143,6 +182,7 @@ fn with_commit_a_database_has_after_each_round_all_that_it_said_is_stored() {
         println!("database, round {round}: {loss:?}, resumed after {resumed:?}");
     }
     drop(session);
+    let guest = linux.settle(guest);
     let _again = linux.begin_anew(guest, database::READY);
     Session::begin(&linux.shared.network).expect_all(rounds * NUMBERS);
 }
