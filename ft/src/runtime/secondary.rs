@@ -304,6 +304,10 @@ impl Joined {
                     tracing::error!(%error, "the thread of checkpoints cannot be confined");
                     return core.fail();
                 }
+                if core.has_ended() {
+                    // That was before there was a guest to be ended.
+                    return core.stop();
+                }
                 follow(&core, receiver, image, replicas, cut);
             })
             .map_err(ProtectionError::host("start the thread of checkpoints"))
@@ -456,6 +460,11 @@ impl Core {
 
     pub(super) fn is_over(&self) -> bool {
         is_over(self.state())
+    }
+
+    /// The guest is another's, or nobody's.
+    fn has_ended(&self) -> bool {
+        matches!(self.state(), SecondaryState::Fenced | SecondaryState::Ended)
     }
 
     fn carry_out(&self, actions: Actions) -> Option<Epoch> {
@@ -614,6 +623,7 @@ impl Core {
         match self.handle.get() {
             // It may have ended by itself.
             Some(handle) => drop(handle.stop(StopMode::Force)),
+            // Who starts the guest ends it.
             None => tracing::warn!("the primary was lost before its guest was here"),
         }
     }
