@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 const LOAD_TIME: Duration = Duration::from_millis(500);
 /// What more it may take for each page, to be copied and mapped: 1 GiB in a second.
 const PAGE_TIME: Duration = Duration::from_micros(4);
-/// How long nothing may move while replicas of disks are compared and written.
+/// How long nothing may move while replicas of disks are compared and written, or a copy waits for storage that hosts share:
+/// it opens images there, and what it reads of them has to come before it can go on from a checkpoint.
 const DISK_TIME: Duration = Duration::from_secs(2);
 /// Longest of these times, whatever there is to be put in place.
 const LONGEST: Duration = Duration::from_secs(10);
@@ -26,7 +27,7 @@ const LONGEST: Duration = Duration::from_secs(10);
 pub(super) struct Load {
     /// Pages that are to be put in place.
     pub(super) pages: u64,
-    /// Replicas of disks are made the same as well.
+    /// Replicas of disks are made the same as well, or the copy has shared disks.
     pub(super) disks: bool,
     /// How long it took to send what is put in place by now.
     pub(super) sending: Duration,

@@ -124,6 +124,10 @@ impl Pair {
             .find(|disk| usize::from(disk.number()) == index)
     }
 
+    pub(super) fn shares_disks(&self) -> bool {
+        !self.shared.is_empty()
+    }
+
     // Primary.
 
     /// What is told of shared disks.

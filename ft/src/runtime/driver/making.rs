@@ -71,7 +71,8 @@ impl Driver<'_> {
     ) -> Result<(), ProtectionError> {
         let mut making = Making::begin(&self.core.pair, epoch, cause);
         let stopped = connected.stop(copying, &mut making)?;
-        let load = connected.load(&making, &stopped);
+        let mut load = connected.load(&making, &stopped);
+        load.disks |= self.core.pair.shares_disks();
         if !self.core.cut(epoch, &load) {
             // The secondary is gone meanwhile.
             connected.encoder.forget();
