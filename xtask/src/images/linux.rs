@@ -72,6 +72,7 @@ fn assemble(places: &Places, packages: &Packages, step: &Step) -> Result<()> {
     install_kernel(places, version)?;
     step.at("make initial RAM disk");
     initramfs::make(places, version)?;
+    initramfs::make_nfs_modules(places, version)?;
     step.at("make root image");
     rootfs::make(places, &libraries)
 }

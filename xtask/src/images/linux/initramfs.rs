@@ -1,4 +1,4 @@
-//! The initial RAM disk: busybox, modules and two init scripts.
+//! The initial RAM disk: busybox, modules and two init scripts. Beside it, modules that are added to it where they are wanted.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -6,7 +6,7 @@ use std::fs;
 use anyhow::{Context, Result};
 
 use super::archive::Archive;
-use super::modules::{GUEST, HOST, Modules};
+use super::modules::{GUEST, HOST, Module, Modules, NFS};
 use super::{Places, replace, rootfs};
 
 /// Directories of the RAM disk.
@@ -59,18 +59,41 @@ fn add_busybox(archive: &mut Archive, places: &Places) -> Result<()> {
 }
 
 fn add_modules(archive: &mut Archive, places: &Places, version: &str) -> Result<()> {
-    let modules = Modules::of(&places.tree.join("lib/modules").join(version))?;
+    let modules = modules_of(places, version)?;
     let guest = modules.in_order(GUEST)?;
     let mut host = modules.in_order(HOST)?;
-    host.retain(|module| guest.iter().all(|loaded| loaded.name != module.name));
-    for (set, modules) in [("guest", guest), ("host", host)] {
-        let mut list = String::new();
-        for module in modules {
-            writeln!(list, "{}", module.name)?;
-            let path = format!("lib/modules/{}.ko", module.name);
-            archive.file(&path, 0o644, &module.content);
-        }
-        archive.file(&format!("lib/modules/{set}"), 0o644, list.as_bytes());
+    host.retain(|module| !is_among(module, &guest));
+    add_set(archive, "guest", &guest)?;
+    add_set(archive, "host", &host)
+}
+
+/// Writes modules for NFS as an archive that is unpacked over the RAM disk, in whose order they load after a host's.
+pub(super) fn make_nfs_modules(places: &Places, version: &str) -> Result<()> {
+    let modules = modules_of(places, version)?;
+    let mut nfs = modules.in_order(NFS)?;
+    let loaded = [modules.in_order(GUEST)?, modules.in_order(HOST)?].concat();
+    nfs.retain(|module| !is_among(module, &loaded));
+    let mut archive = Archive::default();
+    add_set(&mut archive, "nfs", &nfs)?;
+    replace(&places.images.join("nfs-modules"), &archive.finish())
+}
+
+fn modules_of(places: &Places, version: &str) -> Result<Modules> {
+    Modules::of(&places.tree.join("lib/modules").join(version))
+}
+
+fn is_among(module: &Module, others: &[Module]) -> bool {
+    others.iter().any(|other| other.name == module.name)
+}
+
+/// Adds modules, and their list in the order in which they load.
+fn add_set(archive: &mut Archive, set: &str, modules: &[Module]) -> Result<()> {
+    let mut list = String::new();
+    for module in modules {
+        writeln!(list, "{}", module.name)?;
+        let path = format!("lib/modules/{}.ko", module.name);
+        archive.file(&path, 0o644, &module.content);
     }
+    archive.file(&format!("lib/modules/{set}"), 0o644, list.as_bytes());
     Ok(())
 }

@@ -21,6 +21,8 @@ pub(super) const GUEST: &[&str] = &[
 ];
 /// What makes the guest a host of guests, with storage that it shares with other hosts.
 pub(super) const HOST: &[&str] = &["kvm-amd", "tun", "bridge", "virtiofs"];
+/// What makes a host a server or a client of NFS, in an archive of its own: few hosts are one, and all would have to unpack it.
+pub(super) const NFS: &[&str] = &["nfsv4", "nfsd"];
 
 /// The modules of one kernel by name, with `-` and `_` alike.
 #[derive(Debug)]
@@ -80,7 +82,7 @@ impl Modules {
 }
 
 /// One module.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Module {
     /// Its name, with `_` for `-`.
     pub(super) name: String,
