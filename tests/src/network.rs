@@ -96,6 +96,16 @@ impl Network {
         tap
     }
 
+    /// Pulls the cable of `tap`: what its host and all others say to each other is lost.
+    pub fn pull(&self, tap: &str) {
+        self.make(&format!("link set {tap} nomaster\n"));
+    }
+
+    /// Puts the cable of `tap` back.
+    pub fn put_back(&self, tap: &str) {
+        self.make(&format!("link set {tap} master br0\n"));
+    }
+
     /// From now on every frame for the guest comes out of all taps.
     pub fn flood(&self) {
         self.make("link set br0 type bridge ageing_time 0\n");

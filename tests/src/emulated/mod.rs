@@ -8,6 +8,7 @@
 //! second one has the guests' consoles.
 
 mod clock;
+pub mod nfs;
 mod storage;
 mod tools;
 
@@ -42,8 +43,7 @@ const QEMU: &str = "qemu-system-x86_64";
 const MEMORY: &str = "1024M";
 /// Words on the host's kernel command line. Calibrating the time-stamp counter against emulated
 /// timers fails now and then, so its rate is given.
-const CMDLINE: &str =
-    "console=ttyS0 panic=-1 quiet tsc=reliable mitigations=off nokaslr linux.modules=host";
+const CMDLINE: &str = "console=ttyS0 panic=-1 quiet tsc=reliable mitigations=off nokaslr";
 /// What the host's first program runs: the tools' disk has the rest.
 const FIRST_COMMAND: &str = "mount -t ext4 -o ro /dev/vda /mnt; . /mnt/agent";
 /// Said by the host when it takes commands.
@@ -65,6 +65,7 @@ pub struct HostBuilder {
     wire: Option<(PathBuf, PathBuf)>,
     outside: Option<Outside>,
     share: Option<Share>,
+    nfs_modules: Option<PathBuf>,
 }
 
 /// A tap of this machine that a host is plugged into.
@@ -93,6 +94,7 @@ impl HostBuilder {
             wire: None,
             outside: None,
             share: None,
+            nfs_modules: None,
         })
     }
 
@@ -116,6 +118,12 @@ impl HostBuilder {
     pub fn storage(mut self, storage: &SharedStorage) -> Self {
         self.share = Some(storage.share());
         self
+    }
+
+    /// Lets the host serve and mount NFS; `None`, said aloud, if modules for that are missing.
+    pub fn nfs(mut self) -> Option<Self> {
+        self.nfs_modules = Some(images::optional("nfs-modules")?);
+        Some(self)
     }
 
     /// Adds a program of this machine with its libraries; `None`, said aloud, if it has none.
@@ -150,6 +158,7 @@ impl HostBuilder {
         self.tools.write(&tools);
         let consoles = directory.path().join("consoles");
         let mut qemu = self.command(&tools, &consoles);
+        self.boot(&mut qemu, directory.path());
         let server = self.share.as_ref().map(|share| {
             let socket = directory.path().join("shared.sock");
             let server = share.serve(&socket);
@@ -188,22 +197,32 @@ impl HostBuilder {
         ip
     }
 
-    fn command(&self, tools: &Path, consoles: &Path) -> Command {
+    /// Lets QEMU boot the kernel, from files of which some are made in `directory`.
+    fn boot(&self, qemu: &mut Command, directory: &Path) {
         let tsc_khz = clock::tsc_khz();
+        let mut modules = "host";
+        let mut initrd = self.initramfs.clone();
+        if let Some(archive) = &self.nfs_modules {
+            // The kernel unpacks one archive over the other.
+            modules = "host,nfs";
+            initrd = directory.join("initrd");
+            let parts = [&self.initramfs, archive].map(|part| fs::read(part).unwrap());
+            fs::write(&initrd, parts.concat()).unwrap();
+        }
+        qemu.arg("-kernel").arg(&self.kernel);
+        qemu.arg("-initrd").arg(initrd).arg("-append");
+        qemu.arg(format!(
+            "{CMDLINE} linux.modules={modules} tsc_early_khz={tsc_khz} linux.run=\"{FIRST_COMMAND}\""
+        ));
+    }
+
+    fn command(&self, tools: &Path, consoles: &Path) -> Command {
         let mut qemu = self.emulator();
         qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,-la57"])
             .args(["-machine", "pc", "-smp", "2", "-m", MEMORY])
             .args(["-nographic", "-nodefaults", "-no-reboot"])
             .args(["-monitor", "none", "-serial", "stdio", "-serial"])
-            .arg(prefixed("file:", consoles))
-            .arg("-kernel")
-            .arg(&self.kernel)
-            .arg("-initrd")
-            .arg(&self.initramfs)
-            .arg("-append")
-            .arg(format!(
-                "{CMDLINE} tsc_early_khz={tsc_khz} linux.run=\"{FIRST_COMMAND}\""
-            ));
+            .arg(prefixed("file:", consoles));
         for disk in std::iter::once(tools).chain(self.disks.iter().map(PathBuf::as_path)) {
             let drive = prefixed("if=virtio,format=raw,readonly=on,file=", disk);
             qemu.arg("-drive").arg(drive);
