@@ -358,7 +358,12 @@ impl Stage {
             .filter_map(|line| line.strip_prefix(SOUND)?.parse().ok());
         let said: Vec<u64> = said.take(SECTORS as usize / 2).collect();
         assert!(!said.is_empty());
-        for number in said {
+        // Those of an earlier time as the owner are overwritten.
+        let newest = said[0];
+        for number in said
+            .into_iter()
+            .filter(|number| number + SECTORS / 2 > newest)
+        {
             let found = self.server.nfs_sector("disk.img", number % SECTORS);
             let found: u64 = found.trim().parse().unwrap();
             assert!(
