@@ -23,7 +23,8 @@ use stage::{STAGES, Stage};
 /// Which stages to run.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Arguments {
-    /// Only these stages; all but `ceph` by default, which installs a Ceph and runs tests of stores on its file system.
+    /// Only these stages; all by default but `ceph`, which installs a Ceph and runs tests of stores on its file system, and `nfs`,
+    /// which runs pairs on emulated hosts whose disk is on NFS.
     #[arg(value_name = "STAGE")]
     stages: Vec<String>,
 }

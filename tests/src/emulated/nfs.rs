@@ -19,9 +19,6 @@ const FLAGS: u32 = 0x2 | 0x2000 | 0x400;
 /// What the server was told holds for good: the last second of 32 bits.
 const FOR_GOOD: u32 = i32::MAX as u32;
 
-/// Number of the operation that writes (RFC 8881, 18.32).
-const WRITE: usize = 38;
-
 /// What clients ask for: all of it is the default of distributions, but that mounting fails rather than waits.
 const OPTIONS: &str = "vers=4.2,hard,sec=sys";
 
@@ -57,23 +54,11 @@ impl EmulatedHost {
         ));
     }
 
-    /// What identifies the content of `image` in what this host serves.
-    pub fn nfs_digest(&mut self, image: &str) -> String {
-        self.succeed(&format!("md5sum {SERVED}/{image}"))
-    }
-
     /// The text in a sector of `image`.
     pub fn nfs_sector(&mut self, image: &str, sector: u64) -> String {
         self.succeed(&format!(
             "dd if={SERVED}/{image} bs=512 skip={sector} count=1 2>/dev/null | tr -d '\\000'"
         ))
-    }
-
-    /// How many writes clients ever asked this host for, also those that it refused.
-    pub fn nfs_writes(&mut self) -> u64 {
-        let all = self.succeed("grep proc4ops /proc/net/rpc/nfsd");
-        let written = all.split_whitespace().nth(2 + WRITE);
-        written.and_then(|count| count.parse().ok()).expect(&all)
     }
 
     /// Mounts at [`PLACE`] what the host at `server` serves.

@@ -54,6 +54,9 @@ pub(super) struct Ended {
 /// Longest that tests on Ceph may take, each command of them: what waits for a file system cannot be ended otherwise.
 const CEPH_TIME_MAX: Duration = Duration::from_secs(1800);
 
+/// The same of tests on emulated hosts with NFS.
+const NFS_TIME_MAX: Duration = Duration::from_secs(1800);
+
 /// What is tested is all that can be built: buckets are no default of the command.
 const FEATURES: [&str; 2] = ["--features", "tandem/s3"];
 
@@ -98,6 +101,11 @@ pub(super) const STAGES: &[Stage] = &[
         name: "ceph",
         by_default: false,
         work: ceph,
+    },
+    Stage {
+        name: "nfs",
+        by_default: false,
+        work: nfs,
     },
 ];
 
@@ -205,8 +213,18 @@ fn format(workspace: &Workspace) -> Result<Work> {
 fn clippy(workspace: &Workspace) -> Result<Work> {
     let strict = ["--", "-D", "warnings"];
     let all = ["clippy", "--locked", "--workspace", "--all-targets"];
+    // No runner has it by default.
+    let nfs = [
+        "clippy",
+        "--locked",
+        "--package",
+        "tandem-tests",
+        "--test",
+        "nfs",
+    ];
     Ok(Work::Commands(vec![
         cargo(&[all.as_slice(), &FEATURES, &strict].concat()),
+        cargo(&[&nfs[..], &strict].concat()),
         guests_cargo(workspace, &all, &strict),
     ]))
 }
@@ -268,6 +286,26 @@ fn ceph(workspace: &Workspace) -> Result<Work> {
     let contract = test(&["--lib", "--", "tests::contract"]);
     let rounds = test(&["--test", "rounds", "--"]);
     Ok(Work::On(storage, vec![build, contract, rounds]))
+}
+
+/// Pairs whose shared disk is on NFS, on emulated hosts.
+fn nfs(workspace: &Workspace) -> Result<Work> {
+    images::run(workspace, &images::Arguments::only(["linux"]))?;
+    let build = ["build", "--locked", "--quiet", "--package", "tandem"];
+    let test = [
+        "test",
+        "--locked",
+        "--package",
+        "tandem-tests",
+        "--test",
+        "nfs",
+    ];
+    let mut run = cargo_within(NFS_TIME_MAX, &test);
+    run.args(["--", "--nocapture", "--test-threads=1"]);
+    run.env("TANDEM_BIN", workspace.target().join("debug/tandem"));
+    run.env("TANDEM_IMAGES", workspace.images());
+    let build = cargo(&[&build[..], &FEATURES].concat());
+    Ok(Work::Commands(vec![build, run]))
 }
 
 /// Tests of the guests' logic that run on the host.
