@@ -45,7 +45,7 @@ impl Outbox {
     pub fn connect(&self, link: Link, heard: bool) {
         *self.lock() = State {
             link: Some(link),
-            window: heard.then(Window::default),
+            window: heard.then(Window::of_messages),
             ..State::default()
         };
     }
@@ -145,7 +145,7 @@ impl State {
         if let Some(window) = &mut self.window
             && fresh > 0
         {
-            window.sending(Instant::now(), fresh);
+            window.sending_by(Instant::now, fresh);
         }
     }
 

@@ -20,6 +20,11 @@ use std::time::{Duration, Instant};
 pub const REPORT: u64 = 64 << 10;
 /// Smallest window in bytes, 13 ms of 20 MB/s.
 pub const WINDOW_MIN: u64 = 4 * REPORT;
+/// Smallest window of inputs and outputs in bytes, 26 ms of 20 MB/s: both copies wait for each other's all the time, and on a busy
+/// host the other side may hear only every few milliseconds.
+const MESSAGES_MIN: u64 = 8 * REPORT;
+/// The first window of those, which hardly any link fills.
+const MESSAGES_FIRST: u64 = 32 * REPORT;
 /// Largest window in bytes.
 pub const WINDOW_MAX: u64 = 16 << 20;
 /// The first window in bytes.
@@ -65,6 +70,8 @@ pub struct Window {
     sent: u64,
     taken: u64,
     size: u64,
+    /// Its least size.
+    min: u64,
     /// When so many bytes had been sent; the oldest first.
     moments: VecDeque<(u64, Instant)>,
     /// What the link takes by itself.
@@ -81,6 +88,7 @@ impl Default for Window {
             sent: 0,
             taken: 0,
             size: WINDOW_FIRST,
+            min: WINDOW_MIN,
             moments: VecDeque::new(),
             least: None,
             doubles: true,
@@ -90,6 +98,15 @@ impl Default for Window {
 }
 
 impl Window {
+    /// One of inputs and outputs.
+    pub fn of_messages() -> Self {
+        Self {
+            size: MESSAGES_FIRST,
+            min: MESSAGES_MIN,
+            ..Self::default()
+        }
+    }
+
     /// Bytes that may be sent now.
     pub fn room(&self) -> u64 {
         self.size.saturating_sub(self.sent - self.taken)
@@ -107,12 +124,17 @@ impl Window {
 
     /// So many bytes are about to be sent; must be called before they are.
     pub fn sending(&mut self, now: Instant, bytes: u64) {
+        self.sending_by(|| now, bytes);
+    }
+
+    /// The same by a `clock`, which is seldom looked at.
+    pub fn sending_by(&mut self, clock: impl FnOnce() -> Instant, bytes: u64) {
         self.sent += bytes;
         // That is when the other side says what it has taken: what comes behind may be long in coming.
         let reported = self.sent - self.sent % REPORT;
         let newest = self.moments.back().map_or(self.taken, |(sent, _)| *sent);
         if reported > newest && self.moments.len() < MOMENTS_MAX {
-            self.moments.push_back((reported, now));
+            self.moments.push_back((reported, clock()));
         }
     }
 
@@ -161,7 +183,7 @@ impl Window {
             return;
         }
         self.doubles = false;
-        self.size = (self.size / 4 * 3).max(WINDOW_MIN);
+        self.size = (self.size / 4 * 3).max(self.min);
         self.shrunk_until = self.sent;
     }
 }
