@@ -371,11 +371,6 @@ fn survives(mode: &'static str, losses: &[Loss]) {
 }
 
 #[test]
-fn a_guest_on_nfs_survives_emulated_hosts_in_lockstep() {
-    survives("lockstep", &[Loss::Cut, Loss::Crash]);
-}
-
-#[test]
 fn a_guest_on_nfs_survives_emulated_hosts_by_checkpoints() {
     survives("checkpoint", &[Loss::Cut, Loss::Crash]);
 }
