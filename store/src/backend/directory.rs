@@ -6,6 +6,10 @@
 //! fails if that is taken; then the directory is made durable. link(2) is atomic on the server as on one
 //! host, and what has a name was complete before it got it. When link fails, what is there counts, and not
 //! what link said: over NFS the answer to a link that succeeded may be lost, and its repetition is refused.
+//!
+//! CephFS answers a link or an unlink before its journal has it, and lets others who want that file wait for the journal,
+//! which is written every five seconds if nobody asks for it. Who made a name asks at once, by a directory that was opened
+//! before: to open it then is to wait with the others. Who removed the draft's name asks too ([`Files::show`]).
 
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};
@@ -82,10 +86,11 @@ impl<F: Files> Directory<F> {
         }
         let above = directory.parent().unwrap_or(&self.root);
         self.make_durable(above, durable)?;
+        let above = self.files.open_directory(above)?;
         match self.files.make_directory(directory) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(error),
             // Also if it was there: who made it may not have got so far.
-            _ => self.files.sync_directory(above)?,
+            _ => self.files.sync_directory(&above)?,
         }
         durable.insert(directory.to_owned());
         Ok(())
@@ -105,8 +110,14 @@ impl<F: Files> Directory<F> {
         self.files.sync(&file)
     }
 
-    /// Gives the draft its name, and sees who has that.
-    fn name_draft(&self, draft: &Path, path: &Path, bytes: &[u8]) -> io::Result<Created> {
+    /// Gives the draft its name in `directory`, and sees who has that.
+    fn name_draft(
+        &self,
+        draft: &Path,
+        path: &Path,
+        directory: &F::Directory,
+        bytes: &[u8],
+    ) -> io::Result<Created> {
         if let Err(failed) = self.files.link(draft, path) {
             match self.read_whole(path) {
                 Ok(found) if found == bytes => {}
@@ -115,8 +126,26 @@ impl<F: Files> Directory<F> {
                 Err(error) => return Err(error),
             }
         }
-        self.files.sync_directory(path.parent().unwrap_or(path))?;
+        self.files.sync_directory(directory)?;
         Ok(Created::Yes)
+    }
+
+    /// Removes a draft that has its name in `directory`, or got none.
+    fn drop_draft(&self, draft: &Path, directory: &F::Directory) {
+        let dropped = self.remove_file(draft);
+        if let Err(error) = dropped.and_then(|()| self.files.show(directory)) {
+            tracing::debug!(%error, path = %draft.display(), "left behind");
+        }
+    }
+
+    fn make(&self, path: &Path, bytes: &[u8]) -> io::Result<Created> {
+        let draft = path.with_file_name(format!("{DRAFT}{}", random_name()));
+        let directory = self.files.open_directory(path.parent().unwrap_or(path))?;
+        let created = self
+            .write_draft(&draft, bytes)
+            .and_then(|()| self.name_draft(&draft, path, &directory, bytes));
+        self.drop_draft(&draft, &directory);
+        created
     }
 
     fn read_whole(&self, path: &Path) -> io::Result<Vec<u8>> {
@@ -185,13 +214,7 @@ impl<F: Files> Backend for Directory<F> {
         let path = self.path(name);
         let made = self.make_above(&path);
         made.map_err(BackendError::storage("make the directory of", name, self))?;
-        let draft = path.with_file_name(format!("{DRAFT}{}", random_name()));
-        let created = self
-            .write_draft(&draft, bytes)
-            .and_then(|()| self.name_draft(&draft, &path, bytes));
-        if let Err(error) = self.remove_file(&draft) {
-            tracing::debug!(%error, path = %draft.display(), "left behind");
-        }
+        let created = self.make(&path, bytes);
         created.map_err(BackendError::storage("write", name, self))
     }
 

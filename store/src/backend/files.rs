@@ -7,7 +7,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, fstatfs};
+
+/// File systems that may tell other hosts of what was done only when their journal has it: CephFS by the kernel, and by
+/// FUSE (`statfs(2)`).
+const LAZY: [rustix::fs::FsWord; 2] = [0x00c3_6400, 0x6573_5546];
 
 /// What is in a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +26,8 @@ pub struct Listed {
 pub trait Files: Debug + Send + Sync {
     /// An open file.
     type File;
+    /// An open directory.
+    type Directory;
 
     /// Makes a file for this process alone; fails if the name is taken.
     ///
@@ -59,11 +65,24 @@ pub trait Files: Debug + Send + Sync {
     /// As the file system's.
     fn make_directory(&self, path: &Path) -> io::Result<()>;
 
+    /// Opens a directory, to make names in it durable later.
+    ///
+    /// # Errors
+    /// As the file system's.
+    fn open_directory(&self, path: &Path) -> io::Result<Self::Directory>;
+
     /// Makes the names in a directory durable.
     ///
     /// # Errors
     /// As the file system's.
-    fn sync_directory(&self, path: &Path) -> io::Result<()>;
+    fn sync_directory(&self, directory: &Self::Directory) -> io::Result<()>;
+
+    /// Lets other hosts see at once what was done in a directory, where they may have to wait for it otherwise. It need not be
+    /// durable then.
+    ///
+    /// # Errors
+    /// As the file system's.
+    fn show(&self, directory: &Self::Directory) -> io::Result<()>;
 
     /// What is in a directory.
     ///
@@ -96,6 +115,7 @@ pub struct HostFiles;
 
 impl Files for HostFiles {
     type File = File;
+    type Directory = File;
 
     fn make(&self, path: &Path) -> io::Result<File> {
         // Guest memory is the guest's secret.
@@ -123,8 +143,19 @@ impl Files for HostFiles {
         fs::create_dir(path)
     }
 
-    fn sync_directory(&self, path: &Path) -> io::Result<()> {
-        File::open(path)?.sync_all()
+    fn open_directory(&self, path: &Path) -> io::Result<File> {
+        File::open(path)
+    }
+
+    fn sync_directory(&self, directory: &File) -> io::Result<()> {
+        directory.sync_all()
+    }
+
+    fn show(&self, directory: &File) -> io::Result<()> {
+        match LAZY.contains(&fstatfs(directory)?.f_type) {
+            true => directory.sync_all(),
+            false => Ok(()),
+        }
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Listed>> {

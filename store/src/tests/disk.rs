@@ -256,6 +256,7 @@ pub(crate) struct Open(usize);
 
 impl Files for Disk {
     type File = Open;
+    type Directory = PathBuf;
 
     fn make(&self, path: &Path) -> io::Result<Open> {
         self.change(|state| {
@@ -322,12 +323,24 @@ impl Files for Disk {
         })
     }
 
-    fn sync_directory(&self, path: &Path) -> io::Result<()> {
+    fn open_directory(&self, path: &Path) -> io::Result<PathBuf> {
+        let state = self.lock();
+        let there = state.directories.contains_key(path);
+        let opened = there.then(|| path.to_owned());
+        opened.ok_or(ErrorKind::NotFound.into())
+    }
+
+    fn sync_directory(&self, directory: &PathBuf) -> io::Result<()> {
         self.change(|state| {
-            let names = state.directories.get(path).ok_or(ErrorKind::NotFound)?;
-            state.durable.insert(path.to_owned(), names.clone());
+            let names = state.directories.get(directory);
+            let names = names.ok_or(ErrorKind::NotFound)?;
+            state.durable.insert(directory.clone(), names.clone());
             Ok(())
         })
+    }
+
+    fn show(&self, _directory: &PathBuf) -> io::Result<()> {
+        Ok(())
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Listed>> {

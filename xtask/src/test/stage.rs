@@ -268,7 +268,7 @@ fn tests(workspace: &Workspace) -> Result<Work> {
 
 /// What every backend must do, on CephFS by two mounts, and guests whose checkpoints are there.
 fn ceph(workspace: &Workspace) -> Result<Work> {
-    images::run(workspace, &images::Arguments::only(["kv", "disk"]))?;
+    images::run(workspace, &images::Arguments::only(["kv", "disk", "linux"]))?;
     let storage = CephFs::start(workspace)?;
     let directories = storage.directories()?;
     let build = ["build", "--locked", "--quiet", "--package", "tandem"];

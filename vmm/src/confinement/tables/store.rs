@@ -46,6 +46,10 @@ pub(super) const WRITE: &[Rule] = &[
         Sysno::fsync,
         "an object is durable before it has its name, and the name after it",
     ),
+    allow(
+        Sysno::fstatfs,
+        "whether other hosts have to wait for what was done in a directory",
+    ),
     allow(Sysno::read, "who claimed the newest term"),
     allow(
         Sysno::getdents64,
