@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
@@ -57,6 +58,13 @@ impl Shared {
 
     fn resume(&self) -> Guest {
         GuestBuilder::resumed(&self.path("store")).start()
+    }
+
+    /// Runs a tool on the store.
+    fn tandem(&self, verb: &[&str]) -> Output {
+        let mut command = Command::new(tandem_tests::images::tandem());
+        command.args(verb).arg("--from").arg(self.path("store"));
+        command.output().unwrap()
     }
 
     /// Files of the log's layers.
@@ -132,19 +140,10 @@ fn disks_are_those_of_the_checkpoint_however_often_hosts_are_lost() {
     assert!(shared.layers().len() < 12, "{:?}", shared.layers());
     kill(guest);
     // Its disk as a file of its own, beside it.
-    let store = shared.path("store");
-    let tandem = |verb: &[&str]| {
-        let output = std::process::Command::new(tandem_tests::images::tandem())
-            .args(verb)
-            .arg("--from")
-            .arg(&store)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{verb:?}: {output:?}");
-    };
-    tandem(&["verify", "guest"]);
+    assert!(shared.tandem(&["verify", "guest"]).status.success());
     let copy = shared.path("copy");
-    tandem(&["export", "guest", copy.to_str().unwrap()]);
+    let exported = shared.tandem(&["export", "guest", copy.to_str().unwrap()]);
+    assert!(exported.status.success(), "{exported:?}");
     let mut guest = GuestBuilder::saved(&copy)
         .arg("--disk")
         .arg(format!("path={}", copy.join("disk0").display()))
@@ -153,6 +152,33 @@ fn disks_are_those_of_the_checkpoint_however_often_hosts_are_lost() {
     expect_sound(&mut guest);
     // And what it is of goes on.
     expect_sound(&mut shared.resume());
+}
+
+#[test]
+fn tools_tell_of_the_log_and_of_an_image_that_was_cut_off() {
+    if must_skip(&[Need::Kvm]) {
+        return;
+    }
+    let shared = Shared::new();
+    let mut guest = shared.run("ops=0", &["--every", "50ms"]).start();
+    guest.wait_for("disk: ready");
+    wait_checkpoints(&guest, 3);
+    kill(guest);
+    let inspected = shared.tandem(&["inspect", "guest", "--format", "json"]);
+    let inspected: Value = serde_json::from_slice(&inspected.stdout).unwrap();
+    let log = &inspected["redo_logs"][0];
+    assert_eq!(log["name"], "disk0", "{inspected}");
+    assert_eq!(log["bytes"], DISK_BYTES, "{inspected}");
+    assert_eq!(log["log"], shared.path("a.redo").to_str().unwrap());
+    assert!(log["layers"].as_u64() > Some(0), "{inspected}");
+    // What the guest never wrote to is gone.
+    let image = File::options().write(true).open(shared.path("a.img"));
+    image.unwrap().set_len(DISK_BYTES / 2).unwrap();
+    let copy = shared.path("copy");
+    let exported = shared.tandem(&["export", "guest", copy.to_str().unwrap()]);
+    let said = String::from_utf8(exported.stderr).unwrap();
+    assert!(said.contains("ends after"), "{said}");
+    assert!(!copy.exists());
 }
 
 #[test]

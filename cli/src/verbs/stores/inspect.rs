@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 
 use serde_json::{Value, json};
+use tandem_devices::virtio::block::redo::DiskRecord;
 use tandem_store::capture::disks::image_name;
 use tandem_store::manifest::{Counts, Manifest, STATE};
 use tandem_store::redo::disks_of;
@@ -142,13 +143,12 @@ impl Inspected {
         }
         // One that cannot be read is said by `verify`.
         for disk in disks_of(&self.manifest).unwrap_or_default() {
-            let layers: u64 = disk.layers.iter().map(|layer| layer.bytes).sum();
             table.row(vec![
                 image_name(disk.disk),
                 value::size(disk.bytes),
                 format!(
                     "{} in {} layers of the redo log `{}`",
-                    output::bytes(layers),
+                    output::bytes(layer_bytes(&disk)),
                     disk.layers.len(),
                     disk.log.display()
                 ),
@@ -191,6 +191,7 @@ impl Inspected {
                 "held_bytes": page_bytes(image.held),
             })
         });
+        let logs = disks_of(manifest).unwrap_or_default();
         let sections = manifest.sections.iter().map(|section| {
             json!({
                 "name": section.name,
@@ -212,12 +213,29 @@ impl Inspected {
             "description": self.description,
             "chain": self.chain.iter().map(ToString::to_string).collect::<Vec<_>>(),
             "images": images.collect::<Vec<_>>(),
+            "redo_logs": logs.iter().map(log_json).collect::<Vec<_>>(),
             "sections": sections.collect::<Vec<_>>(),
             "objects": self.parts.iter().map(part_json).collect::<Vec<_>>(),
             "pages": pages_json(&manifest.counts),
             "passed_over": self.passed_over,
         })
     }
+}
+
+/// Bytes of the layers that a disk needs.
+fn layer_bytes(disk: &DiskRecord) -> u64 {
+    disk.layers.iter().map(|layer| layer.bytes).sum()
+}
+
+fn log_json(disk: &DiskRecord) -> Value {
+    json!({
+        "name": image_name(disk.disk),
+        "image": disk.image,
+        "log": disk.log,
+        "bytes": disk.bytes,
+        "layers": disk.layers.len(),
+        "layer_bytes": layer_bytes(disk),
+    })
 }
 
 fn part_json(part: &Part) -> Value {

@@ -1,6 +1,7 @@
 //! The disk of a checkpoint as a file of its own, while others may have the guest.
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::disk::pieces;
@@ -24,18 +25,17 @@ pub fn export(
     for piece in pieces(0, disk.bytes) {
         for (part, place) in chain.index.parts(piece) {
             let content = &mut buffer[..(part.end - part.start) as usize];
-            content.fill(0);
             let layer = |number| chain.layers.iter().find(|l| l.record.id.number == number);
-            let (file, at) = match place {
-                None => (Some(&image), part.start),
-                Some(place) => {
-                    let file = place.position.and(layer(place.layer)).map(|l| &l.file);
-                    (file, place.position.unwrap_or_default())
-                }
+            let source = match place {
+                None => Some((&image, part.start)),
+                Some(place) => place.position.and_then(|at| {
+                    let layer = layer(place.layer);
+                    layer.map(|layer| (&layer.file, at))
+                }),
             };
-            if let Some(file) = file {
-                let read = file.read_at(content, at);
-                read.map_err(failed("read the disk of"))?;
+            match source {
+                Some((file, at)) => read_whole(&disk.image, file.as_ref(), at, content)?,
+                None => content.fill(0),
             }
             if content.iter().any(|byte| *byte != 0) {
                 let written = into.write_at(content, part.start);
@@ -51,6 +51,19 @@ pub fn export(
         _ => Err(RedoError::Image {
             path: disk.image.clone(),
             what: "has become newer than the checkpoint's disk meanwhile".to_owned(),
+        }),
+    }
+}
+
+/// Reads so many bytes of the image `of` or of a layer of it. What ends before is not what the checkpoint was made of.
+fn read_whole(of: &Path, file: &dyn Storage, at: u64, into: &mut [u8]) -> Result<(), RedoError> {
+    let read = file.read_at(into, at);
+    let read = read.map_err(RedoError::file("read the disk of", of.to_owned()))?;
+    match read == into.len() {
+        true => Ok(()),
+        false => Err(RedoError::Image {
+            path: of.to_owned(),
+            what: format!("or its log ends after {} bytes", at + read as u64),
         }),
     }
 }
