@@ -306,7 +306,7 @@ pub enum Verb {
     /// Read every byte of a guest's checkpoints in a store, and say what is damaged
     #[command(after_help = stores::verify_help())]
     Verify(VerifyArgs),
-    /// Remove old checkpoints of a guest from a store
+    /// Remove old checkpoints of a guest, or of all, from a store
     #[command(after_help = stores::prune_help())]
     Prune(PruneArgs),
     /// Make a snapshot, as `tandem restore` takes it, of a checkpoint in a store

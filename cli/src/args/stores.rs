@@ -8,7 +8,6 @@ use clap::{ArgGroup, Args, Subcommand};
 use tandem_store::Place;
 use tandem_vmm::confinement::{Enforcement, User};
 
-use super::ChangeArgs;
 use crate::settings::value::{self, Chosen};
 
 /// What a store is called.
@@ -50,7 +49,7 @@ Safety: nothing is removed that a checkpoint needs which is kept, or one that is
 checkpoint that the guest's owner went on from, which may still load memory from it. If a host takes the guest at that moment, \
 nothing is removed at all. The times of checkpoints are by the clocks of the hosts that made them.
 
-JSON: guest, dry_run, checkpoints, objects and bytes that were removed, and left (drafts of killed writers).";
+JSON: guest, dry_run, checkpoints, objects and bytes that were removed, and left (drafts of killed writers); with --all a list of these.";
 
 const EXPORT: &str = "\
 Disks: those that are in the checkpoint become files beside the snapshot's, named as they are: disk0 and so on. The \
@@ -158,10 +157,17 @@ pub struct VerifyArgs {
 
 /// The flags of `tandem prune`.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("pruned").args(["name", "all"]).required(true))]
 pub struct PruneArgs {
-    /// Guest and dry run.
-    #[command(flatten)]
-    pub change: ChangeArgs,
+    /// The guest
+    #[arg(value_parser = value::name)]
+    pub name: Option<String>,
+    /// All guests of the store
+    #[arg(long)]
+    pub all: bool,
+    /// Say what would be done, and do nothing
+    #[arg(long)]
+    pub dry_run: bool,
     /// How many of the newest to keep, 2 or more
     #[arg(long, value_name = "N", value_parser = value::keep)]
     pub keep: usize,

@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tandem_store::prune::{Pruned, prune as prune_guest, prune_before, sweep};
 use tandem_store::{Guest, StoreError};
 
@@ -12,35 +12,36 @@ use crate::failure::Failure;
 use crate::output;
 use crate::verbs::Style;
 
-/// Removes a guest's checkpoints but those that are kept.
+/// What was removed of one guest.
+type OfGuest = (String, Pruned);
+
+/// Removes a guest's checkpoints, or those of all, but those that are kept.
 pub(in crate::verbs) fn prune(args: &PruneArgs, style: Style) -> Result<(), Failure> {
-    let (name, dry) = (&args.change.name, args.change.dry_run);
     let store = read(&args.store)?;
-    let guest = known_guest(&store, name)?;
-    let progress = output::spinner(&format!("{name} is being pruned"), style.quiet);
-    let done = remove(&guest, args).and_then(|pruned| {
-        let left = if dry { 0 } else { sweep(&store)? };
-        Ok((pruned, left))
+    let names = match &args.name {
+        Some(name) => vec![known_guest(&store, name)?.name().to_owned()],
+        None => store.guests()?,
+    };
+    let progress = output::spinner("", style.quiet);
+    let done = names.into_iter().map(|name| {
+        progress.set_message(format!("{name} is being pruned"));
+        let pruned = remove(&store.guest(&name)?, args)?;
+        Ok::<OfGuest, Failure>((name, pruned))
     });
+    let done = done.collect::<Result<Vec<_>, _>>();
     progress.finish_and_clear();
-    let (pruned, left) = done?;
+    let done = done?;
+    let left = if args.dry_run { 0 } else { sweep(&store)? };
     let printed = match (style.json(), style.quiet) {
-        (true, _) => output::print_json(&json!({
-            "guest": name,
-            "dry_run": dry,
-            "checkpoints": pruned.checkpoints,
-            "objects": pruned.objects,
-            "bytes": pruned.bytes,
-            "left": left,
-        })),
+        (true, _) => output::print_json(&to_json(args, &done, left)),
         (false, true) => Ok(()),
-        (false, false) => output::print(text(name, &pruned, dry)),
+        (false, false) => output::print(text_of_all(&done, args.dry_run)),
     };
     printed.map_err(Failure::host("print the result"))
 }
 
 fn remove(guest: &Guest, args: &PruneArgs) -> Result<Pruned, StoreError> {
-    let (keep, dry) = (args.keep, args.change.dry_run);
+    let (keep, dry) = (args.keep, args.dry_run);
     let Some(age) = args.older_than else {
         return prune_guest(guest, keep, dry);
     };
@@ -50,7 +51,29 @@ fn remove(guest: &Guest, args: &PruneArgs) -> Result<Pruned, StoreError> {
     prune_before(guest, keep, before_ms, dry)
 }
 
-fn text(guest: &str, pruned: &Pruned, dry: bool) -> String {
+/// One guest as an object, all of them as a list of such.
+fn to_json(args: &PruneArgs, done: &[OfGuest], left: u64) -> Value {
+    let of_guest = |(name, pruned): &OfGuest| {
+        json!({
+            "guest": name,
+            "dry_run": args.dry_run,
+            "checkpoints": pruned.checkpoints,
+            "objects": pruned.objects,
+            "bytes": pruned.bytes,
+            "left": left,
+        })
+    };
+    match done {
+        [one] if !args.all => of_guest(one),
+        all => all.iter().map(of_guest).collect(),
+    }
+}
+
+fn text_of_all(done: &[OfGuest], dry: bool) -> String {
+    done.iter().map(|of| text(of, dry)).collect()
+}
+
+fn text((guest, pruned): &OfGuest, dry: bool) -> String {
     let would = if dry { "would be " } else { "" };
     format!(
         "{guest}: {would}removed: {}, {}, {}\n",
