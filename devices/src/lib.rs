@@ -11,6 +11,7 @@ pub mod event;
 pub mod interrupt;
 pub mod legacy;
 pub mod pace;
+pub mod shared_directory;
 pub mod state;
 pub mod virtio;
 

@@ -18,7 +18,8 @@
 //! succeeded may be lost, and then its repetition is refused. So the claimant has won if, and only
 //! if, its own term is the newest and the record is its own; this holds for a repeated claim too. (The
 //! usual check of the link count says the same, but not after a takeover that followed at once.)
-//! The record's creation comes before either look, so an NFS client does not look into its cache.
+//! The record's creation comes before either look, so an NFS client does not look into its cache. Others who look wait for nothing
+//! that is on its way, on CephFS neither ([`shared_directory::show`]).
 //!
 //! # How old terms go
 //!
@@ -40,6 +41,7 @@ use std::time::Duration;
 
 use rustix::fs::OFlags;
 use rustix::time::{ClockId, clock_gettime};
+use tandem_devices::shared_directory;
 
 use super::record::{self, RECORD_LENGTH_MAX};
 use super::{Arbiter, ArbiterError, Claim, Claimant, Owner, Tenure, Term, check_guest, check_host};
@@ -250,7 +252,7 @@ impl Terms<'_> {
         };
         let record = Draft::write(&self.path, &record::encode(self.guest, &tenure))?;
         let newest = self.newest()?;
-        let claim = match self.outcome(&tenure, newest.as_ref())? {
+        let claim = match self.outcome(&record, &tenure, newest.as_ref())? {
             Some(claim) => claim,
             None => {
                 self.expect_next(term, newest.as_ref())?;
@@ -266,8 +268,9 @@ impl Terms<'_> {
         record.sync()?;
         let path = self.file(tenure.term);
         let linked = fs::hard_link(&record.path, &path);
+        record.show()?;
         let newest = self.newest()?;
-        self.outcome(tenure, newest.as_ref())?
+        self.outcome(record, tenure, newest.as_ref())?
             .ok_or_else(|| match linked {
                 Err(error) => file_error("make", &path)(error),
                 Ok(()) => ArbiterError::Unfit {
@@ -280,6 +283,7 @@ impl Terms<'_> {
     /// What `newest` means for the claim of `tenure`; nothing if that is not there, nor a newer one.
     fn outcome(
         &self,
+        record: &Draft,
         tenure: &Tenure,
         newest: Option<&Tenure>,
     ) -> Result<Option<Claim>, ArbiterError> {
@@ -290,7 +294,7 @@ impl Terms<'_> {
             return Ok(Some(Claim::Lost(found.clone())));
         }
         // Also if it was there before: who made the name may not have got so far.
-        sync_directory(&self.path)?;
+        sync_directory(&record.directory, &self.path)?;
         Ok(Some(Claim::Won))
     }
 
@@ -305,8 +309,10 @@ impl Terms<'_> {
 
     /// Makes the guest's directory, durably before its first term is.
     fn make(&self) -> Result<(), ArbiterError> {
+        let above = self.path.parent().unwrap_or(Path::new("/"));
+        let opened = open_directory(above)?;
         match fs::create_dir(&self.path) {
-            Ok(()) => sync_directory(self.path.parent().unwrap_or(Path::new("/"))),
+            Ok(()) => sync_directory(&opened, above),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
             Err(error) => Err(file_error("make", &self.path)(error)),
         }
@@ -423,14 +429,21 @@ impl Entry {
 struct Draft {
     path: PathBuf,
     file: File,
+    /// Where it is, opened before anything was done there.
+    directory: File,
 }
 
 impl Draft {
     fn write(directory: &Path, bytes: &[u8]) -> Result<Self, ArbiterError> {
         let path = directory.join(format!("{CLAIM}{}", new_id()?));
+        let directory = open_directory(directory)?;
         let file = File::options().write(true).create_new(true).open(&path);
         let file = file.map_err(file_error("make", &path))?;
-        let mut draft = Self { path, file };
+        let mut draft = Self {
+            path,
+            file,
+            directory,
+        };
         let written = draft.file.write_all(bytes);
         written.map_err(file_error("write", &draft.path))?;
         Ok(draft)
@@ -439,6 +452,12 @@ impl Draft {
     fn sync(&self) -> Result<(), ArbiterError> {
         let synced = self.file.sync_all();
         synced.map_err(file_error("make durable", &self.path))
+    }
+
+    /// Lets others see what was done.
+    fn show(&self) -> Result<(), ArbiterError> {
+        let shown = shared_directory::show(&self.directory);
+        shown.map_err(file_error("show others", &self.path))
     }
 
     /// The storage's time when this was last linked.
@@ -450,6 +469,9 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         remove(&self.path);
+        if let Err(error) = self.show() {
+            tracing::debug!(%error, "others may wait");
+        }
     }
 }
 
@@ -497,10 +519,13 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn sync_directory(path: &Path) -> Result<(), ArbiterError> {
-    File::open(path)
-        .and_then(|directory| directory.sync_all())
-        .map_err(file_error("make durable", path))
+fn open_directory(path: &Path) -> Result<File, ArbiterError> {
+    File::open(path).map_err(file_error("open", path))
+}
+
+fn sync_directory(directory: &File, path: &Path) -> Result<(), ArbiterError> {
+    let synced = directory.sync_all();
+    synced.map_err(file_error("make durable", path))
 }
 
 /// Whether `path` last changed longer than `age` before `server_time`, or was removed because it had.

@@ -7,9 +7,7 @@
 //! host, and what has a name was complete before it got it. When link fails, what is there counts, and not
 //! what link said: over NFS the answer to a link that succeeded may be lost, and its repetition is refused.
 //!
-//! CephFS answers a link or an unlink before its journal has it, and lets others who want that file wait for the journal,
-//! which is written every five seconds if nobody asks for it. Who made a name asks at once, by a directory that was opened
-//! before: to open it then is to wait with the others. Who removed the draft's name asks too ([`Files::show`]).
+//! Hosts that wait for the name see it at once, on CephFS too ([`Files::show`]); therefore the directory is opened before.
 
 use std::collections::HashSet;
 use std::io::{self, ErrorKind};

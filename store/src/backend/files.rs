@@ -7,11 +7,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::time::Duration;
 
-use rustix::fs::{OFlags, fstatfs};
-
-/// File systems that may tell other hosts of what was done only when their journal has it: CephFS by the kernel, and by
-/// FUSE (`statfs(2)`).
-const LAZY: [rustix::fs::FsWord; 2] = [0x00c3_6400, 0x6573_5546];
+use rustix::fs::OFlags;
+use tandem_devices::shared_directory;
 
 /// What is in a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -152,10 +149,7 @@ impl Files for HostFiles {
     }
 
     fn show(&self, directory: &File) -> io::Result<()> {
-        match LAZY.contains(&fstatfs(directory)?.f_type) {
-            true => directory.sync_all(),
-            false => Ok(()),
-        }
+        shared_directory::show(directory)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<Listed>> {

@@ -84,6 +84,10 @@ pub(super) const KEEPER: &[Rule] = &[
 /// The arbiter's directory.
 pub(super) const ARBITER: &[Rule] = &[
     allow(Sysno::linkat, "a term is won by a link"),
+    allow(
+        Sysno::fstatfs,
+        "whether other hosts have to wait for what was done in a directory",
+    ),
     allow_if(
         Sysno::fcntl,
         &[Is(1, libc::F_GETFL as u32)],

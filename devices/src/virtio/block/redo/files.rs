@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use rustix::fs::{FallocateFlags, FlockOperation, fallocate, fdatasync, flock, fsync};
 
+use crate::shared_directory;
 use crate::virtio::block::aligned::zeros;
 
 /// A file of a log, or an image.
@@ -44,6 +45,9 @@ pub trait Directory: Send + Sync + Debug {
 
     /// Makes names durable.
     fn sync(&self) -> io::Result<()>;
+
+    /// Lets other hosts see at once which names there are.
+    fn show(&self) -> io::Result<()>;
 
     /// Locks the log for folding. False if another has it locked.
     fn try_lock(&self) -> io::Result<bool>;
@@ -148,6 +152,10 @@ impl Directory for Local {
 
     fn sync(&self) -> io::Result<()> {
         Ok(fsync(&self.open)?)
+    }
+
+    fn show(&self) -> io::Result<()> {
+        shared_directory::show(&self.open)
     }
 
     fn try_lock(&self) -> io::Result<bool> {

@@ -120,6 +120,10 @@ impl RedoDisk {
                 }
             }
         }
+        if removed > 0 {
+            let shown = self.directory.show();
+            shown.map_err(RedoError::file("show others the directory of", self.path()))?;
+        }
         Ok(removed)
     }
 
