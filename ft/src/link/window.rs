@@ -20,10 +20,7 @@ use std::time::{Duration, Instant};
 pub const REPORT: u64 = 64 << 10;
 /// Smallest window in bytes, 13 ms of 20 MB/s.
 pub const WINDOW_MIN: u64 = 4 * REPORT;
-/// Smallest window of inputs and outputs in bytes, 26 ms of 20 MB/s: both copies wait for each other's all the time, and on a busy
-/// host the other side may hear only every few milliseconds.
-const MESSAGES_MIN: u64 = 8 * REPORT;
-/// The first window of those, which hardly any link fills.
+/// The first window of inputs and outputs in bytes, which hardly any link fills: both copies wait for each other's all the time.
 const MESSAGES_FIRST: u64 = 32 * REPORT;
 /// Largest window in bytes.
 pub const WINDOW_MAX: u64 = 16 << 20;
@@ -70,8 +67,6 @@ pub struct Window {
     sent: u64,
     taken: u64,
     size: u64,
-    /// Its least size.
-    min: u64,
     /// When so many bytes had been sent; the oldest first.
     moments: VecDeque<(u64, Instant)>,
     /// What the link takes by itself.
@@ -88,7 +83,6 @@ impl Default for Window {
             sent: 0,
             taken: 0,
             size: WINDOW_FIRST,
-            min: WINDOW_MIN,
             moments: VecDeque::new(),
             least: None,
             doubles: true,
@@ -102,7 +96,6 @@ impl Window {
     pub fn of_messages() -> Self {
         Self {
             size: MESSAGES_FIRST,
-            min: MESSAGES_MIN,
             ..Self::default()
         }
     }
@@ -183,7 +176,7 @@ impl Window {
             return;
         }
         self.doubles = false;
-        self.size = (self.size / 4 * 3).max(self.min);
+        self.size = (self.size / 4 * 3).max(WINDOW_MIN);
         self.shrunk_until = self.sent;
     }
 }

@@ -119,6 +119,8 @@ fn beats_do_not_wait_behind_what_comes_for_the_guest_over_a_slow_link() {
     assert!(pair.is_protected(), "{}", pair.account());
     let status = pair.status(Side::Primary).unwrap();
     let held = status["added_latency_us"]["p50"].as_u64().unwrap();
+    let resyncs = &status["resyncs"];
+    println!("outputs wait {held} us in the middle, {resyncs} resyncs");
     assert!(held <= HELD_MAX_US, "{held} {}", pair.account());
     pair.kill(Side::Primary);
     assert_eq!(pair.wait_alone(), Side::Secondary);
