@@ -14,6 +14,7 @@ mod moves;
 mod pace;
 mod protect;
 mod qmp;
+mod resume;
 mod rows;
 mod state;
 mod store;

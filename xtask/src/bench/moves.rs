@@ -75,7 +75,7 @@ pub(super) fn restore(bench: &Bench, engine: Engine) -> Result<Vec<Sample>> {
 }
 
 /// The start's time, once the guest runs.
-fn first_instruction_us(bench: &Bench) -> Result<f64> {
+pub(super) fn first_instruction_us(bench: &Bench) -> Result<f64> {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let info = process::capture(&mut bench.tandem(&["info", NAME, "--format", "json"]));

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::engine::{Bench, Engine};
 use super::figures::Sample;
-use super::{loads, moves, pace, protect, store};
+use super::{loads, moves, pace, protect, resume, store};
 use crate::process;
 
 /// A row: one guest under one load, which may give several figures.
@@ -98,6 +98,12 @@ pub(super) const ROWS: &[Row] = &[
         programs: &[],
         images: &[],
         measure: store::store,
+    },
+    Row {
+        name: "resume",
+        programs: &[],
+        images: &[],
+        measure: resume::resume,
     },
     Row {
         name: "linux-start",
