@@ -34,7 +34,7 @@ checkpoints` lists it: the hardware, what it is based on, memory and disks, save
 
 JSON of a checkpoint: guest, checkpoint, term, number, parent, counts (whether it counts), begun_ms, time, tandem, hardware \
 (name, tandem, cpus, memory, devices with id and kind; null if the state is of another version), description (the text), chain, images (name, \
-bytes, held_bytes), sections (name, version, bytes), objects (name, kind, bytes, pages), pages \
+bytes, held_bytes), redo_logs (name, image, log, bytes, layers, layer_bytes), sections (name, version, bytes), objects (name, kind, bytes, pages), pages \
 (written, zero, known, deltas, moved), passed_over.";
 
 const VERIFY: &str = "\

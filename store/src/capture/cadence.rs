@@ -5,6 +5,9 @@
 //! the interval, and there is one interval that is just long enough. One that is shorter is lengthened by no more
 //! than what it was found to cost, one that is longer shortened by a part of what it could be shorter: neither gets past
 //! that interval, so it does not swing around it.
+//!
+//! An interval that was said is what may be lost at most: what is at risk grows until the next checkpoint is complete. So
+//! that one begins earlier, by what the last ones took, as far as that is a part of the interval.
 
 use std::time::Duration;
 
@@ -23,6 +26,10 @@ const LENGTHEN_MAX: u32 = 2;
 const SHORTEN_PARTS: u32 = 4;
 /// It is left as it is if it could be shorter by less than one of so many parts.
 const BAND_PARTS: u32 = 8;
+/// A checkpoint begins earlier by one of so many parts of the interval, at most: a slow store must not make them more frequent than that.
+const LEAD_PARTS: u32 = 4;
+/// What checkpoints take is taken for less by one of so many parts of the difference, each time, but for more at once.
+const LEAD_SINKS: u32 = 8;
 /// What a share is told in.
 const PPM: u64 = 1_000_000;
 
@@ -40,6 +47,8 @@ pub enum Every {
 pub(super) struct Cadence {
     interval: Duration,
     budget: Option<Budget>,
+    /// What checkpoints take until they are complete, as far as the next one begins earlier for that.
+    lead: Duration,
 }
 
 impl Cadence {
@@ -51,18 +60,26 @@ impl Cadence {
         Self {
             interval,
             budget: plan.budget,
+            lead: Duration::ZERO,
         }
     }
 
-    /// How long after a checkpoint began the next one begins.
+    /// How far apart checkpoints are to be, and what may be lost.
     pub(super) fn interval(&self) -> Duration {
         self.interval
     }
 
+    /// How long after a checkpoint began the next one begins.
+    pub(super) fn spacing(&self) -> Duration {
+        self.interval - self.lead
+    }
+
     /// A checkpoint is complete, for which the guest stood for `pause`, as far as that is known, and the store took
-    /// `bytes`.
-    pub(super) fn made(&mut self, pause: Option<Duration>, bytes: u64) {
+    /// `bytes`; it was complete so long after it began.
+    pub(super) fn made(&mut self, pause: Option<Duration>, bytes: u64, took: Duration) {
         let Some(budget) = self.budget else {
+            let sunk = self.lead - self.lead.saturating_sub(took) / LEAD_SINKS;
+            self.lead = sunk.max(took.min(self.interval / LEAD_PARTS));
             return;
         };
         let needed = needed(&budget, pause, bytes);
@@ -163,7 +180,7 @@ mod cadence_tests {
     fn run(mut cadence: Cadence, load: Load, count: usize) -> Vec<Duration> {
         let step = |_| {
             let interval = cadence.interval();
-            cadence.made(load.pause(), load.bytes(interval));
+            cadence.made(load.pause(), load.bytes(interval), Duration::ZERO);
             interval
         };
         (0..count).map(step).collect()
@@ -219,7 +236,7 @@ mod cadence_tests {
             let mut cadence = cadence(Budget { pause_ppm, bandwidth }, Duration::from_secs(1));
             for (pause, bytes) in costs {
                 let before = cadence.interval();
-                cadence.made(pause.map(Duration::from_nanos), bytes);
+                cadence.made(pause.map(Duration::from_nanos), bytes, Duration::ZERO);
                 let now = cadence.interval();
                 prop_assert!((AUTO_MIN..=AUTO_MAX).contains(&now));
                 prop_assert!(now <= before * LENGTHEN_MAX);
@@ -227,14 +244,42 @@ mod cadence_tests {
         }
     }
 
+    fn said(interval: Duration) -> Cadence {
+        Cadence::new(&Plan {
+            interval,
+            ..Plan::default()
+        })
+    }
+
     #[test]
     fn without_a_budget_it_is_as_it_was_said() {
-        let mut cadence = Cadence::new(&Plan {
-            interval: Duration::from_millis(10),
-            ..Plan::default()
-        });
-        cadence.made(Some(Duration::from_secs(5)), 1 << 40);
+        let mut cadence = said(Duration::from_millis(10));
+        cadence.made(Some(Duration::from_secs(5)), 1 << 40, Duration::ZERO);
         assert_eq!(cadence.interval(), Duration::from_millis(10));
+        assert_eq!(cadence.spacing(), Duration::from_millis(10));
+    }
+
+    #[test]
+    fn no_more_than_the_interval_is_at_risk_if_a_checkpoint_takes_no_longer_than_one_just_before() {
+        let (second, mut cadence) = (Duration::from_secs(1), said(Duration::from_secs(1)));
+        let mut longest = Duration::ZERO;
+        for ms in [60, 80, 75, 20, 70, 60] {
+            let took = Duration::from_millis(ms);
+            let at_risk = cadence.spacing() + took;
+            assert!(at_risk <= second || took > longest, "{at_risk:?}");
+            longest = longest.max(took);
+            cadence.made(None, 0, took);
+        }
+        // One that took long is forgotten.
+        (0..100).for_each(|_| cadence.made(None, 0, Duration::from_millis(10)));
+        assert!(second - cadence.spacing() < Duration::from_millis(11));
+    }
+
+    #[test]
+    fn a_slow_store_makes_checkpoints_a_quarter_more_frequent_at_most() {
+        let mut cadence = said(Duration::from_secs(1));
+        cadence.made(None, 0, Duration::from_secs(100));
+        assert_eq!(cadence.spacing(), Duration::from_millis(750));
     }
 
     #[test]
@@ -242,7 +287,7 @@ mod cadence_tests {
         let budget = Budget::default();
         let mut cadence = cadence(budget, Duration::from_secs(1));
         for _ in 0..50 {
-            cadence.made(None, 0);
+            cadence.made(None, 0, Duration::ZERO);
         }
         assert_eq!(cadence.interval(), INTERVAL_DEFAULT);
     }

@@ -174,9 +174,10 @@ impl<'a> Thread<'a> {
             if self.leaves() {
                 return Ok(Ceased::Left);
             }
-            let due = Instant::now() + self.cadence.interval();
+            let began = Instant::now();
+            let due = began + self.cadence.spacing();
             match captor.checkpoint() {
-                Ok(complete) => self.made(&complete, captor.is_loaded()),
+                Ok(complete) => self.made(&complete, began.elapsed(), captor.is_loaded()),
                 Err(error) if self.is_final(&error) => return Err(error),
                 Err(error) if self.is_kins(&error) => {
                     self.leave();
@@ -200,10 +201,10 @@ impl<'a> Thread<'a> {
         Ok(Ceased::Stops)
     }
 
-    /// A checkpoint is complete of a guest whose memory `is_loaded`, all of it.
-    fn made(&mut self, complete: &Made, is_loaded: bool) {
+    /// A checkpoint is complete, so long after it began, of a guest whose memory `is_loaded`, all of it.
+    fn made(&mut self, complete: &Made, took: Duration, is_loaded: bool) {
         let bytes = complete.committed.counts.stored_bytes;
-        self.cadence.made(complete.pause, bytes);
+        self.cadence.made(complete.pause, bytes, took);
         self.tally.made(complete, self.cadence.interval());
         self.back_off = self.cadence.interval().max(BACK_OFF_MIN);
         if self.old.are_due(is_loaded) {
@@ -350,10 +351,11 @@ impl<'a> Thread<'a> {
             return Ok(None);
         };
         while self.follows() {
-            let due = Instant::now() + self.cadence.interval();
+            let began = Instant::now();
+            let due = began + self.cadence.spacing();
             match streamer.checkpoint() {
                 // A copy has all that it has of its guest.
-                Ok(complete) => self.made(&complete, true),
+                Ok(complete) => self.made(&complete, began.elapsed(), true),
                 Err(error) if self.is_final(&error) || self.is_kins(&error) => return Err(error),
                 Err(_) if !self.follows() => {}
                 Err(error) => self.fail(&error),
