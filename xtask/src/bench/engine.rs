@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::workspace::Workspace;
@@ -178,6 +179,12 @@ impl Bench {
         let mut command = process::command(&self.tandem, ["--runtime-dir"]);
         command.arg(self.scratch("runtime")).args(arguments);
         command
+    }
+
+    /// What `tandem status` says of the guest.
+    pub(super) fn status(&self) -> Result<Value> {
+        let text = process::capture(&mut self.tandem(&["status", NAME, "--format", "json"]))?;
+        Ok(serde_json::from_str(&text)?)
     }
 
     /// A `tandem` that has the monitor's CPU to itself.

@@ -41,7 +41,7 @@ fn start(command: &mut Command) -> Result<Guest> {
     Ok(guest)
 }
 
-fn number(answer: &Value, path: &str) -> Result<f64> {
+pub(super) fn number(answer: &Value, path: &str) -> Result<f64> {
     answer
         .pointer(path)
         .and_then(Value::as_f64)

@@ -4,14 +4,12 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use serde_json::Value;
+use anyhow::{Context, Result, bail};
 
 use super::engine::{Bench, Engine, Machine, NAME};
 use super::figures::{Better, Sample, percentile};
-use super::moves::first_instruction_us;
+use super::moves::{first_instruction_us, number};
 use crate::guest::Guest;
-use crate::process;
 
 /// Longest wait for a guest to be ready.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -74,10 +72,10 @@ fn watch(bench: &Bench) -> Result<Vec<Sample>> {
     let deadline = Instant::now() + WATCHED;
     let mut ages = Vec::new();
     while Instant::now() < deadline {
-        ages.push(number(&status(bench)?, "/checkpoints/age_ms")?);
+        ages.push(number(&bench.status()?, "/checkpoints/age_ms")?);
         thread::sleep(LOOK);
     }
-    let told = status(bench)?;
+    let told = bench.status()?;
     let completed = number(&told, "/checkpoints/completed")?;
     let most = percentile(&ages, 100).context("nothing was looked at")?;
     let mut samples =
@@ -94,20 +92,10 @@ fn watch(bench: &Bench) -> Result<Vec<Sample>> {
 fn wait_covered(bench: &Bench) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
-        if number(&status(bench)?, "/checkpoints/completed")? > 0.0 {
+        if number(&bench.status()?, "/checkpoints/completed")? > 0.0 {
             return Ok(());
         }
         thread::sleep(LOOK);
     }
-    anyhow::bail!("the guest that goes on has no checkpoint of its own")
-}
-
-fn status(bench: &Bench) -> Result<Value> {
-    let text = process::capture(&mut bench.tandem(&["status", NAME, "--format", "json"]))?;
-    Ok(serde_json::from_str(&text)?)
-}
-
-fn number(answer: &Value, path: &str) -> Result<f64> {
-    let found = answer.pointer(path).and_then(Value::as_f64);
-    found.with_context(|| format!("there is no {path} in {answer}"))
+    bail!("the guest that goes on has no checkpoint of its own")
 }

@@ -11,13 +11,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use serde_json::Value;
 
 use super::cpu;
 use super::engine::{Bench, Engine, Machine, NAME};
 use super::figures::{Better, Sample};
 use crate::guest::Guest;
-use crate::process;
 
 /// Longest wait for a guest to be ready.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -147,13 +145,12 @@ struct Told {
 }
 
 fn told(bench: &Bench) -> Result<Told> {
-    let text = process::capture(&mut bench.tandem(&["status", NAME, "--format", "json"]))?;
-    let status: Value = serde_json::from_str(&text)?;
+    let status = bench.status()?;
     let number = |key: &str| {
         let found = status
             .pointer("/checkpoints")
             .and_then(|told| told.get(key)?.as_u64());
-        found.with_context(|| format!("`tandem status` does not say {key}: {text}"))
+        found.with_context(|| format!("`tandem status` does not say {key}: {status}"))
     };
     Ok(Told {
         completed: number("completed")?,

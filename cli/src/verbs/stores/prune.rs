@@ -18,15 +18,19 @@ type OfGuest = (String, Pruned);
 /// Removes a guest's checkpoints, or those of all, but those that are kept.
 pub(in crate::verbs) fn prune(args: &PruneArgs, style: Style) -> Result<(), Failure> {
     let store = read(&args.store)?;
-    let names = match &args.name {
-        Some(name) => vec![known_guest(&store, name)?.name().to_owned()],
-        None => store.guests()?,
+    let guests = match &args.name {
+        Some(name) => vec![known_guest(&store, name)?],
+        None => {
+            let names = store.guests()?;
+            let guests = names.iter().map(|name| store.guest(name));
+            guests.collect::<Result<_, _>>()?
+        }
     };
     let progress = output::spinner("", style.quiet);
-    let done = names.into_iter().map(|name| {
-        progress.set_message(format!("{name} is being pruned"));
-        let pruned = remove(&store.guest(&name)?, args)?;
-        Ok::<OfGuest, Failure>((name, pruned))
+    let done = guests.iter().map(|guest| {
+        progress.set_message(format!("{} is being pruned", guest.name()));
+        let pruned = remove(guest, args)?;
+        Ok::<OfGuest, StoreError>((guest.name().to_owned(), pruned))
     });
     let done = done.collect::<Result<Vec<_>, _>>();
     progress.finish_and_clear();
