@@ -7,9 +7,22 @@ use std::time::{Duration, Instant};
 
 use crate::guest::PATIENCE;
 
-/// Options of strace for what [`read`] understands: all threads, their names, arguments as numbers;
-/// strace is nobody's parent, so that signals and the end are the traced command's own.
-pub const OPTIONS: &[&str] = &["-D", "-f", "-Y", "-e", "raw=all", "-s", "0"];
+/// Options of strace for what [`read`] understands: all threads, their names, arguments as numbers, and the names that
+/// threads give themselves; strace is nobody's parent, so that signals and the end are the traced command's own.
+pub const OPTIONS: &[&str] = &[
+    "-D",
+    "-f",
+    "-Y",
+    "-X",
+    "raw",
+    "-e",
+    "raw=!prctl",
+    "-s",
+    "16",
+];
+
+/// How a thread names itself: PR_SET_NAME of prctl(2).
+const SET_NAME: &str = "prctl(0xf, \"";
 
 /// One system call.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,10 +67,18 @@ fn is_whole(text: &str) -> bool {
 fn calls(text: &str) -> Vec<Call> {
     let mut calls: Vec<Call> = Vec::new();
     let mut unfinished: BTreeMap<u32, usize> = BTreeMap::new();
+    // What strace calls a thread is what it was before, if the call before that for its name was an error (6.1).
+    let mut named: BTreeMap<u32, &str> = BTreeMap::new();
     for line in text.lines() {
         let Some((thread, name, rest)) = split(line) else {
             continue;
         };
+        let name = named.get(&thread).copied().unwrap_or(name);
+        match named_by(rest) {
+            Some(name) => _ = named.insert(thread, name),
+            None if begins_anew(rest) => _ = named.remove(&thread),
+            None => {}
+        }
         if rest.starts_with("<... ") {
             if let Some(index) = unfinished.remove(&thread) {
                 calls[index].result = result(rest);
@@ -78,6 +99,17 @@ fn calls(text: &str) -> Vec<Call> {
         }
     }
     calls
+}
+
+/// The name that a thread gives itself.
+fn named_by(rest: &str) -> Option<&str> {
+    let (name, _) = rest.strip_prefix(SET_NAME)?.split_once('"')?;
+    Some(name)
+}
+
+/// Whether the kernel names the thread, or who comes after it.
+fn begins_anew(rest: &str) -> bool {
+    rest.starts_with("exec") || rest.starts_with("+++ ")
 }
 
 /// Thread, its name, and what it did: `12<api> close(0x4) = 0`.
@@ -111,7 +143,7 @@ mod tests {
 
     const TRACE: &str = "\
 7<tandem> clone3(0x7ffc, 0x58 <unfinished ...>
-8<tandem> prctl(0xf, 0x7f, 0x1) = 0
+8<tandem> prctl(0xf, \"vcpu0\") = 0
 7<tandem> <... clone3 resumed>) = 0x8
 8<vcpu0> ioctl(0xa, 0xae80, 0) = -1 EINTR (Interrupted system call)
 8<vcpu0> --- SIGRT_2 {si_signo=SIGRT_2} ---
@@ -128,6 +160,22 @@ mod tests {
         assert_eq!(calls[2].arguments, [0xa, 0xae80, 0]);
         assert_eq!(calls[2].result, None);
         assert_eq!((calls[2].thread, calls[2].name.as_str()), (8, "vcpu0"));
+    }
+
+    #[test]
+    fn threads_have_the_names_that_they_give_themselves() {
+        let trace = "\
+7<tandem> execve(0x1, 0x2, 0x3) = 0
+7<exe> futex(0x7f, 0x109) = -1 EAGAIN (Resource temporarily unavailable)
+7<exe> prctl(0xf, \"bucket\" <unfinished ...>
+7<exe> <... prctl resumed>) = 0
+7<exe> seccomp(0x1, 0, 0x7f) = 0
+7<exe> +++ exited with 0 +++
+7<tandem> getpid() = 0x7
+";
+        let calls = calls(trace);
+        let names: Vec<&str> = calls.iter().map(|c| c.name.as_str()).collect();
+        assert_eq!(names, ["tandem", "exe", "exe", "bucket", "tandem"]);
     }
 
     #[test]
