@@ -4,6 +4,11 @@
 //! kernels run as guests, also where the real KVM cannot run them. It emulates: what runs in it is
 //! right or wrong, never fast. Killing QEMU is the host's crash.
 //!
+//! One thing is wrong: guests whose ring 3 does port I/O, as the bare-metal ones here do when they print, take a
+//! general protection fault at the first one after their state was put in place. KVM says of a guest's task register that it is
+//! busy (as processors have it), and QEMU looks into I/O bitmaps of task registers only that are not (7.2:
+//! `helper_check_io` wants type 9). A kernel does its port I/O in ring 0 and is not concerned.
+//!
 //! The host has two serial ports. The first one takes commands and gives their output; the
 //! second one has the guests' consoles.
 
