@@ -136,6 +136,11 @@ fn disks_are_those_of_the_checkpoint_however_often_hosts_are_lost() {
     wait_checkpoints(&guest, 3);
     expect_sound(&mut guest);
     expect_sound(&mut guest);
+    let metrics = guest.succeed(&["metrics", "guest"]);
+    assert!(
+        metrics.contains("tandem_device_redo_full{device=\"disk0\",kind=\"block\"} 0"),
+        "{metrics}"
+    );
     // What is folded is removed.
     assert!(shared.layers().len() < 12, "{:?}", shared.layers());
     kill(guest);

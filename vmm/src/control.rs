@@ -81,6 +81,23 @@ pub struct DeviceStats {
     pub counters: BTreeMap<String, u64>,
 }
 
+/// Counters of devices that count nothing: they go up and down.
+const GAUGES: [&str; 6] = [
+    "in_flight",
+    "pace_waiting",
+    "redo_bytes",
+    "redo_full",
+    "redo_layers",
+    "tx_held_bytes",
+];
+
+impl DeviceStats {
+    /// Whether what is called `counter` goes down, too.
+    pub fn is_gauge(counter: &str) -> bool {
+        GAUGES.contains(&counter)
+    }
+}
+
 /// What a machine did so far.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MachineStats {

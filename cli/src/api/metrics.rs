@@ -6,7 +6,7 @@ use std::fmt::Write;
 use tandem_ft::mode::Mode;
 use tandem_ft::mode::cost::Cost;
 use tandem_ft::runtime::status::{Checkpoints, Percentiles, Role, Status};
-use tandem_vmm::control::{MachineState, MachineStats};
+use tandem_vmm::control::{DeviceStats, MachineState, MachineStats};
 
 /// Content type of the format.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -16,9 +16,6 @@ const STATES: [(MachineState, &str); 3] = [
     (MachineState::Paused, "paused"),
     (MachineState::Stopping, "stopping"),
 ];
-
-/// Figures of devices that go down, too.
-const GAUGES: [&str; 1] = ["pace_waiting"];
 
 /// The metrics of the guest `name`.
 pub fn text(name: &str, stats: &MachineStats, protection: &Status) -> String {
@@ -310,7 +307,7 @@ fn devices(out: &mut Exposition, stats: &MachineStats) {
     for device in &stats.devices {
         for (counter, value) in &device.counters {
             let word = metric_word(counter);
-            let (kind, end) = match GAUGES.contains(&word.as_str()) {
+            let (kind, end) = match DeviceStats::is_gauge(counter) {
                 true => ("gauge", ""),
                 false => ("counter", "_total"),
             };

@@ -106,7 +106,7 @@ fn stats() -> MachineStats {
                 id: "disk1\"\\\n".into(),
                 kind: "block".into(),
                 pace: None,
-                counters: counters(&[("read_bytes", 7), ("odd name", 1)]),
+                counters: counters(&[("read_bytes", 7), ("odd name", 1), ("redo_bytes", 9)]),
             },
         ],
     }
@@ -138,6 +138,7 @@ fn a_scraper_reads_what_the_machine_counted() {
     let disk = [("device", "disk1\"\\\n"), ("kind", "block")];
     assert_eq!(get("tandem_device_read_bytes_total", &disk), 7.0);
     assert_eq!(get("tandem_device_odd_name_total", &disk), 1.0);
+    assert_eq!(get("tandem_device_redo_bytes", &disk), 9.0);
 }
 
 #[test]

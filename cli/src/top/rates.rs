@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use tandem_vmm::control::DeviceStats;
+
 use super::sample::{Counters, Device, Sample};
 
 /// Counters of a disk whose sum is its requests.
@@ -13,9 +15,6 @@ const DISK_OPS: [&str; 5] = [
     "discard_ops",
     "zero_ops",
 ];
-
-/// What devices have as counters and is none: it goes up and down.
-const GAUGES: [&str; 3] = ["in_flight", "pace_waiting", "tx_held_bytes"];
 
 /// Changes per second, by the counter's name.
 pub(crate) type PerSecond = BTreeMap<String, f64>;
@@ -105,7 +104,7 @@ fn sum(values: impl Iterator<Item = f64>) -> f64 {
 
 fn changes(before: &Counters, after: &Counters, span: Duration) -> PerSecond {
     let rate = |(name, after): (&String, &u64)| {
-        if GAUGES.contains(&name.as_str()) {
+        if DeviceStats::is_gauge(name) {
             return None;
         }
         let rate = per_second(*before.get(name)?, *after, span)?;

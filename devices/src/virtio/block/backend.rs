@@ -81,6 +81,11 @@ pub trait BlockBackend: Send {
     /// The next completed request, by its token.
     fn next_completed(&mut self) -> Option<(usize, io::Result<()>)>;
 
+    /// What else there is to know of it, by name, beside what the device counts.
+    fn figures(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     /// Waits until a request in flight completes. There must be one.
     ///
     /// # Errors

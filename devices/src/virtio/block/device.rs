@@ -447,7 +447,7 @@ impl VirtioDevice for Block {
 
     fn counters(&self) -> BTreeMap<&'static str, u64> {
         let c = &self.counters;
-        BTreeMap::from([
+        let mut counters = BTreeMap::from([
             ("read_ops", c.read_ops),
             ("read_bytes", c.read_bytes),
             ("write_ops", c.write_ops),
@@ -457,6 +457,8 @@ impl VirtioDevice for Block {
             ("zero_ops", c.zero_ops),
             ("errors", c.errors),
             ("in_flight", self.in_flight() as u64),
-        ])
+        ]);
+        counters.extend(self.backend.figures());
+        counters
     }
 }

@@ -37,6 +37,11 @@ pub trait Serve: Send + Sync {
     /// By `event` the backend is woken.
     fn woken_by(&self, _event: EventFd) {}
 
+    /// As [`BlockBackend::figures`].
+    fn figures(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
+
     /// Carries out a request.
     ///
     /// # Errors
@@ -81,6 +86,10 @@ impl<T: Serve> Serve for Arc<T> {
 
     fn woken_by(&self, event: EventFd) {
         self.as_ref().woken_by(event);
+    }
+
+    fn figures(&self) -> Vec<(&'static str, u64)> {
+        self.as_ref().figures()
     }
 
     fn execute(&self, io: BlockIo) -> io::Result<()> {
@@ -228,6 +237,10 @@ impl BlockBackend for ThreadsBackend {
 
     fn has_room(&self) -> bool {
         self.in_flight < usize::from(QUEUE_SIZE) && self.shared.disk.has_room()
+    }
+
+    fn figures(&self) -> Vec<(&'static str, u64)> {
+        self.shared.disk.figures()
     }
 
     fn submit(&mut self, io: BlockIo) {

@@ -575,6 +575,18 @@ impl Serve for RedoDisk {
         *lock(&self.wake) = Some(event);
     }
 
+    fn figures(&self) -> Vec<(&'static str, u64)> {
+        let (bytes, layers) = {
+            let state = lock(&self.state);
+            (state.bytes, state.closed.len() as u64)
+        };
+        vec![
+            ("redo_bytes", bytes),
+            ("redo_layers", layers),
+            ("redo_full", u64::from(!self.has_space())),
+        ]
+    }
+
     fn execute(&self, io: BlockIo) -> io::Result<()> {
         match io.operation {
             Operation::Read => self.read(&io),

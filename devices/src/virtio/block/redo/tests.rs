@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "test code fails by panicking")]
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use proptest::prelude::*;
@@ -390,10 +391,13 @@ fn a_log_that_is_full_asks_for_checkpoints_and_takes_more_when_it_is_folded() {
     assert!(guest.disk.has_room() && guest.disk.wants_checkpoint());
     guest.step(&Step::Write(0, 20, 2)).unwrap();
     assert!(!guest.disk.has_room());
+    let figures: BTreeMap<_, _> = guest.disk.figures().into_iter().collect();
+    assert!(figures["redo_bytes"] > 16 << 10 && figures["redo_full"] == 1);
     guest.step(&Step::Checkpoint(true)).unwrap();
     assert!(!guest.disk.has_room() && guest.disk.wants_checkpoint());
     guest.step(&Step::Checkpoint(true)).unwrap();
     assert!(guest.disk.has_room() && !guest.disk.wants_checkpoint());
+    assert!(guest.disk.figures().contains(&("redo_full", 0)));
     assert_eq!(guest.content(), guest.model);
 }
 
