@@ -44,7 +44,7 @@ const LOOK: Duration = Duration::from_millis(50);
 const COMMAND_MAX: usize = 4000;
 /// The emulator.
 const QEMU: &str = "qemu-system-x86_64";
-/// CPUs of a host. With two of them TCG (7.2) went wrong in 10 of 73 runs: a nested guest's page walks found nothing, or
+/// CPUs of a host. With two of them TCG (7.2) went wrong in 10 of 75 runs: a nested guest's page walks found nothing, or
 /// reserved bits, where the tables in its memory were whole, for one vCPU and one VMRUN, which is a triple fault; or a host never
 /// got out of int3 while it patched its own text. With one CPU none of some fifty did.
 const CPUS: &str = "1";
