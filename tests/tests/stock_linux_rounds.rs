@@ -255,7 +255,8 @@ fn stock_linux_loses_no_more_than_came_after_its_last_checkpoint() {
         lost_most = lost_most.max(time);
         let (replies, stored) = (told.len(), stage.stored_mb());
         println!(
-            "linux, round {round}: {replies} replies, lost {time:?}, at most so far {lost_most:?}, {stored} MB"
+            "linux, round {round}: {replies} replies, checkpoint {:?} old, lost {time:?}, at most so far {lost_most:?}, {stored} MB",
+            lost.age
         );
     }
     stage.end();
